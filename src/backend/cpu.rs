@@ -1,0 +1,89 @@
+//! Rows in and out of a stream on the CPU: encode, widen, check, decode. Attention is in `attend.rs`.
+
+use rayon::prelude::*;
+
+use crate::backend::simd::{Isa, levels, rows};
+use crate::backend::threads;
+use crate::codec::Codec;
+use crate::error::{Error, Result};
+use crate::format::PAGE_ROWS;
+use crate::layer::Stream;
+use crate::page::PlainRows;
+use crate::tensor::{Dtype, TensorView, TensorViewMut};
+use crate::transform::{Affine, Source};
+
+pub(crate) use crate::backend::simd::rows::encode_row;
+
+/// A row of the model's dtype as f32.
+pub fn plain_row(isa: Isa, bytes: &[u8], dtype: Dtype, row: &mut [f32]) {
+    levels::decode_plain(isa, bytes, dtype, row);
+}
+
+/// Refuses a NaN or an infinity, naming its place.
+pub fn check_finite(isa: Isa, name: &str, tensor: &TensorView) -> Result<()> {
+    let [batch, heads, tokens, width] = tensor.shape();
+    let first_bad = |index: usize| {
+        let (batch, head) = (index / heads, index % heads);
+        let mut row = vec![0.0; width];
+        (0..tokens).find_map(|token| {
+            tensor.read_row_f32(batch, head, token, &mut row);
+            (!levels::all_finite(isa, &row)).then(|| Error::NonFinite { name: name.into(), batch, head, token })
+        })
+    };
+    let found = if tokens < 64 {
+        (0..batch * heads).find_map(first_bad)
+    } else {
+        threads::install(|| (0..batch * heads).into_par_iter().find_map_first(first_bad))
+    };
+    found.map_or(Ok(()), Err)
+}
+
+/// Writes all rows of a stream, decoded, to `output` `[1, 1, tokens, width]`.
+pub fn decode_stream(isa: Isa, codec: &Codec, kv_head: usize, stream: &Stream, output: &mut TensorViewMut) {
+    let sinks = stream.sinks.len();
+    copy_plain(&stream.sinks, 0, output);
+    decode_past(isa, codec, kv_head, stream, sinks, output);
+    copy_plain(&stream.window, sinks + stream.past.len(), output);
+}
+
+fn copy_plain(rows: &PlainRows, first_token: usize, output: &mut TensorViewMut) {
+    for i in 0..rows.len() {
+        output.write_row_bytes(0, 0, first_token + i, rows.rows(i, 1));
+    }
+}
+
+fn decode_past(
+    isa: Isa,
+    codec: &Codec,
+    kv_head: usize,
+    stream: &Stream,
+    first_token: usize,
+    output: &mut TensorViewMut,
+) {
+    let (layout, past) = (&codec.layout, &stream.past);
+    let width = layout.head_dim;
+    let mut tile = vec![0.0; PAGE_ROWS * width + levels::SLACK];
+    let mut row = vec![0.0; width];
+    let mut block: Option<Affine> = None;
+    for first in (0..past.len()).step_by(PAGE_ROWS) {
+        let page = past.page(first / PAGE_ROWS);
+        let count = PAGE_ROWS.min(past.len() - first);
+        let (codes, metadata) = (page.codes(layout), page.metadata(layout));
+        if codec.is_raw() {
+            for (i, bytes) in codes.chunks_exact(layout.code_bytes).take(count).enumerate() {
+                output.write_row_bytes(0, 0, first_token + first + i, bytes);
+            }
+            continue;
+        }
+        if let Source::Block(rule) = &codec.source {
+            block = Some(past.block(first, rule.rows).expand(width));
+        }
+        let affine = block.as_ref().or(codec.static_affine(kv_head)).expect("a static codec serves every head");
+        levels::decode_levels(isa, layout, &codec.codebook, codes, count, &mut tile);
+        for (i, levels) in tile.chunks_exact(width).take(count).enumerate() {
+            let metadata = &metadata[i * layout.metadata_bytes..];
+            rows::restore_row(isa, codec, affine, kv_head, metadata, levels, &mut row);
+            output.write_row_f32(0, 0, first_token + first + i, &row);
+        }
+    }
+}

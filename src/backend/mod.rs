@@ -1,0 +1,9 @@
+//! Where rows are encoded, decoded and attended to. `cpu` is the only backend so far; its inner loops are in `simd`.
+
+pub mod attend;
+pub mod cpu;
+pub mod simd;
+pub mod threads;
+
+#[cfg(test)]
+mod tests;

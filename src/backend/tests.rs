@@ -1,0 +1,451 @@
+//! The fast paths against the plain ones: codes bit for bit, attention within float noise of an f64 oracle, the laws of the regions.
+
+use crate::backend::attend::{Attention, attend};
+use crate::backend::simd::Isa;
+use crate::backend::{cpu, simd};
+use crate::codebook::Codebook;
+use crate::codec::{Codec, Rule};
+use crate::format::{Format, Metadata, RowLayout};
+use crate::layer::{Layer, LayerSpec, NonFinite};
+use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
+use crate::transform::{Affine, BlockRule, Permutation, Rotation, Source};
+
+/// A small generator: the tests need no more than "different every time, the same every run".
+struct Noise(u64);
+
+impl Noise {
+    fn uniform(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32) / (1u64 << 24) as f32
+    }
+
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.uniform()).sum::<f32>() - 6.0
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.uniform() * n as f32) as usize % n
+    }
+
+    /// `rows` rows with an offset and a spread of each channel's own, as keys have.
+    fn rows(&mut self, rows: usize, width: usize) -> Vec<f32> {
+        let channels: Vec<(f32, f32)> =
+            (0..width).map(|_| (4.0 * self.normal(), 0.1 + 3.0 * self.uniform().powi(4))).collect();
+        (0..rows).flat_map(|_| channels.clone()).map(|(mean, spread)| mean + spread * self.normal()).collect()
+    }
+}
+
+const FORMATS: [Format; 6] = [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair];
+
+fn codec(format: Format, head_dim: usize, group_size: usize, source: Source) -> Codec {
+    let name = if format == Format::Int8 { "uniform" } else { "lloyd-max" };
+    Codec {
+        layout: RowLayout::new(format, head_dim, group_size, Metadata::E4m3, true).unwrap(),
+        codebook: Codebook::named(name, format).unwrap(),
+        rule: if format == Format::Int8 { Rule::Range } else { Rule::Norm },
+        clip: 1.0,
+        refinements: 0,
+        rotation: Rotation::Hadamard,
+        permutations: Vec::new(),
+        source,
+    }
+}
+
+fn plain_source(head_dim: usize) -> Source {
+    Source::Static(vec![Affine::identity(head_dim)])
+}
+
+fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
+    let format = FORMATS[noise.below(FORMATS.len())];
+    let groups: Vec<usize> = [16, 32, 64, 128, head_dim].into_iter().filter(|g| head_dim.is_multiple_of(*g)).collect();
+    let shift = (0..head_dim).map(|_| noise.normal()).collect();
+    let scale = (0..head_dim).map(|_| 0.2 + noise.uniform()).collect();
+    let mut order: Vec<usize> = (0..head_dim).collect();
+    (0..head_dim).for_each(|i| order.swap(i, noise.below(head_dim)));
+    let uniform = format == Format::Int8 || (format != Format::Pair && noise.below(2) == 0);
+    Codec {
+        layout: RowLayout::new(
+            format,
+            head_dim,
+            groups[noise.below(groups.len())],
+            [Metadata::E4m3, Metadata::Fp16][noise.below(2)],
+            noise.below(2) == 0,
+        )
+        .unwrap(),
+        codebook: Codebook::named(if uniform { "uniform" } else { "lloyd-max" }, format).unwrap(),
+        rule: [Rule::Norm, Rule::Range][noise.below(2)],
+        clip: 0.9 + 0.1 * noise.uniform(),
+        refinements: noise.below(3) as u32,
+        rotation: [Rotation::Identity, Rotation::Hadamard][noise.below(2)],
+        permutations: if noise.below(2) == 0 { vec![Permutation::new(&order, head_dim).unwrap()] } else { vec![] },
+        source: Source::Static(vec![Affine::new(shift, scale)]),
+    }
+}
+
+#[test]
+fn every_isa_makes_the_codes_and_rows_of_the_reference() {
+    let mut noise = Noise(1);
+    for round in 0..400 {
+        let head_dim = [16, 64, 80, 96, 112, 128, 192, 256, 512][noise.below(9)];
+        let codec = random_codec(&mut noise, head_dim);
+        let layout = &codec.layout;
+        let mut rows = noise.rows(3, head_dim);
+        rows[head_dim..2 * head_dim].fill(if round % 2 == 0 { 0.0 } else { 1e30 });
+        for row in rows.chunks(head_dim) {
+            let affine = codec.static_affine(0).unwrap();
+            let (mut codes, mut metadata) = (vec![0; layout.code_bytes], vec![0; layout.metadata_bytes]);
+            codec.encode_row(row, affine, 0, &mut codes, &mut metadata);
+            let mut decoded = vec![0.0; head_dim];
+            codec.decode_row(&codes, &metadata, affine, 0, &mut decoded);
+            for isa in Isa::available() {
+                let (mut fast_codes, mut fast_metadata) = (vec![1; codes.len()], vec![1; metadata.len()]);
+                cpu::encode_row(isa, &codec, affine, 0, row, &mut fast_codes, &mut fast_metadata);
+                assert_eq!(fast_metadata, metadata, "{isa} {codec:?}");
+                assert_eq!(fast_codes, codes, "{isa} {codec:?}");
+                let (mut levels, mut fast) = (vec![0.0; head_dim + simd::levels::SLACK], vec![0.0; head_dim]);
+                simd::levels::decode_levels(isa, layout, &codec.codebook, &codes, 1, &mut levels);
+                simd::rows::restore_row(isa, &codec, affine, 0, &metadata, &levels[..head_dim], &mut fast);
+                let bits = |row: &[f32]| row.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&fast), bits(&decoded), "{isa} {codec:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_broken_row_decodes_to_nan_and_nothing_else() {
+    let codec = codec(Format::Int2, 64, 32, plain_source(64));
+    let affine = Affine::identity(64);
+    for isa in Isa::available() {
+        let mut row = vec![1.0; 64];
+        row[7] = f32::INFINITY;
+        let (mut codes, mut metadata) = (vec![9; 16], vec![9; 2]);
+        cpu::encode_row(isa, &codec, &affine, 0, &row, &mut codes, &mut metadata);
+        let (mut slow_codes, mut slow_metadata) = (vec![9; 16], vec![9; 2]);
+        codec.encode_row(&row, &affine, 0, &mut slow_codes, &mut slow_metadata);
+        assert_eq!((&codes, &metadata), (&slow_codes, &slow_metadata));
+        let mut out = vec![0.0; 64];
+        codec.decode_row(&codes, &metadata, &affine, 0, &mut out);
+        assert!(out.iter().all(|value| value.is_nan()));
+    }
+}
+
+fn spec(heads: usize, keys: Codec, values: Codec, sinks: usize, window: usize, isa: Isa) -> LayerSpec {
+    LayerSpec {
+        num_key_value_heads: heads,
+        keys,
+        values,
+        sinks,
+        window,
+        dtype: Dtype::F32,
+        nonfinite: NonFinite::Raise,
+        isa,
+    }
+}
+
+/// All rows of a layer, `[batch × heads × tokens, width]`.
+fn decoded(layer: &Layer, values: bool) -> Vec<f32> {
+    let spec = layer.spec();
+    let width = if values { &spec.values } else { &spec.keys }.layout.head_dim;
+    let shape = [layer.batch_size(), spec.num_key_value_heads, layer.regions().total(), width];
+    let mut out = vec![0.0f32; shape.iter().product()];
+    layer.decode(values, TensorViewMut::from_slice(&mut out, shape)).unwrap();
+    out
+}
+
+/// A call's inputs in plain arrays.
+struct Case {
+    batch: usize,
+    heads: usize,
+    group: usize,
+    length: usize,
+    tokens: usize,
+    key_width: usize,
+    value_width: usize,
+}
+
+/// Attention in f64 on decoded rows; `visible(b, l, t)`.
+#[allow(clippy::too_many_arguments)]
+fn oracle(
+    case: &Case,
+    query: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    scale: f64,
+    softcap: Option<f32>,
+    sinks: Option<&[f32]>,
+    visible: impl Fn(usize, usize, usize) -> bool,
+) -> Vec<f64> {
+    let mut output = Vec::new();
+    for b in 0..case.batch {
+        for h in 0..case.heads * case.group {
+            let kv = b * case.heads + h / case.group;
+            for l in 0..case.length {
+                let q =
+                    &query[((b * case.heads * case.group + h) * case.length + l) * case.key_width..][..case.key_width];
+                let scores: Vec<f64> = (0..case.tokens)
+                    .map(|t| {
+                        let k = &keys[(kv * case.tokens + t) * case.key_width..][..case.key_width];
+                        let dot: f64 = q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                        let score =
+                            softcap.map_or(dot * scale, |cap| f64::from(cap) * (dot * scale / f64::from(cap)).tanh());
+                        if visible(b, l, t) { score } else { f64::NEG_INFINITY }
+                    })
+                    .collect();
+                let sink = sinks.map(|sinks| f64::from(sinks[h]));
+                let maximum = scores.iter().copied().fold(sink.unwrap_or(f64::NEG_INFINITY), f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - maximum).exp()).collect();
+                let sum = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - maximum).exp());
+                for c in 0..case.value_width {
+                    let value = |t: usize| f64::from(values[(kv * case.tokens + t) * case.value_width + c]);
+                    output.push(weights.iter().enumerate().map(|(t, w)| w * value(t)).sum::<f64>() / sum);
+                }
+            }
+        }
+    }
+    output
+}
+
+fn close(found: &[f32], wanted: &[f64]) -> bool {
+    let largest = wanted.iter().fold(1.0f64, |most, value| most.max(value.abs()));
+    found.iter().zip(wanted).all(|(found, wanted)| (f64::from(*found) - wanted).abs() < 2e-5 * largest)
+}
+
+#[test]
+fn attention_on_packed_bytes_equals_attention_on_decoded_rows() {
+    let mut noise = Noise(2);
+    for round in 0..120 {
+        let isas = Isa::available();
+        let isa = isas[round % isas.len()];
+        let (key_width, value_width) = ([64, 80, 128, 256][noise.below(4)], [64, 96, 128][noise.below(3)]);
+        let block = [0, 128, 256][noise.below(3)];
+        let source = |noise: &mut Noise, width| match block {
+            0 => random_codec(noise, width).source,
+            rows => Source::Block(BlockRule::new(rows, noise.below(2) == 0, noise.uniform()).unwrap()),
+        };
+        let mut keys = random_codec(&mut noise, key_width);
+        let mut values = random_codec(&mut noise, value_width);
+        (keys.source, values.source) = (source(&mut noise, key_width), source(&mut noise, value_width));
+        let case = Case {
+            batch: 1 + noise.below(2),
+            heads: 1 + noise.below(2),
+            group: [1, 2, 3, 4, 7][noise.below(5)],
+            length: [1, 1, 2, 5, 20][noise.below(5)],
+            tokens: 30 + noise.below(700),
+            key_width,
+            value_width,
+        };
+        let mut layer = Layer::new(spec(case.heads, keys, values, noise.below(6), 1 + noise.below(40), isa)).unwrap();
+        let shape = |width| [case.batch, case.heads, case.tokens, width];
+        let key_rows = noise.rows(case.batch * case.heads * case.tokens, key_width);
+        let value_rows = noise.rows(case.batch * case.heads * case.tokens, value_width);
+        let key_view = TensorView::from_slice(&key_rows, shape(key_width));
+        let value_view = TensorView::from_slice(&value_rows, shape(value_width));
+        layer.append(key_view, value_view).unwrap();
+
+        let query_shape = [case.batch, case.heads * case.group, case.length, key_width];
+        let query: Vec<f32> = (0..query_shape.iter().product()).map(|_| noise.normal()).collect();
+        let fresh = noise.below(2) * case.length.min(case.tokens - 1);
+        let (mut all_keys, mut all_values) = (decoded(&layer, false), decoded(&layer, true));
+        for (all, exact, width) in [(&mut all_keys, &key_rows, key_width), (&mut all_values, &value_rows, value_width)]
+        {
+            for head in 0..case.batch * case.heads {
+                let part = (head * case.tokens + case.tokens - fresh) * width..(head + 1) * case.tokens * width;
+                all[part.clone()].copy_from_slice(&exact[part]);
+            }
+        }
+        let causal = noise.below(2) == 0;
+        let padding: Vec<usize> = (0..case.batch).map(|_| noise.below(2) * noise.below(case.tokens / 2)).collect();
+        let mask: Vec<u8> =
+            (0..case.batch * case.tokens).map(|i| u8::from(i % case.tokens >= padding[i / case.tokens])).collect();
+        let softcap = (noise.below(3) == 0).then_some(5.0);
+        let sinks: Vec<f32> = (0..case.heads * case.group).map(|_| noise.normal()).collect();
+        let sinks = (noise.below(3) == 0).then_some(&sinks[..]);
+        let scale = 0.3 / (key_width as f32).sqrt();
+        let visible = |b: usize, l: usize, t: usize| t >= padding[b] && (!causal || t <= case.tokens - case.length + l);
+        let wanted = oracle(&case, &query, &all_keys, &all_values, f64::from(scale), softcap, sinks, visible);
+        let call = Attention {
+            query: TensorView::from_slice(&query, query_shape),
+            scale,
+            mask: Some(MaskView::from_visible(&mask, [case.batch, 1, 1, case.tokens])),
+            causal,
+            softcap,
+            sink_logits: sinks,
+            fresh: (fresh > 0).then(|| {
+                let first = case.tokens - fresh;
+                (key_view.slice_tokens(first, fresh), value_view.slice_tokens(first, fresh))
+            }),
+        };
+        let output_shape = [case.batch, case.heads * case.group, case.length, value_width];
+        let mut output = vec![0.0f32; output_shape.iter().product()];
+        attend(&layer, &call, TensorViewMut::from_slice(&mut output, output_shape)).unwrap();
+        assert!(close(&output, &wanted), "round {round}, {isa}: {:?}", layer.spec());
+    }
+}
+
+fn small_layer(block: usize, sinks: usize, window: usize) -> Layer {
+    let source = |rows| match rows {
+        0 => plain_source(64),
+        rows => Source::Block(BlockRule::new(rows, true, 1.0).unwrap()),
+    };
+    let keys = codec(Format::Int2, 64, 64, source(block));
+    let values = codec(Format::Ternary, 64, 32, source(0));
+    Layer::new(spec(2, keys, values, sinks, window, Isa::best())).unwrap()
+}
+
+fn append(layer: &mut Layer, rows: &[f32], first: usize, count: usize, total: usize) {
+    let view = TensorView::from_slice(rows, [1, 2, total, 64]).slice_tokens(first, count);
+    layer.append(view, view).unwrap();
+}
+
+#[test]
+fn append_in_parts_equals_append_at_once() {
+    let mut noise = Noise(3);
+    for block in [0, 128] {
+        let total = 500;
+        let rows = noise.rows(2 * total, 64);
+        let mut whole = small_layer(block, 5, 16);
+        append(&mut whole, &rows, 0, total, total);
+        let mut parts = small_layer(block, 5, 16);
+        let mut done = 0;
+        while done < total {
+            let count = (1 + noise.below(60)).min(total - done);
+            append(&mut parts, &rows, done, count, total);
+            done += count;
+            let regions = parts.regions();
+            assert_eq!(regions.total(), done);
+            assert_eq!(regions.sinks, done.min(5));
+            let evicted = (done - regions.sinks).saturating_sub(16);
+            assert_eq!(regions.packed, if block == 0 { evicted } else { evicted / block * block });
+        }
+        assert_eq!(decoded(&whole, false), decoded(&parts, false));
+        assert_eq!(decoded(&whole, true), decoded(&parts, true));
+    }
+}
+
+#[test]
+fn crop_then_append_keeps_what_was_packed() {
+    let mut noise = Noise(4);
+    for block in [0, 128] {
+        let total = 420;
+        let rows = noise.rows(2 * total, 64);
+        let mut straight = small_layer(block, 5, 16);
+        append(&mut straight, &rows, 0, total, total);
+        for length in [419, 410, 300, 140, 3, 0] {
+            let mut layer = small_layer(block, 5, 16);
+            append(&mut layer, &rows, 0, total, total);
+            let packed = layer.regions().packed;
+            layer.crop(length).unwrap();
+            assert_eq!(layer.regions().total(), length);
+            append(&mut layer, &rows, length, total - length, total);
+            if length + 16 >= total || packed == 0 {
+                assert_eq!(layer.regions(), straight.regions());
+            }
+            if block == 0 {
+                assert_eq!(decoded(&straight, false), decoded(&layer, false), "{length}");
+            }
+        }
+        let mut layer = small_layer(block, 5, 16);
+        append(&mut layer, &rows, 0, 20, total);
+        assert!(layer.crop(21).is_err());
+    }
+}
+
+#[test]
+fn gathered_sequences_are_independent() {
+    let mut noise = Noise(5);
+    let rows = noise.rows(2 * 2 * 300, 64);
+    let view = TensorView::from_slice(&rows, [2, 2, 300, 64]);
+    let mut layer = small_layer(128, 5, 16);
+    layer.append(view, view).unwrap();
+    let (before, bytes) = (decoded(&layer, false), layer.nbytes());
+    let half = before.len() / 2;
+    layer.gather(&[1, 0, 1]).unwrap();
+    assert_eq!(layer.nbytes(), bytes, "nothing is copied by a gather");
+    let gathered = decoded(&layer, false);
+    assert_eq!(gathered[..half], before[half..]);
+    assert_eq!(gathered[half..2 * half], before[..half]);
+    let more = noise.rows(3 * 2 * 150, 64);
+    let more = TensorView::from_slice(&more, [3, 2, 150, 64]);
+    let copy = layer.clone();
+    layer.append(more, more).unwrap();
+    assert_eq!(decoded(&copy, false), gathered, "a clone is not touched");
+    assert!(layer.gather(&[3]).is_err() && layer.gather(&[]).is_err());
+    assert_eq!(layer.batch_size(), 3);
+}
+
+#[test]
+fn a_refused_append_changes_nothing() {
+    let mut noise = Noise(6);
+    let rows = noise.rows(2 * 100, 64);
+    let mut layer = small_layer(0, 5, 16);
+    append(&mut layer, &rows, 0, 100, 100);
+    let (regions, before) = (layer.regions(), decoded(&layer, true));
+    let good = TensorView::from_slice(&rows, [1, 2, 100, 64]);
+    let mut broken = rows.clone();
+    broken[64 * 100 + 3] = f32::NAN;
+    let broken = TensorView::from_slice(&broken, [1, 2, 100, 64]);
+    let error = layer.append(good, broken).unwrap_err().to_string();
+    assert!(error.contains("values") && error.contains("head 1, token 0"), "{error}");
+    assert!(layer.append(good, good.slice_tokens(0, 5)).is_err());
+    assert!(layer.append(TensorView::from_slice(&rows, [2, 2, 50, 64]), good).is_err());
+    assert!(layer.append(TensorView::from_slice(&rows, [1, 1, 200, 64]), good).is_err());
+    assert!(layer.append(good.slice_tokens(0, 0), good.slice_tokens(0, 0)).is_err());
+    assert_eq!((layer.regions(), decoded(&layer, true)), (regions, before));
+}
+
+#[test]
+fn one_broken_row_leaves_its_block_alone() {
+    let mut noise = Noise(7);
+    let rows = noise.rows(2 * 200, 64);
+    let mut broken = rows.clone();
+    broken[64 * 50 + 1] = f32::NAN;
+    let run = |rows: &[f32]| {
+        let mut layer = small_layer(128, 5, 16);
+        let mut spec = layer.spec().clone();
+        spec.nonfinite = NonFinite::Propagate;
+        layer = Layer::new(spec).unwrap();
+        append(&mut layer, rows, 0, 200, 200);
+        decoded(&layer, false)
+    };
+    let (clean, dirty) = (run(&rows), run(&broken));
+    assert!(dirty[64 * 50..64 * 51].iter().all(|value| value.is_nan()));
+    for (i, (clean, dirty)) in clean.chunks(64).zip(dirty.chunks(64)).enumerate() {
+        let error = clean.iter().zip(dirty).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(i == 50 || error < 8.0, "row {i} moved by {error}");
+    }
+}
+
+#[test]
+fn bytes_follow_the_specification() {
+    let mut noise = Noise(8);
+    let total = 5 + 16 + 10 * 128;
+    let rows = noise.rows(2 * total, 64);
+    let mut layer = small_layer(0, 5, 16);
+    append(&mut layer, &rows, 0, total, total);
+    let packed = 2 * 1280 * ((16 + 1) + (13 + 2));
+    let plain = layer.nbytes() - packed;
+    assert!(plain >= 2 * 2 * 21 * 64 * 4 && plain <= 2 * 2 * 60 * 64 * 4, "{plain}");
+    assert_eq!(layer.regions().packed, 1280);
+}
+
+#[test]
+fn metadata_is_read_as_it_was_stored() {
+    for isa in Isa::available() {
+        let bytes: Vec<u8> = (0..=255).chain(0..=20).collect();
+        let mut numbers = vec![0.0; bytes.len()];
+        simd::levels::decode_metadata(isa, Metadata::E4m3, &bytes, &mut numbers);
+        for (byte, number) in bytes.iter().zip(&numbers) {
+            let wanted = Metadata::E4m3.load(&[*byte]);
+            assert!(
+                *number == wanted && number.is_sign_negative() == wanted.is_sign_negative()
+                    || wanted.is_nan() && number.is_nan()
+            );
+        }
+        let halves = [0.5f32, -65504.0, 6e-8, 0.0, 3.25].map(half::f16::from_f32);
+        let bytes: Vec<u8> = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
+        let mut numbers = vec![0.0; halves.len()];
+        simd::levels::decode_metadata(isa, Metadata::Fp16, &bytes, &mut numbers);
+        assert!(numbers.iter().zip(halves).all(|(number, half)| *number == half.to_f32()));
+    }
+}

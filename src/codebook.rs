@@ -1,0 +1,156 @@
+//! Codebooks: which number a code stands for, before the group's scale and zero point. Keys and values each have one.
+
+use crate::error::{Error, Result};
+use crate::format::Format;
+
+/// Levels in units of the group's scale.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Codebook {
+    /// C[i] = i − (n−1)/2 for n levels.
+    Uniform { levels: usize },
+    /// Ascending levels, at most 16, and the thresholds between them.
+    Levels { levels: Vec<f32>, thresholds: Vec<f32> },
+    /// Eight codewords of the plane (`x`, `y`) and half their squared lengths.
+    Pairs { x: [f32; 8], y: [f32; 8], half_norms: [f32; 8] },
+}
+
+impl Codebook {
+    /// The codebook `name` ("uniform" or "lloyd-max") of a format.
+    pub fn named(name: &str, format: Format) -> Result<Self> {
+        let levels = format.levels();
+        match (name, format) {
+            ("uniform" | "lloyd-max", Format::Raw(_)) => Ok(Self::Uniform { levels: 0 }),
+            ("uniform", Format::Pair) => {
+                Err(Error::value("codebook", "\"lloyd-max\" or eight pairs for format \"1.5\"", name))
+            }
+            ("uniform", _) => Ok(Self::Uniform { levels }),
+            ("lloyd-max", Format::Int8) => {
+                Err(Error::value("codebook", "\"uniform\" for format \"8\": 256 levels are not listed", name))
+            }
+            ("lloyd-max", Format::Pair) => Self::pairs(&LLOYD_MAX_PAIRS),
+            ("lloyd-max", _) => Self::levels(lloyd_max(levels), format),
+            _ => Err(Error::value("codebook", "\"uniform\", \"lloyd-max\" or a list of levels", name)),
+        }
+    }
+
+    /// Listed levels: as many as the format has codes, finite, ascending, not all zero.
+    pub fn levels(levels: &[f32], format: Format) -> Result<Self> {
+        let wanted = format.levels();
+        if matches!(format, Format::Pair | Format::Raw(_) | Format::Int8) || levels.len() != wanted {
+            let expected = match format {
+                Format::Pair => "eight pairs of numbers for format \"1.5\"".to_string(),
+                Format::Int8 | Format::Raw(_) => format!("\"uniform\" for format \"{}\"", format.name()),
+                _ => format!("{wanted} levels for format \"{}\"", format.name()),
+            };
+            return Err(Error::value("codebook", expected, format!("{} levels", levels.len())));
+        }
+        let ascending = levels.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascending || !levels.iter().all(|level| level.is_finite()) {
+            return Err(Error::value("codebook", "finite levels in ascending order", format!("{levels:?}")));
+        }
+        let thresholds = levels.windows(2).map(|pair| (pair[0] + pair[1]) * 0.5).collect();
+        Ok(Self::Levels { levels: levels.to_vec(), thresholds })
+    }
+
+    /// Eight codewords of the plane.
+    pub fn pairs(words: &[[f32; 2]]) -> Result<Self> {
+        let finite = words.iter().flatten().all(|value| value.is_finite());
+        if words.len() != 8 || !finite {
+            return Err(Error::value("codebook", "eight pairs of finite numbers", format!("{words:?}")));
+        }
+        let x = std::array::from_fn(|i| words[i][0]);
+        let y = std::array::from_fn(|i| words[i][1]);
+        let half_norms = std::array::from_fn(|i| (words[i][0] * words[i][0] + words[i][1] * words[i][1]) * 0.5);
+        Ok(Self::Pairs { x, y, half_norms })
+    }
+
+    /// The largest magnitude of a level or of a codeword's coordinate: C_max of the range rule.
+    pub fn largest(&self) -> f32 {
+        let largest = |values: &[f32]| values.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        match self {
+            Self::Uniform { levels } => (*levels as f32 - 1.0) * 0.5,
+            Self::Levels { levels, .. } => largest(levels),
+            Self::Pairs { x, y, .. } => largest(x).max(largest(y)),
+        }
+    }
+
+    /// The code of `t`, one number in units of the scale. Not for pairs.
+    pub fn code(&self, t: f32) -> u8 {
+        match self {
+            Self::Uniform { levels } => {
+                let top = (*levels as f32) - 1.0;
+                ((t + top * 0.5).max(0.0).min(top) + 0.5) as u8
+            }
+            Self::Levels { thresholds, .. } => thresholds.iter().map(|&threshold| u8::from(t > threshold)).sum(),
+            Self::Pairs { .. } => unreachable!("a pair codebook takes two numbers"),
+        }
+    }
+
+    /// The codeword nearest to (`t_x`, `t_y`): the first of the best.
+    pub fn pair_code(&self, t_x: f32, t_y: f32) -> u8 {
+        let Self::Pairs { x, y, half_norms } = self else { unreachable!("a scalar codebook takes one number") };
+        let mut best = (f32::NEG_INFINITY, 0);
+        for i in 0..8 {
+            let score = (t_x * x[i] + t_y * y[i]) - half_norms[i];
+            if score > best.0 {
+                best = (score, i as u8);
+            }
+        }
+        best.1
+    }
+
+    /// The level of a scalar code.
+    pub fn level(&self, code: u8) -> f32 {
+        match self {
+            Self::Uniform { levels } => f32::from(code) - (*levels as f32 - 1.0) * 0.5,
+            Self::Levels { levels, .. } => levels[usize::from(code)],
+            Self::Pairs { .. } => unreachable!("a pair codebook has codewords"),
+        }
+    }
+}
+
+/// Levels that minimise the mean squared error of N(0, 1), for 3, 4, 8 and 16 levels.
+/// Errors: 0.1902, 0.1175, 0.03454, 0.009497 (Max 1960).
+pub fn lloyd_max(levels: usize) -> &'static [f32] {
+    match levels {
+        3 => &LLOYD_MAX_3,
+        4 => &LLOYD_MAX_4,
+        8 => &LLOYD_MAX_8,
+        16 => &LLOYD_MAX_16,
+        _ => unreachable!("formats have 3, 4, 8 or 16 listed levels"),
+    }
+}
+
+const LLOYD_MAX_3: [f32; 3] = [-1.22400641, 0.0, 1.22400641];
+const LLOYD_MAX_4: [f32; 4] = [-1.51041758, -0.452780038, 0.452780038, 1.51041758];
+const LLOYD_MAX_8: [f32; 8] =
+    [-2.15194559, -1.34390926, -0.756005287, -0.24509418, 0.24509418, 0.756005287, 1.34390926, 2.15194559];
+const LLOYD_MAX_16: [f32; 16] = [
+    -2.73258948,
+    -2.06901717,
+    -1.6180464,
+    -1.25623119,
+    -0.942340434,
+    -0.656759143,
+    -0.388048291,
+    -0.128395036,
+    0.128395036,
+    0.388048291,
+    0.656759143,
+    0.942340434,
+    1.25623119,
+    1.6180464,
+    2.06901717,
+    2.73258948,
+];
+/// The best eight points found for the standard normal plane.
+const LLOYD_MAX_PAIRS: [[f32; 2]; 8] = [
+    [-1.40056229, -0.844749749],
+    [-1.40056229, 0.844749749],
+    [-0.48093155, 0.0],
+    [0.0, -1.37701225],
+    [0.0, 1.37701225],
+    [0.48093155, 0.0],
+    [1.40056229, -0.844749749],
+    [1.40056229, 0.844749749],
+];

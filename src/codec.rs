@@ -1,0 +1,289 @@
+//! Rows to codes and back, slowly and plainly: the oracle of the fast encoders and the one place that spells out FORMAT.md §3.
+//!
+//! A [`Codec`] is the immutable description of how the rows of one stream (the keys or the values of a layer) are packed.
+//! It holds no rows. The fast paths live in `backend/`.
+
+use crate::codebook::Codebook;
+use crate::error::{Error, Result};
+use crate::format::{Format, MAX_HEAD_DIM, RowLayout, pack, unpack};
+use crate::transform::{Affine, Permutation, Rotation, Source};
+
+/// How a group's scale is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Root mean square of the group.
+    Norm,
+    /// Largest magnitude (symmetric) or half the span from minimum to maximum (asymmetric).
+    Range,
+}
+
+impl Rule {
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "norm" => Ok(Self::Norm),
+            "range" => Ok(Self::Range),
+            _ => Err(Error::value("rule", "\"norm\" or \"range\"", name)),
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Norm => "norm",
+            Self::Range => "range",
+        }
+    }
+}
+
+/// Everything that turns a row into bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Codec {
+    pub layout: RowLayout,
+    pub codebook: Codebook,
+    pub rule: Rule,
+    pub clip: f32,
+    pub refinements: u32,
+    pub rotation: Rotation,
+    /// None, one for all heads, or one for each kv head.
+    pub permutations: Vec<Permutation>,
+    pub source: Source,
+}
+
+impl Codec {
+    /// Rows of a block of statistics, 0 for static ones.
+    pub fn block_rows(&self) -> usize {
+        match &self.source {
+            Source::Block(rule) if !self.is_raw() => rule.rows,
+            _ => 0,
+        }
+    }
+
+    pub fn is_raw(&self) -> bool {
+        matches!(self.layout.format, Format::Raw(_))
+    }
+
+    pub fn permutation(&self, head: usize) -> Option<&Permutation> {
+        self.permutations.get(if self.permutations.len() == 1 { 0 } else { head })
+    }
+
+    /// The static shift and scale of a head; `None` for a codec with block statistics.
+    pub fn static_affine(&self, head: usize) -> Option<&Affine> {
+        match &self.source {
+            Source::Static(affines) => affines.get(if affines.len() == 1 { 0 } else { head }),
+            Source::Block(_) => None,
+        }
+    }
+
+    /// Bits of an element in a full page: codes, metadata and the block's statistics.
+    pub fn bits_per_element(&self) -> f64 {
+        let row = self.layout.row_bytes() as f64;
+        let statistics = match &self.source {
+            Source::Block(rule) if !self.is_raw() => rule.bytes(self.layout.head_dim) as f64 / rule.rows as f64,
+            _ => 0.0,
+        };
+        8.0 * (row + statistics) / self.layout.head_dim as f64
+    }
+
+    /// Checks what the constructors of the parts cannot see, for `heads` kv heads.
+    pub fn validate(&self, heads: usize) -> Result<()> {
+        if !(self.clip > 0.0 && self.clip.is_finite()) {
+            return Err(Error::value("clip", "a positive number", self.clip));
+        }
+        let fits = |count: usize| count <= 1 || count == heads;
+        if !fits(self.permutations.len()) {
+            return Err(Error::value("permutation", format!("1 or {heads} lists"), self.permutations.len()));
+        }
+        let Source::Static(affines) = &self.source else { return Ok(()) };
+        if affines.is_empty() || !fits(affines.len()) {
+            return Err(Error::value("shift and scale", format!("1 or {heads} heads"), affines.len()));
+        }
+        for affine in affines {
+            if affine.shift.len() != self.layout.head_dim || affine.scale.len() != self.layout.head_dim {
+                let expected = format!("{} channels", self.layout.head_dim);
+                return Err(Error::value("shift and scale", expected, affine.shift.len()));
+            }
+            if !affine.shift.iter().all(|shift| shift.is_finite()) {
+                return Err(Error::value("shift", "finite numbers", "a NaN or an infinity"));
+            }
+            if !affine.scale.iter().all(|scale| *scale > 0.0 && (1.0 / scale).is_finite() && scale.is_finite()) {
+                return Err(Error::value("scale", "positive finite numbers", "another one"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes one row: codes to `codes[..code_bytes]`, scales and zero points to `metadata[..metadata_bytes]`. Not for raw rows.
+    pub fn encode_row(&self, row: &[f32], affine: &Affine, head: usize, codes: &mut [u8], metadata: &mut [u8]) {
+        let mut y = [0.0f32; MAX_HEAD_DIM];
+        let y = &mut y[..self.layout.head_dim];
+        if !row.iter().all(|value| value.is_finite()) {
+            return encode_broken_row(&self.layout, codes, metadata);
+        }
+        self.transform(row, affine, head, y);
+        let groups = self.layout.groups();
+        let size = self.layout.metadata.size();
+        let mut unpacked = [0u8; MAX_HEAD_DIM];
+        for (g, group) in y.chunks_exact(self.layout.group_size).enumerate() {
+            let zero = self.zero_point(group);
+            let zero = if self.layout.symmetric {
+                0.0
+            } else {
+                self.layout.metadata.store(zero, &mut metadata[(groups + g) * size..])
+            };
+            let scale = &mut metadata[g * size..][..size];
+            let mut a = self.layout.metadata.store(self.first_scale(group, zero), scale);
+            self.codes(group, a, zero, g, &mut unpacked);
+            for _ in 0..self.refinements {
+                let better = self.refined_scale(group, zero, g, &unpacked);
+                if let Some(better) = better {
+                    a = self.layout.metadata.store(better, scale);
+                    self.codes(group, a, zero, g, &mut unpacked);
+                }
+            }
+        }
+        pack(&self.layout, &unpacked[..self.layout.codes()], codes);
+    }
+
+    /// Steps 1 to 3: shift, scale, rotate, permute.
+    fn transform(&self, row: &[f32], affine: &Affine, head: usize, y: &mut [f32]) {
+        let mut u = [0.0f32; MAX_HEAD_DIM];
+        let u = &mut u[..row.len()];
+        for c in 0..row.len() {
+            u[c] = (row[c] - affine.shift[c]) * affine.inverse[c];
+        }
+        self.rotation.apply(u);
+        match self.permutation(head) {
+            Some(permutation) => permutation.apply(u, y),
+            None => y.copy_from_slice(u),
+        }
+    }
+
+    fn zero_point(&self, group: &[f32]) -> f32 {
+        if self.layout.symmetric {
+            return 0.0;
+        }
+        match self.rule {
+            Rule::Norm => lane_sum(group.iter().copied()) / group.len() as f32,
+            Rule::Range => self.clip * ((maximum(group) + minimum(group)) * 0.5),
+        }
+    }
+
+    fn first_scale(&self, group: &[f32], zero: f32) -> f32 {
+        match self.rule {
+            Rule::Norm => {
+                let squares = lane_sum(group.iter().map(|y| (y - zero) * (y - zero)));
+                self.clip * (squares / group.len() as f32).sqrt()
+            }
+            Rule::Range if self.layout.symmetric => {
+                self.clip * group.iter().fold(0.0f32, |most, y| most.max(y.abs())) / self.codebook.largest()
+            }
+            Rule::Range => self.clip * ((maximum(group) - minimum(group)) * 0.5) / self.codebook.largest(),
+        }
+    }
+
+    /// Step 4, the least-squares scale for the codes at hand.
+    fn refined_scale(&self, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
+        let level = |c: usize| self.level_of(codes, g, c);
+        let numerator = lane_sum(group.iter().enumerate().map(|(c, y)| (y - zero) * level(c)));
+        let denominator = lane_sum((0..group.len()).map(|c| level(c) * level(c)));
+        (numerator > 0.0).then(|| numerator / denominator)
+    }
+
+    /// Step 5 for group `g`; `codes` are those of the whole row.
+    fn codes(&self, group: &[f32], a: f32, zero: f32, g: usize, codes: &mut [u8]) {
+        let inverse = if a == 0.0 { 0.0 } else { 1.0 / a };
+        let scaled = |y: f32| (y - zero) * inverse;
+        if self.layout.format == Format::Pair {
+            let half = group.len() / 2;
+            for j in 0..half {
+                codes[g * half + j] = self.codebook.pair_code(scaled(group[j]), scaled(group[half + j]));
+            }
+        } else {
+            for (code, &y) in codes[g * group.len()..].iter_mut().zip(group) {
+                *code = self.codebook.code(scaled(y));
+            }
+        }
+    }
+
+    /// The levels of group `g` of a row with these codes.
+    pub fn group_levels(&self, codes: &[u8], g: usize, levels: &mut [f32]) {
+        for (c, level) in levels.iter_mut().enumerate() {
+            *level = self.level_of(codes, g, c);
+        }
+    }
+
+    /// The level of channel `c` of group `g`.
+    fn level_of(&self, codes: &[u8], g: usize, c: usize) -> f32 {
+        let size = self.layout.group_size;
+        match &self.codebook {
+            Codebook::Pairs { x, y, .. } => {
+                let half = size / 2;
+                let code = usize::from(codes[g * half + c % half]);
+                if c < half { x[code] } else { y[code] }
+            }
+            scalar => scalar.level(codes[g * size + c]),
+        }
+    }
+
+    /// Decodes one row into `out` (`head_dim` channels). Not for raw rows.
+    pub fn decode_row(&self, codes: &[u8], metadata: &[u8], affine: &Affine, head: usize, out: &mut [f32]) {
+        let layout = &self.layout;
+        let mut unpacked = [0u8; MAX_HEAD_DIM];
+        unpack(layout, codes, &mut unpacked[..layout.codes()]);
+        let mut y = [0.0f32; MAX_HEAD_DIM];
+        let y = &mut y[..layout.head_dim];
+        for (g, group) in y.chunks_exact_mut(layout.group_size).enumerate() {
+            let (scale, zero) = group_metadata(layout, metadata, g);
+            for (c, value) in group.iter_mut().enumerate() {
+                *value = scale * self.level_of(&unpacked, g, c) + zero;
+            }
+        }
+        match self.permutation(head) {
+            Some(permutation) => permutation.invert(y, out),
+            None => out.copy_from_slice(y),
+        }
+        self.rotation.apply(out);
+        for (c, value) in out.iter_mut().enumerate() {
+            *value = *value * affine.scale[c] + affine.shift[c];
+        }
+    }
+}
+
+/// A row that is not finite: NaN scales, all else zero.
+pub fn encode_broken_row(layout: &RowLayout, codes: &mut [u8], metadata: &mut [u8]) {
+    codes.fill(0);
+    metadata.fill(0);
+    let size = layout.metadata.size();
+    for g in 0..layout.groups() {
+        layout.metadata.store(f32::NAN, &mut metadata[g * size..]);
+    }
+}
+
+/// Scale and zero point of group `g` of a row.
+pub fn group_metadata(layout: &RowLayout, metadata: &[u8], g: usize) -> (f32, f32) {
+    let size = layout.metadata.size();
+    let scale = layout.metadata.load(&metadata[g * size..]);
+    let zero = if layout.symmetric { 0.0 } else { layout.metadata.load(&metadata[(layout.groups() + g) * size..]) };
+    (scale, zero)
+}
+
+/// The sum of FORMAT.md §3.4: sixteen lanes, then folded in halves.
+fn lane_sum(values: impl Iterator<Item = f32>) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for (i, value) in values.enumerate() {
+        lanes[i % 16] += value;
+    }
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
+}
+
+fn maximum(values: &[f32]) -> f32 {
+    values.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+fn minimum(values: &[f32]) -> f32 {
+    values.iter().copied().fold(f32::INFINITY, f32::min)
+}
