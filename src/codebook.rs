@@ -1,4 +1,5 @@
 //! Codebooks: which number a code stands for, before the group's scale and zero point. Keys and values each have one.
+#![allow(clippy::unreadable_literal, reason = "constants of nine digits, as they are published")]
 
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -64,7 +65,7 @@ impl Codebook {
         Ok(Self::Pairs { x, y, half_norms })
     }
 
-    /// The largest magnitude of a level or of a codeword's coordinate: C_max of the range rule.
+    /// The largest magnitude of a level or of a codeword's coordinate: `C_max` of the range rule.
     pub fn largest(&self) -> f32 {
         let largest = |values: &[f32]| values.iter().fold(0.0f32, |most, value| most.max(value.abs()));
         match self {
@@ -121,36 +122,36 @@ pub fn lloyd_max(levels: usize) -> &'static [f32] {
     }
 }
 
-const LLOYD_MAX_3: [f32; 3] = [-1.22400641, 0.0, 1.22400641];
-const LLOYD_MAX_4: [f32; 4] = [-1.51041758, -0.452780038, 0.452780038, 1.51041758];
+const LLOYD_MAX_3: [f32; 3] = [-1.224_006_4, 0.0, 1.224_006_4];
+const LLOYD_MAX_4: [f32; 4] = [-1.510_417_6, -0.452_780_04, 0.452_780_04, 1.510_417_6];
 const LLOYD_MAX_8: [f32; 8] =
-    [-2.15194559, -1.34390926, -0.756005287, -0.24509418, 0.24509418, 0.756005287, 1.34390926, 2.15194559];
+    [-2.151_945_6, -1.343_909_3, -0.756_005_3, -0.24509418, 0.24509418, 0.756_005_3, 1.343_909_3, 2.151_945_6];
 const LLOYD_MAX_16: [f32; 16] = [
-    -2.73258948,
-    -2.06901717,
+    -2.732_589_5,
+    -2.069_017_2,
     -1.6180464,
-    -1.25623119,
-    -0.942340434,
-    -0.656759143,
-    -0.388048291,
-    -0.128395036,
-    0.128395036,
-    0.388048291,
-    0.656759143,
-    0.942340434,
-    1.25623119,
+    -1.256_231_2,
+    -0.942_340_43,
+    -0.656_759_14,
+    -0.388_048_3,
+    -0.128_395_04,
+    0.128_395_04,
+    0.388_048_3,
+    0.656_759_14,
+    0.942_340_43,
+    1.256_231_2,
     1.6180464,
-    2.06901717,
-    2.73258948,
+    2.069_017_2,
+    2.732_589_5,
 ];
 /// The best eight points found for the standard normal plane.
 const LLOYD_MAX_PAIRS: [[f32; 2]; 8] = [
-    [-1.40056229, -0.844749749],
-    [-1.40056229, 0.844749749],
+    [-1.400_562_3, -0.844_749_75],
+    [-1.400_562_3, 0.844_749_75],
     [-0.48093155, 0.0],
-    [0.0, -1.37701225],
-    [0.0, 1.37701225],
+    [0.0, -1.377_012_3],
+    [0.0, 1.377_012_3],
     [0.48093155, 0.0],
-    [1.40056229, -0.844749749],
-    [1.40056229, 0.844749749],
+    [1.400_562_3, -0.844_749_75],
+    [1.400_562_3, 0.844_749_75],
 ];

@@ -275,7 +275,7 @@ fn pack_ternary(codes: &[u8], bytes: &mut [u8]) {
         }
     }
     for (byte, sum) in bytes.iter_mut().zip(&sums[..planes]) {
-        *byte = ((sum * 256 + 242) / 243) as u8;
+        *byte = (sum * 256).div_ceil(243) as u8;
     }
 }
 
@@ -302,7 +302,7 @@ pub fn unpack(layout: &RowLayout, bytes: &[u8], codes: &mut [u8]) {
             let planes = codes.len().div_ceil(5);
             for (c, code) in codes.iter_mut().enumerate() {
                 let power = [1u16, 3, 9, 27, 81][c / planes];
-                *code = (((u16::from(bytes[c % planes]) * power) & 255) * 3 >> 8) as u8;
+                *code = ((((u16::from(bytes[c % planes]) * power) & 255) * 3) >> 8) as u8;
             }
         }
         Format::Raw(_) => {}
@@ -363,7 +363,7 @@ mod tests {
         }
         for byte in 0..0x7eu8 {
             let (low, high) = (E4M3_VALUES[usize::from(byte)], E4M3_VALUES[usize::from(byte) + 1]);
-            let middle = (low + high) / 2.0;
+            let middle = f32::midpoint(low, high);
             assert_eq!(e4m3_from_f32(middle), if byte % 2 == 0 { byte } else { byte + 1 }, "{middle}");
             assert_eq!(e4m3_from_f32(f32::from_bits(middle.to_bits() - 1)), byte);
             assert_eq!(e4m3_from_f32(f32::from_bits(middle.to_bits() + 1)), byte + 1);

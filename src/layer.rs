@@ -280,9 +280,6 @@ impl Layer {
             }
         }
         self.regions = regions;
-        if length == 0 {
-            self.heads.clear();
-        }
         Ok(())
     }
 

@@ -167,12 +167,11 @@ impl PlainRows {
     pub fn truncate(&mut self, len: usize) {
         let keep = (self.start + len) * self.row_bytes;
         if keep < self.bytes.len() {
-            match Arc::get_mut(&mut self.bytes) {
-                Some(bytes) => bytes.truncate(keep),
-                None => {
-                    self.bytes = Arc::new(self.bytes[self.start * self.row_bytes..keep].to_vec());
-                    self.start = 0;
-                }
+            if let Some(bytes) = Arc::get_mut(&mut self.bytes) {
+                bytes.truncate(keep);
+            } else {
+                self.bytes = Arc::new(self.bytes[self.start * self.row_bytes..keep].to_vec());
+                self.start = 0;
             }
         }
     }

@@ -170,7 +170,7 @@ impl PyCodec {
         scale: Option<Bound<PyAny>>,
     ) -> PyResult<Self> {
         let format = Format::from_name(format, Dtype::F32)?;
-        let default_group = if head_dim % 128 == 0 { 128 } else { head_dim };
+        let default_group = if head_dim.is_multiple_of(128) { 128 } else { head_dim };
         let layout = RowLayout::new(
             format,
             head_dim,
@@ -575,7 +575,7 @@ pub mod _native {
     #[pymodule_export]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
-    /// Probes of the DLPack exchange, for the tests.
+    /// Probes of the `DLPack` exchange, for the tests.
     #[pymodule]
     mod testing {
         #[pymodule_export]

@@ -70,7 +70,9 @@ impl Rotation {
             half *= 2;
         }
         let norm = hadamard_norm(row.len());
-        row.iter_mut().for_each(|value| *value *= norm);
+        for value in row {
+            *value *= norm;
+        }
     }
 }
 
@@ -84,7 +86,7 @@ pub fn hadamard_norm(head_dim: usize) -> f32 {
     (1.0 / (hadamard_block(head_dim) as f64).sqrt()) as f32
 }
 
-/// A permutation of the channels of one head: y_j = u_{order[j]}.
+/// A permutation of the channels of one head: `y_j` = u_{order[j]}.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permutation {
     pub order: Vec<u16>,

@@ -365,13 +365,6 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn mask_bits(mask: I) -> u16 {
-        let low = _mm256_movemask_ps(_mm256_castsi256_ps(mask[0]));
-        let high = _mm256_movemask_ps(_mm256_castsi256_ps(mask[1]));
-        (low | high << 8) as u16
-    }
-
-    #[inline(always)]
     unsafe fn gt(a: F, b: F) -> I {
         [greater(a[0], b[0]), greater(a[1], b[1])]
     }

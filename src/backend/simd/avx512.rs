@@ -305,11 +305,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn mask_bits(mask: __mmask16) -> u16 {
-        mask
-    }
-
-    #[inline(always)]
     unsafe fn gt(a: __m512, b: __m512) -> __mmask16 {
         _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b)
     }

@@ -103,7 +103,6 @@ pub(crate) trait Lanes: Copy + 'static {
     // ---- booleans ----
 
     unsafe fn mask(bits: u16) -> Self::M;
-    unsafe fn mask_bits(mask: Self::M) -> u16;
     /// `a > b`; false for NaN.
     unsafe fn gt(a: Self::F, b: Self::F) -> Self::M;
     /// `a & value != 0`.
@@ -150,11 +149,6 @@ pub(crate) trait Lanes: Copy + 'static {
     #[inline(always)]
     unsafe fn select_bits(mask: u16, if_clear: Self::F, if_set: Self::F) -> Self::F {
         Self::select(Self::mask(mask), if_clear, if_set)
-    }
-
-    #[inline(always)]
-    unsafe fn is_finite_all(x: Self::F) -> bool {
-        Self::all_finite(Self::max_magnitude(Self::splat_u32(0), x))
     }
 
     /// eˣ for x ≤ 0, within 2 ulp down to ln 2⁻¹²⁶ ≈ −87.34 and 0 below it (at −∞ too); 1 at 0, NaN at NaN.

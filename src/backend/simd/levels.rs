@@ -33,15 +33,23 @@ unsafe fn decode_plain_kernel<S: Lanes>(bytes: &[u8], dtype: Dtype, out: &mut [f
     let mut i = 0;
     // SAFETY: element i + n ≤ out.len() of both slices; the caller has S's features.
     unsafe {
-        while i < out.len() {
-            let n = (out.len() - i).min(LANES);
+        while i + LANES <= out.len() {
+            let lanes = match dtype {
+                Dtype::F32 => S::load(source.add(4 * i).cast()),
+                Dtype::F16 => S::load_f16(source.add(2 * i).cast()),
+                Dtype::BF16 => S::load_bf16(source.add(2 * i).cast()),
+            };
+            S::store(lanes, target.add(i));
+            i += LANES;
+        }
+        if i < out.len() {
+            let n = out.len() - i;
             let lanes = match dtype {
                 Dtype::F32 => S::load_partial(source.add(4 * i).cast(), n),
                 Dtype::F16 => S::load_f16_partial(source.add(2 * i).cast(), n),
                 Dtype::BF16 => S::load_bf16_partial(source.add(2 * i).cast(), n),
             };
             S::store_partial(lanes, target.add(i), n);
-            i += n;
         }
     }
 }

@@ -5,14 +5,18 @@
 use super::{LANES, Lanes, multiversion};
 
 multiversion! {
-    /// scores[q][t] = Σ_c queries[q][c] · tile[t][c] over the channels of one group, for all `rows` rows of the tile.
+    /// `scores[q][t] = Σ_c queries[q][c] · tile[t][c]` over the channels of one group, for all `rows` rows of the tile.
     pub(crate) fn score_tile(product: &ScoreTile, queries: &[f32], tile: &[f32], scores: &mut [f32]) = score_tile_kernel;
-    /// output[q][c] += Σ_t weights[q][t] · tile[t][c] over the channels of one group.
+    /// `output[q][c] += Σ_t weights[q][t] · tile[t][c]` over the channels of one group.
     pub(crate) fn weigh_tile(product: &WeighTile, weights: &[f32], tile: &[f32], output: &mut [f32]) = weigh_tile_kernel;
     /// scores ← exp(scores − maximum), and their sum.
     pub(crate) fn exponentiate(scores: &mut [f32], maximum: f32) -> f32 = exponentiate_kernel;
     /// The largest element, −∞ for none.
     pub(crate) fn maximum(values: &[f32]) -> f32 = maximum_kernel;
+    /// `scores += partial · scales`, element by element.
+    pub(crate) fn add_scaled(partial: &[f32], scales: &[f32], scores: &mut [f32]) = add_scaled_kernel;
+    /// scaled = weights · scales, element by element, and 0 where the weight is 0: it hides its row, whatever the row's scale is.
+    pub(crate) fn scale_weights(weights: &[f32], scales: &[f32], scaled: &mut [f32]) = scale_weights_kernel;
     /// values *= factor.
     pub(crate) fn scale(values: &mut [f32], factor: f32) = scale_kernel;
 }
@@ -31,7 +35,7 @@ pub(crate) struct ScoreTile {
 
 #[inline(always)]
 unsafe fn score_tile_kernel<S: Lanes>(p: &ScoreTile, queries: &[f32], tile: &[f32], scores: &mut [f32]) {
-    assert!(p.count % LANES == 0 && p.first + p.count <= p.width && p.width <= p.query_stride);
+    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.width <= p.query_stride);
     assert!(queries.len() >= p.queries * p.query_stride && tile.len() >= p.rows * p.width);
     assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
     // SAFETY: by the assertions every block below stays inside the slices.
@@ -133,6 +137,14 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
                 folded.as_ptr().add(i * T).copy_to_nonoverlapping(target.add(i * p.score_stride), T);
                 i += 1;
             }
+        } else if Q * T == 4 {
+            let at = |k: usize| sums[k / T][k % T];
+            let folded = S::reduce_add_4([at(0), at(1), at(2), at(3)]);
+            let mut k = 0;
+            while k < 4 {
+                target.add(k / T * p.score_stride + k % T).write(folded[k]);
+                k += 1;
+            }
         } else {
             let mut i = 0;
             while i < Q {
@@ -161,7 +173,7 @@ pub(crate) struct WeighTile {
 
 #[inline(always)]
 unsafe fn weigh_tile_kernel<S: Lanes>(p: &WeighTile, weights: &[f32], tile: &[f32], output: &mut [f32]) {
-    assert!(p.count % LANES == 0 && p.first + p.count <= p.width && p.width <= p.output_stride);
+    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.width <= p.output_stride);
     assert!(p.queries == 0 || weights.len() >= (p.queries - 1) * p.weight_stride + p.rows);
     assert!(tile.len() >= p.rows * p.width && output.len() >= p.queries * p.output_stride);
     // SAFETY: by the assertions every block below stays inside the slices.
@@ -322,5 +334,45 @@ unsafe fn scale_kernel<S: Lanes>(values: &mut [f32], factor: f32) {
             S::store_partial(product, values.as_mut_ptr().add(i), n);
             i += n;
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_scaled_kernel<S: Lanes>(partial: &[f32], scales: &[f32], scores: &mut [f32]) {
+    assert!(partial.len() == scores.len() && scales.len() == scores.len());
+    let mut i = 0;
+    // SAFETY: lanes i..i+16 of slices of one length; the caller has S's features.
+    unsafe {
+        while i + LANES <= scores.len() {
+            let (partial, scales) = (S::load(partial.as_ptr().add(i)), S::load(scales.as_ptr().add(i)));
+            let target = scores.as_mut_ptr().add(i);
+            S::store(S::mul_add(partial, scales, S::load(target)), target);
+            i += LANES;
+        }
+    }
+    while i < scores.len() {
+        scores[i] += partial[i] * scales[i];
+        i += 1;
+    }
+}
+
+#[inline(always)]
+unsafe fn scale_weights_kernel<S: Lanes>(weights: &[f32], scales: &[f32], scaled: &mut [f32]) {
+    assert!(weights.len() == scaled.len() && scales.len() == scaled.len());
+    let mut i = 0;
+    // SAFETY: lanes i..i+16 of slices of one length; the caller has S's features.
+    unsafe {
+        while i + LANES <= scaled.len() {
+            let weight = S::load(weights.as_ptr().add(i));
+            let product = S::mul(weight, S::load(scales.as_ptr().add(i)));
+            // A weight is at least 0, or NaN, which must stay.
+            let hidden = S::gt(S::splat(f32::MIN_POSITIVE), weight);
+            S::store(S::select(hidden, product, S::zero()), scaled.as_mut_ptr().add(i));
+            i += LANES;
+        }
+    }
+    while i < scaled.len() {
+        scaled[i] = if weights[i] < f32::MIN_POSITIVE { 0.0 } else { weights[i] * scales[i] };
+        i += 1;
     }
 }

@@ -431,13 +431,6 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    unsafe fn mask_bits(mask: I) -> u16 {
-        let bits = lane_bits();
-        let set: I = parts!(vandq_u32; mask, bits);
-        vaddvq_u32(vorrq_u32(vorrq_u32(set[0], set[1]), vorrq_u32(set[2], set[3]))) as u16
-    }
-
-    #[inline(always)]
     unsafe fn gt(a: F, b: F) -> I {
         parts!(vcgtq_f32; a, b)
     }

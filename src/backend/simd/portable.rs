@@ -282,15 +282,6 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn mask_bits(mask: I) -> u16 {
-        let mut bits = 0;
-        for (i, lane) in mask.into_iter().enumerate() {
-            bits |= (lane as u16 & 1) << i;
-        }
-        bits
-    }
-
-    #[inline(always)]
     unsafe fn gt(a: F, b: F) -> I {
         lanes!(i, 0, u32::from(a[i] > b[i]).wrapping_neg())
     }

@@ -25,7 +25,7 @@ unsafe fn rotate_kernel<S: Lanes>(rotation: Rotation, row: &mut [f32]) {
     }
     let d = row.len();
     let block = hadamard_block(d);
-    assert!(d % LANES == 0, "a head is a multiple of 16 channels");
+    assert!(d.is_multiple_of(LANES), "a head is a multiple of 16 channels");
     let row = row.as_mut_ptr();
     // SAFETY: all offsets are below d; d is a multiple of the block and the block of 16.
     unsafe {
@@ -229,7 +229,11 @@ unsafe fn quantize<S: Lanes>(codec: &Codec, group: &[f32], a: f32, zero: f32, g:
                     nearest_pair::<S>(t, t_y, x, y, half_norms)
                 }
             };
-            S::store_u8_partial(code, codes.add(c), n);
+            if n == LANES {
+                S::store_u8(code, codes.add(c));
+            } else {
+                S::store_u8_partial(code, codes.add(c), n);
+            }
             c += LANES;
         }
     }

@@ -1,0 +1,332 @@
+"""The native store against the slow one in plain torch: regions, decoded rows, attention; and what only the native one has to keep.
+
+Every program of appends, crops and gathers must leave both with the same regions and the same decoded rows, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skvq import SkvqError, _native
+from skvq.reference import ReferenceCodec
+from skvq.reference_layer import ReferenceLayer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def codec_options(bits: str, head_dim: int, block: int = 0, **more: Any) -> dict[str, Any]:
+    uniform = bits in ("8", "raw")
+    return {
+        "head_dim": head_dim,
+        "format": bits,
+        "codebook": "uniform" if uniform else "lloyd-max",
+        "rule": "range" if uniform else "norm",
+        "block": block if bits != "raw" else 0,
+    } | more
+
+
+def both_layers(keys: dict[str, Any], values: dict[str, Any], heads: int = 2, **options: Any) -> tuple[Any, Any]:
+    options = {"num_key_value_heads": heads, "sinks": 3, "window": 8, "dtype": "float32"} | options
+    native = _native.Layer(keys=_native.Codec(**keys), values=_native.Codec(**values), **options)
+    return native, ReferenceLayer(keys=ReferenceCodec(**keys), values=ReferenceCodec(**values), **options)
+
+
+def decoded(layer: Any, head_dims: tuple[int, int], heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (layer.batch_size, heads, layer.length)
+    keys, values = (torch.empty(*shape, width, dtype=dtype) for width in head_dims)
+    layer.decode_keys(keys)
+    layer.decode_values(values)
+    return keys, values
+
+
+def regions(layer: Any) -> tuple[int, ...]:
+    return layer.length, layer.batch_size, layer.sink_tokens, layer.packed_tokens, layer.window_tokens
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 200)),
+        st.tuples(st.just("append"), st.just(1)),
+        st.tuples(st.just("crop"), st.integers(0, 40)),
+        st.tuples(st.just("gather"), st.integers(0, 5)),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    program=steps,
+    bits=st.tuples(st.sampled_from(["raw", "8", "4", "3", "2", "1.6", "1.5"]), st.sampled_from(["raw", "4", "2", "1.6"])),
+    head_dims=st.tuples(st.sampled_from([64, 96, 128]), st.sampled_from([64, 80])),
+    block=st.sampled_from([0, 128]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    seed=st.integers(0, 2**16),
+)
+def test_any_program_leaves_both_stores_alike(
+    program: list[tuple[str, int]],
+    bits: tuple[str, str],
+    head_dims: tuple[int, int],
+    block: int,
+    dtype: str,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (codec_options(name, width, block) for name, width in zip(bits, head_dims, strict=True))
+    native, twin = both_layers(keys, values, dtype=dtype)
+    for step, number in [("append", 30), *program]:
+        if step == "append":
+            batch = native.batch_size or 2
+            rows = [torch.randn(batch, 2, number, width, generator=generator) * 3 + 2 for width in head_dims]
+            rows = [part.to(DTYPES[dtype]) for part in rows]
+            native.append(*rows)
+            twin.append(*rows)
+        elif step == "crop":
+            length = max(native.length - number, 0)
+            native.crop(length)
+            twin.crop(length)
+        elif native.length:
+            indices = [number % native.batch_size, 0, native.batch_size - 1][: 1 + number % 3]
+            native.gather(indices)
+            twin.gather(indices)
+        assert regions(native) == regions(twin)
+    if native.length:
+        found = decoded(native, head_dims, 2, DTYPES[dtype])
+        wanted = decoded(twin, head_dims, 2, DTYPES[dtype])
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 500),
+    length=st.integers(1, 9),
+    group=st.sampled_from([1, 2, 3, 4, 8]),
+    batch=st.integers(1, 2),
+    block=st.sampled_from([0, 128]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    mask_kind=st.sampled_from(["none", "bool", "float", "per query"]),
+    causal=st.booleans(),
+    softcap=st.sampled_from([None, 20.0]),
+    sinks=st.booleans(),
+    fresh=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_attention_equals_the_twin(
+    tokens: int,
+    length: int,
+    group: int,
+    batch: int,
+    block: int,
+    dtype: str,
+    mask_kind: str,
+    causal: bool,
+    softcap: float | None,
+    sinks: bool,
+    fresh: bool,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    length = min(length, tokens)
+    native, twin = both_layers(codec_options("2", 64, block), codec_options("1.6", 96, block), dtype=dtype)
+    kind = DTYPES[dtype]
+    keys = (torch.randn(batch, 2, tokens, 64, generator=generator) * 2 + 1).to(kind)
+    values = torch.randn(batch, 2, tokens, 96, generator=generator).to(kind)
+    for layer in (native, twin):
+        layer.append(keys, values)
+    query = torch.randn(batch, 2 * group, length, 64, generator=generator).to(kind)
+    options: dict[str, Any] = {"scale": 0.125, "causal": causal, "softcap": softcap}
+    if mask_kind == "bool":
+        options["mask"] = torch.rand(batch, 1, 1, tokens, generator=generator) > 0.3
+    elif mask_kind == "per query":
+        options["mask"] = torch.rand(batch, 2 * group, length, tokens, generator=generator) > 0.3
+    elif mask_kind == "float":
+        options["mask"] = torch.randn(1, 1, length, tokens, generator=generator).to(kind)
+    if sinks:
+        options["sink_logits"] = torch.randn(2 * group, generator=generator)
+    if fresh:
+        options |= {"fresh_keys": keys[:, :, tokens - length :], "fresh_values": values[:, :, tokens - length :]}
+    outputs = [torch.full((batch, 2 * group, length, 96), torch.nan, dtype=kind) for _ in range(2)]
+    native.attend(query, outputs[0], **options)
+    twin.attend(query, outputs[1], **options)
+    tolerance = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    assert torch.allclose(*outputs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_float_error_stays_within_twice_that_of_plain_attention(isa: str) -> None:
+    """STYLE rule 4: against an f64 oracle on the same decoded rows, beside torch's SDPA in the same dtype."""
+    torch.manual_seed(0)
+    for dtype, kind in DTYPES.items():
+        keys, values = torch.randn(1, 2, 3000, 128).to(kind), torch.randn(1, 2, 3000, 128).to(kind)
+        query = torch.randn(1, 8, 1, 128).to(kind)
+        codecs = [_native.Codec(**codec_options(bits, 128)) for bits in ("2", "1.6")]
+        layer = _native.Layer(
+            num_key_value_heads=2, keys=codecs[0], values=codecs[1], sinks=5, window=128, dtype=dtype, isa=isa
+        )
+        layer.append(keys, values)
+        rows = decoded(layer, (128, 128), 2, kind)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        exact = sdpa(query.double(), rows[0].double(), rows[1].double(), enable_gqa=True)
+        plain = sdpa(query, *rows, enable_gqa=True).double()
+        output = torch.empty_like(query)
+        layer.attend(query, output, scale=128**-0.5)
+        # Decoding rounds to the model's dtype and attention does not: that distance belongs to neither.
+        slack = {"float32": 2e-7, "float16": 2e-4, "bfloat16": 2e-3}[dtype]
+        assert (output.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + slack, dtype
+
+
+def test_errors_name_what_was_expected_and_change_nothing() -> None:
+    native, _ = both_layers(codec_options("2", 64), codec_options("2", 64))
+    rows = torch.randn(2, 2, 50, 64)
+    native.append(rows, rows)
+    before = regions(native), decoded(native, (64, 64), 2, torch.float32)
+    broken = rows.clone()
+    broken[1, 0, 7, 3] = torch.nan
+    infinite = rows.clone()
+    infinite[0, 1, 49, 0] = -torch.inf
+    cases: list[tuple[Any, Any, list[str]]] = [
+        (rows[0], rows, ["keys", "4", "batch"]),
+        (rows[:, :1], rows, ["keys", "[2, 2, tokens ≥ 1, 64]", "[2, 1, 50, 64]"]),
+        (rows, rows[..., :32], ["values", "64]", "32]"]),
+        (rows, rows[:, :, :3], ["values", "50"]),
+        (rows[:1], rows[:1], ["keys", "[2, 2", "[1, 2"]),
+        (rows[:0], rows[:0], ["keys", "[0, 2"]),
+        (rows[:, :, :0], rows[:, :, :0], ["keys", "tokens ≥ 1"]),
+        (rows.half(), rows, ["keys", "float32", "float16"]),
+        (rows, rows.long(), ["values", "int64"]),
+        (rows, broken, ["values", "batch 1, head 0, token 7"]),
+        (infinite, rows, ["keys", "batch 0, head 1, token 49"]),
+        (rows.to("meta"), rows, ["keys"]),
+        ("rows", rows, ["keys"]),
+    ]
+    for keys, values, names in cases:
+        with pytest.raises(SkvqError) as error:
+            native.append(keys, values)
+        assert all(name in str(error.value) for name in names), str(error.value)
+    after = regions(native), decoded(native, (64, 64), 2, torch.float32)
+    assert before[0] == after[0]
+    assert all(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    for call, names in [
+        (lambda: native.crop(51), ["length", "at most 50", "51"]),
+        (lambda: native.gather([2]), ["indices", "0..2", "2"]),
+        (lambda: native.gather([]), ["indices"]),
+        (lambda: native.decode_keys(torch.empty(2, 2, 49, 64)), ["output", "[2, 2, 50, 64]"]),
+        (lambda: native.decode_keys(torch.empty(2, 2, 50, 64).half()), ["output", "float32"]),
+    ]:
+        with pytest.raises(SkvqError) as error:
+            call()
+        assert all(name in str(error.value) for name in names), str(error.value)
+
+
+def test_attend_refuses_what_does_not_fit() -> None:
+    native, _ = both_layers(codec_options("2", 64), codec_options("2", 64))
+    query, output = torch.randn(1, 4, 1, 64), torch.empty(1, 4, 1, 64)
+    with pytest.raises(SkvqError, match="empty"):
+        native.attend(query, output, scale=1.0)
+    rows = torch.randn(1, 2, 20, 64)
+    native.append(rows, rows)
+    cases: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = [
+        (query[:, :3], output, {}, "query"),
+        (query[..., :32], output, {}, "query"),
+        (query, output[:, :2], {}, "output"),
+        (query, output.half(), {}, "output"),
+        (query, output[:, :, :0], {}, "output"),
+        (query, output, {"scale": float("nan")}, "scale"),
+        (query, output, {"softcap": -1.0}, "softcap"),
+        (query, output, {"mask": torch.ones(1, 1, 1, 19, dtype=torch.bool)}, "mask"),
+        (query, output, {"sink_logits": torch.zeros(3)}, "sink_logits"),
+        (query, output, {"fresh_keys": rows}, "fresh"),
+        (query, output, {"fresh_keys": rows, "fresh_values": rows[:, :, :5]}, "fresh_values"),
+        (query, query, {}, "output"),
+        (query.clone().requires_grad_(), output, {}, "query"),
+    ]
+    for given_query, given_output, options, name in cases:
+        with pytest.raises(SkvqError, match=name):
+            native.attend(given_query, given_output, **({"scale": 1.0} | options))
+
+
+def test_propagated_rows_stay_alone() -> None:
+    keys, values = codec_options("2", 64, 128), codec_options("2", 64, 128)
+    native, twin = both_layers(keys, values, nonfinite="propagate")
+    rows = torch.randn(1, 2, 300, 64)
+    rows[0, 1, 50, 3] = torch.nan
+    for layer in (native, twin):
+        layer.append(rows, rows)
+    found, wanted = (decoded(layer, (64, 64), 2, torch.float32)[0] for layer in (native, twin))
+    assert found[0, 1, 50].isnan().all()
+    assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    assert found[0, 0].isfinite().all()
+    assert found[0, 1, 51:].isfinite().all()
+
+
+def test_growing_never_copies_the_past() -> None:
+    """The memory of a long prompt is what its bytes say, and the most ever held is near what is held at the end."""
+    keys, values = codec_options("2", 128), codec_options("1.6", 128)
+    native, _ = both_layers(keys, values, heads=4, sinks=5, window=128)
+    chunk = torch.randn(1, 4, 2048, 128)
+    process = psutil.Process()
+    native.append(chunk, chunk)
+    base, held = process.memory_info().rss, native.nbytes
+    peak = 0
+    for _ in range(63):
+        native.append(chunk, chunk)
+        peak = max(peak, process.memory_info().rss)
+    grown, final = native.nbytes - held, process.memory_info().rss - base
+    assert native.length == 131072
+    packed = native.packed_tokens // 128 * 128 * 4 * ((32 + 1) + (26 + 1))
+    assert packed <= native.nbytes <= packed * 1.02 + 4 * 2 * 200 * 128 * 4
+    assert peak - base <= 1.1 * max(final, grown)
+    assert final <= 1.1 * grown + 2**22
+
+
+def test_a_shared_prompt_is_stored_once() -> None:
+    native, _ = both_layers(codec_options("2", 64), codec_options("2", 64))
+    rows = torch.randn(1, 2, 1000, 64)
+    native.append(rows, rows)
+    alone = native.nbytes
+    native.gather([0] * 8)
+    assert native.nbytes == alone
+    step = torch.randn(8, 2, 1, 64)
+    native.append(step, step)
+    assert native.nbytes < alone + 8 * 2 * 2 * (128 * 17 + 3 * 12 * 64 * 4)
+    clone = native.clone()
+    native.append(step, step)
+    assert clone.length + 1 == native.length
+
+
+def native_layer(isa: str) -> Any:
+    keys, values = (_native.Codec(**codec_options(bits, 64)) for bits in ("2", "1.5"))
+    return _native.Layer(
+        num_key_value_heads=2, keys=keys, values=values, sinks=3, window=8, dtype="float32", isa=isa
+    )
+
+
+def test_threads_and_isas_agree() -> None:
+    rows = torch.randn(1, 2, 5000, 64)
+    query = torch.randn(1, 8, 1, 64)
+    outputs = []
+    threads = _native.num_threads()
+    try:
+        for isa in _native.available_isas():
+            for count in (1, 3):
+                _native.set_num_threads(count)
+                assert _native.num_threads() == count
+                layer = native_layer(isa)
+                layer.append(rows, rows)
+                outputs.append(torch.empty_like(query))
+                layer.attend(query, outputs[-1], scale=0.125)
+                assert layer.isa == isa
+    finally:
+        _native.set_num_threads(threads)
+    assert all(torch.allclose(outputs[0], output, atol=1e-5) for output in outputs)
+    with pytest.raises(SkvqError, match="threads"):
+        _native.set_num_threads(0)
+    with pytest.raises(SkvqError, match="isa"):
+        native_layer("mmx")
