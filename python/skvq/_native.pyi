@@ -1,0 +1,255 @@
+"""Packed rows, the layer store and attention on packed bytes, in Rust.
+
+Tensors are any CPU objects with ``__dlpack__`` (torch, numpy, ...): read and written in place, never copied. The
+interpreter is released while Rust works; nobody else may write to the tensors of a call meanwhile. Everything that is
+refused raises :class:`SkvqError`, whose message names the argument, what was expected and what was found; nothing is
+changed then.
+
+B: batch, Hkv: key/value heads, Hq: query heads, n: new tokens, L: queries, T: stored tokens, D: channels of a head (Dk
+of a key, Dv of a value).
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Protocol, final
+
+from numpy.typing import NDArray
+
+__version__: str
+testing: ModuleType
+"""Probes of the DLPack exchange, for the tests."""
+
+class _Tensor(Protocol):
+    """A CPU tensor that exports DLPack, without gradient, negative or conjugate bit."""
+
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+class SkvqError(ValueError):
+    """An argument that skvq refuses; nothing was changed."""
+
+@final
+class OwnedTensor:
+    """A compact CPU tensor in Rust's memory: ``torch.from_dlpack`` or ``numpy.asarray`` read it without a copy."""
+
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """The same memory as a numpy array, unless another dtype or a copy is asked for."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+@final
+class Codec:
+    """How the rows of one stream (the keys or the values of a layer) are packed. Immutable.
+
+    Args:
+        head_dim: channels of a row, a multiple of 16.
+        format: ``"8"``, ``"4"``, ``"3"``, ``"2"`` bits, ``"1.6"`` (ternary), ``"1.5"`` (pairs) or ``"raw"`` (the
+            layer's dtype).
+        group_size: channels that share a scale: 32, 64, 128 or head_dim, a divisor of head_dim.
+            None: 128 if that divides head_dim, else head_dim.
+        metadata: dtype of scales and zero points, ``"e4m3"`` or ``"fp16"``.
+        symmetric: a scale only; False adds a zero point.
+        codebook: ``"uniform"``, ``"lloyd-max"``, ascending levels, or eight pairs for format ``"1.5"``.
+            None: ``"uniform"`` for format ``"8"``, else ``"lloyd-max"``.
+        rule: the scale follows the group's ``"norm"`` or its ``"range"``.
+        clip: factor on the scale (SKVQ's alpha).
+        refinements: least-squares steps that refit the scale to the codes.
+        rotation: ``"hadamard"`` over the head, or ``"identity"``.
+        permutation: order of the channels after the rotation, one for all heads or one for each.
+        block: 0: static shift and scale; else a multiple of 128: rows of a block that yields its own.
+        block_shift: block statistics subtract the mean.
+        scale_exponent: power of the standard deviation in block statistics, 0 to 1.
+        shift: static shift, float32 ``[heads, D]``; not together with block.
+        scale: static scale, float32 ``[heads, D]``; not together with block.
+
+    Raises:
+        SkvqError: a value outside these, or a combination that FORMAT.md excludes.
+    """
+
+    def __new__(
+        cls,
+        *,
+        head_dim: int,
+        format: str,
+        group_size: int | None = None,
+        metadata: str = "e4m3",
+        symmetric: bool = True,
+        codebook: str | Sequence[float] | Sequence[tuple[float, float]] | None = None,
+        rule: str = "norm",
+        clip: float = 1.0,
+        refinements: int = 0,
+        rotation: str = "hadamard",
+        permutation: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        block: int = 0,
+        block_shift: bool = True,
+        scale_exponent: float = 1.0,
+        shift: _Tensor | None = None,
+        scale: _Tensor | None = None,
+    ) -> Codec: ...
+    def encode(
+        self,
+        rows: _Tensor,
+        head: int = 0,
+        statistics: tuple[_Tensor, _Tensor] | None = None,
+        isa: str | None = None,
+    ) -> OwnedTensor:
+        """Pack rows, float32 ``[N, D]``, into uint8 ``[N, row_bytes]``: the codes of each row, then its metadata.
+
+        Args:
+            rows: float32 ``[N, D]``.
+            head: whose static shift, scale and permutation to use.
+            statistics: shift and scale, float32 ``[D]`` each, for a codec with blocks (optional for a static one).
+            isa: one of :func:`available_isas`, or ``"reference"`` for the plain implementation; None: the best.
+
+        Raises:
+            SkvqError: format ``"raw"``, wrong shape or dtype, or statistics missing for a codec with blocks.
+        """
+    def decode(self, packed: _Tensor, head: int = 0, statistics: tuple[_Tensor, _Tensor] | None = None) -> OwnedTensor:
+        """The inverse of :meth:`encode`: uint8 ``[N, row_bytes]`` to float32 ``[N, D]``."""
+    def block_statistics(self, rows: _Tensor) -> tuple[OwnedTensor, OwnedTensor]:
+        """Shift and scale, float32 ``[D]`` each, of a block of these rows, float32 ``[N, D]`` (FORMAT.md §4)."""
+    def levels(self) -> list[float] | list[tuple[float, float]]:
+        """The codebook: levels, or pairs for format ``"1.5"``."""
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row: codes and metadata."""
+    @property
+    def code_bytes(self) -> int: ...
+    @property
+    def metadata_bytes(self) -> int: ...
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of an element in a full page: codes, metadata and block statistics."""
+    @property
+    def block(self) -> int:
+        """Rows of a block of statistics, 0 for static ones."""
+
+@final
+class Layer:
+    """One attention layer's store for every (sequence, kv head): sinks, then the packed past, then the window.
+
+    Tokens ``[0, sink_tokens)`` and the last ``window_tokens`` are held in ``dtype``, those between are packed. The
+    first append fixes the batch size.
+
+    Args:
+        num_key_value_heads: Hkv.
+        keys: codec of the keys.
+        values: codec of the values.
+        sinks: tokens at the start that are never packed.
+        window: the most recent tokens that are not packed yet.
+        dtype: of the model: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        nonfinite: ``"raise"`` refuses rows with a NaN or an infinity, ``"propagate"`` stores them to decode to NaN.
+        isa: one of :func:`available_isas`; None: the best.
+
+    Raises:
+        SkvqError: codecs made for another number of heads, or a value outside these.
+    """
+
+    def __new__(
+        cls,
+        *,
+        num_key_value_heads: int,
+        keys: Codec,
+        values: Codec,
+        sinks: int,
+        window: int,
+        dtype: str,
+        nonfinite: str = "raise",
+        isa: str | None = None,
+    ) -> Layer: ...
+    def append(self, keys: _Tensor, values: _Tensor) -> None:
+        """Store n new tokens: keys ``[B, Hkv, n, Dk]``, values ``[B, Hkv, n, Dv]`` in the layer's dtype, any strides.
+
+        Rows that leave the window are packed, each once (with block statistics: as soon as a block of them waits).
+
+        Raises:
+            SkvqError: wrong shape, dtype or batch size, or a NaN or an infinity under ``nonfinite="raise"``.
+        """
+    def attend(
+        self,
+        query: _Tensor,
+        output: _Tensor,
+        *,
+        scale: float,
+        mask: _Tensor | None = None,
+        causal: bool = False,
+        softcap: float | None = None,
+        sink_logits: _Tensor | None = None,
+        fresh_keys: _Tensor | None = None,
+        fresh_values: _Tensor | None = None,
+    ) -> None:
+        """Write softmax(scale * q k^T + mask) v over all T stored tokens to ``output``.
+
+        Args:
+            query: ``[B, Hq, L, Dk]``, Hq a multiple of Hkv.
+            output: ``[B, Hq, L, Dv]`` in the query's dtype, memory apart from all inputs.
+            scale: factor on the scores.
+            mask: ``[B or 1, Hq or 1, L or 1, T]``, bool (True: visible) or added to the scores.
+            causal: query l sees the tokens up to T - L + l.
+            softcap: scores become softcap * tanh(score / softcap), before the mask.
+            sink_logits: float32 ``[Hq]``, one more score a head that takes part in the softmax and has no value.
+            fresh_keys: ``[B, Hkv, n, Dk]``, the last append's rows in full precision, used in place of the stored ones.
+            fresh_values: ``[B, Hkv, n, Dv]``, likewise; both or neither.
+
+        Raises:
+            SkvqError: wrong shape, dtype or strides, or an output that cannot be written.
+        """
+    def decode_keys(self, output: _Tensor) -> None:
+        """Write all keys, decoded, to ``output`` ``[B, Hkv, T, Dk]`` in the layer's dtype."""
+    def decode_values(self, output: _Tensor) -> None:
+        """Write all values, decoded, to ``output`` ``[B, Hkv, T, Dv]`` in the layer's dtype."""
+    def crop(self, length: int) -> None:
+        """Forget the tokens from ``length`` on; rows that were packed stay packed."""
+    def gather(self, indices: Sequence[int]) -> None:
+        """Make the batch its old rows ``indices``: reorder, select, repeat. Pages are copied only when written."""
+    def reset(self) -> None:
+        """Forget all tokens and the batch size."""
+    def clone(self) -> Layer:
+        """An independent layer that shares all pages until one of them is written."""
+    @property
+    def length(self) -> int:
+        """T, the stored tokens of a sequence."""
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held; what sequences share counts once."""
+    @property
+    def bits_per_element(self) -> float:
+        """8 * nbytes over the number of stored key and value elements."""
+    @property
+    def sink_tokens(self) -> int: ...
+    @property
+    def packed_tokens(self) -> int: ...
+    @property
+    def window_tokens(self) -> int:
+        """Tokens in full precision at the end: the window, and rows that wait for their block to fill."""
+    @property
+    def isa(self) -> str: ...
+
+def available_isas() -> list[str]:
+    """Instruction sets of this processor that skvq has code for, best first: avx512, avx2, neon, portable."""
+
+def num_threads() -> int:
+    """Threads that share the work of one call."""
+
+def set_num_threads(n: int) -> None:
+    """Set :func:`num_threads`, at least 1."""

@@ -1,0 +1,239 @@
+"""One attention layer's store in plain torch: the slow oracle of `skvq._native.Layer`.
+
+Is: the regions sinks | packed | window, block statistics in time, and attention in float64 over what a reader of the
+store sees. Is not: compact. Every token is kept as one row: exact in the sinks and the window, decoded where the store
+would be packed.
+Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv], query [B, Hq, L, Dk], mask [B|1, Hq|1, L|1, T].
+
+Regions of T tokens: tokens [0, sinks) are exact for ever. Of the tokens behind them those older than the last `window`
+are packed, as far as no block of either stream would be packed in part. A block that a crop has cut keeps its
+statistics: its missing rows are packed one by one as they leave the window.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import ReferenceCodec, Statistics
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Stream:
+    """The rows [B, H, T, D] (float32) of one stream and the statistics ([B, H, D] each) of its blocks."""
+
+    def __init__(self, codec: ReferenceCodec, rows: Tensor) -> None:
+        self.codec = codec
+        self.rows = rows.to(torch.float32, copy=True)
+        self.blocks: list[Statistics] = []
+
+    def append(self, rows: Tensor) -> None:
+        self.rows = torch.cat([self.rows, rows.to(torch.float32)], dim=2)
+
+    def may_pack_to(self, stop: int) -> bool:
+        """Whether packing up to `stop`, counted behind the sinks, takes no new block in part."""
+        block = self.codec.block
+        return not block or stop % block == 0 or stop < len(self.blocks) * block
+
+    def pack(self, sinks: int, start: int, stop: int, nonfinite: str) -> None:
+        """Replace the rows [start, stop), counted behind the sinks, by their decoded values."""
+        block = self.codec.block
+        while start < stop and self.codec.format != "raw":
+            end = min(stop, (start // block + 1) * block) if block else stop
+            rows = self.rows[:, :, sinks + start : sinks + end]
+            if block and start // block == len(self.blocks):
+                self.blocks.append(self.codec.block_statistics(rows))
+            for head in range(rows.shape[1]):
+                statistics = None
+                if block:
+                    shift, scale = self.blocks[start // block]
+                    statistics = (shift[:, head, None], scale[:, head, None])
+                quantized = self.codec.quantize(rows[:, head], head, statistics, nonfinite)
+                rows[:, head] = self.codec.dequantize(quantized, head, statistics)
+            start = end
+
+    def crop(self, length: int, packed: int) -> None:
+        self.rows = self.rows[:, :, :length].clone()
+        if self.codec.block:
+            self.blocks = self.blocks[: -(-packed // self.codec.block)]
+
+    def gather(self, indices: Tensor) -> None:
+        self.rows = self.rows[indices]
+        self.blocks = [(shift[indices], scale[indices]) for shift, scale in self.blocks]
+
+    def nbytes(self, packed: int, element: int) -> int:
+        """Bytes of codes, metadata, block statistics, sinks and window, without the unused rest of the last page."""
+        batch, heads, length, width = self.rows.shape
+        row = element * width if self.codec.format == "raw" else self.codec.row_bytes
+        exact = (length - packed) * width * element
+        return batch * heads * (packed * row + exact + len(self.blocks) * self.codec.statistics_bytes)
+
+
+class ReferenceLayer:
+    """Methods and keywords as in `skvq._native.Layer`; `isa` has no meaning here."""
+
+    def __init__(
+        self,
+        *,
+        num_key_value_heads: int,
+        keys: ReferenceCodec,
+        values: ReferenceCodec,
+        sinks: int,
+        window: int,
+        dtype: str,
+        nonfinite: str = "raise",
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+        if nonfinite not in ("raise", "propagate"):
+            raise ValueError(f"nonfinite={nonfinite!r}: expected 'raise' or 'propagate'")
+        if sinks < 0 or window < 0:
+            raise ValueError(f"sinks={sinks}, window={window}: expected no negative number")
+        self.num_key_value_heads, self.sinks, self.window = num_key_value_heads, sinks, window
+        self.nonfinite = nonfinite
+        self.dtype = DTYPES[dtype]
+        self._codecs = (keys, values)
+        self._streams: list[_Stream] = []
+        self._packed = 0
+
+    # ---- regions -----------------------------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        return self._streams[0].rows.shape[2] if self._streams else 0
+
+    @property
+    def batch_size(self) -> int:
+        return self._streams[0].rows.shape[0] if self._streams else 0
+
+    @property
+    def sink_tokens(self) -> int:
+        return min(self.length, self.sinks)
+
+    @property
+    def packed_tokens(self) -> int:
+        return self._packed
+
+    @property
+    def window_tokens(self) -> int:
+        return self.length - self.sink_tokens - self._packed
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stream.nbytes(self._packed, self.dtype.itemsize) for stream in self._streams)
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8.0 * self.nbytes / max(1, sum(stream.rows.numel() for stream in self._streams))
+
+    # ---- changes -----------------------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add n tokens and pack what leaves the window. A refused append changes nothing."""
+        for name, rows, codec in zip(("keys", "values"), (keys, values), self._codecs, strict=True):
+            batch = self.batch_size or keys.shape[0]
+            expected = (batch, self.num_key_value_heads, keys.shape[2], codec.head_dim)
+            if tuple(rows.shape) != expected or rows.dtype != self.dtype:
+                raise ValueError(f"{name}: expected {self.dtype} {expected}, got {rows.dtype} {tuple(rows.shape)}")
+            if self.nonfinite == "raise" and not bool(torch.isfinite(rows).all()):
+                raise ValueError(f"{name}: {int((~torch.isfinite(rows)).any(-1).sum())} rows are not finite")
+        if not self._streams:
+            pairs = zip(self._codecs, (keys, values), strict=True)
+            self._streams = [_Stream(codec, rows) for codec, rows in pairs]
+        else:
+            for stream, rows in zip(self._streams, (keys, values), strict=True):
+                stream.append(rows)
+        self._evict()
+
+    def _evict(self) -> None:
+        stop = max(self._packed, self.length - self.sinks - self.window)
+        while not all(stream.may_pack_to(stop) for stream in self._streams):
+            stop -= 1
+        for stream in self._streams:
+            stream.pack(self.sinks, self._packed, stop, self.nonfinite)
+        self._packed = stop
+
+    def crop(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length={length}: expected 0 to {self.length}")
+        self._packed = max(0, min(self._packed, length - self.sinks))
+        for stream in self._streams:
+            stream.crop(length, self._packed)
+
+    def gather(self, indices: Sequence[int]) -> None:
+        """New batch row i = old batch row indices[i]."""
+        if any(not 0 <= index < self.batch_size for index in indices):
+            raise ValueError(f"indices={list(indices)}: expected rows 0 to {self.batch_size - 1}")
+        for stream in self._streams:
+            stream.gather(torch.tensor(list(indices), dtype=torch.int64))
+
+    def reset(self) -> None:
+        self._streams = []
+        self._packed = 0
+
+    def clone(self) -> ReferenceLayer:
+        return copy.deepcopy(self)
+
+    # ---- reads -------------------------------------------------------------------------------------------------------
+
+    def decode_keys(self, output: Tensor) -> None:
+        output.copy_(self._streams[0].rows)
+
+    def decode_values(self, output: Tensor) -> None:
+        output.copy_(self._streams[1].rows)
+
+    def attend(
+        self,
+        query: Tensor,
+        output: Tensor,
+        *,
+        scale: float,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        fresh_keys: Tensor | None = None,
+        fresh_values: Tensor | None = None,
+    ) -> None:
+        """Attention of query over all T tokens, written to output; a query that sees nothing gives zeros."""
+        keys, values = self._read(0, fresh_keys), self._read(1, fresh_values)
+        shared = query.shape[1] // self.num_key_value_heads
+        keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
+        scores = query.to(torch.float64) @ keys.transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = torch.ones_like(scores, dtype=torch.bool)
+        if causal:
+            visible = visible.tril(self.length - query.shape[2])
+        if mask is not None and mask.dtype == torch.bool:
+            visible = visible & mask
+        elif mask is not None:
+            visible = visible & (mask != -math.inf)
+            scores = scores + torch.where(mask == -math.inf, 0.0, mask.to(torch.float64))
+        scores = scores.masked_fill(~visible, -math.inf)
+        if sink_logits is not None:
+            extra = sink_logits.to(torch.float64)[None, :, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, extra], dim=-1)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
+        weights = torch.exp(scores - top)
+        total = weights.sum(-1, keepdim=True)
+        weights = torch.where(total == 0.0, 0.0, weights / total)[..., : self.length]
+        # A token that is not finite spoils only the queries that see it (0 * NaN would spoil all).
+        finite = torch.isfinite(values).all(-1)
+        spoilt = (visible & ~finite[:, :, None, :]).any(-1, keepdim=True)
+        attended = weights @ torch.where(finite[..., None], values, 0.0)
+        output.copy_(torch.where(spoilt, math.nan, attended))
+
+    def _read(self, index: int, fresh: Tensor | None) -> Tensor:
+        if not self._streams:
+            raise ValueError("the layer is empty: expected an append first")
+        rows = self._streams[index].rows.to(torch.float64)
+        if fresh is not None:
+            rows[:, :, self.length - fresh.shape[2] :] = fresh.to(torch.float64)
+        return rows
