@@ -2,6 +2,7 @@
 //!
 //! A row is one head vector of one token: `head_dim` channels after the codec's transform. This file knows bytes and nothing of
 //! arithmetic: which code a number gets is decided in `codec.rs`. The specification:
+#![allow(clippy::doc_markdown, reason = "the specification writes formulas as text")]
 #![doc = include_str!("FORMAT.md")]
 
 use crate::error::{Error, Result};

@@ -19,7 +19,7 @@ use crate::backend::threads;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::tensor::{MaskView, TensorView, TensorViewMut};
-use worker::Worker;
+use worker::{Buffer, Worker};
 
 /// Rows of a chunk at most; scores of a chunk stay in the first-level cache.
 const CHUNK: usize = 256;
@@ -76,7 +76,7 @@ struct Job {
 struct State {
     maximum: Vec<f32>,
     sum: Vec<f32>,
-    output: Vec<f32>,
+    output: Buffer,
 }
 
 /// Runs the call and writes `output`.

@@ -2,12 +2,43 @@
 //!
 //! Shapes: rows of queries and outputs `[queries, width]`, scores `[queries, CHUNK]`, scales and zero points `[groups, CHUNK]`.
 
+use std::ops::{Deref, DerefMut};
+
 use super::{CHUNK, Chunk, Job, Plan, Region, State};
-use crate::backend::simd::{levels, matmul, rows};
+use crate::backend::simd::{levels, matmul, rows, vectors};
 use crate::codec::Codec;
 use crate::format::{Format, PAGE_ROWS, RowLayout};
 use crate::layer::{Head, Stream};
 use crate::transform::Source;
+
+/// f32 that begin at a cache line: a vector of 16 that straddles two costs twice.
+pub(super) struct Buffer {
+    data: Vec<f32>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    pub(super) fn zeroed(len: usize) -> Self {
+        let data = vec![0.0; len + 15];
+        let start = data.as_ptr().align_offset(64).min(15);
+        Self { data, start, len }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.data[self.start..][..self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.data[self.start..][..self.len]
+    }
+}
 
 /// f32 of a decoded tile: 16 KiB.
 const TILE_FLOATS: usize = 4096;
@@ -18,23 +49,25 @@ pub(super) struct Worker<'a> {
     job: Job,
     head: &'a Head,
     /// `[queries, key width]`: the queries times the softmax scale, as they are and folded.
-    plain: Vec<f32>,
-    folded: Vec<f32>,
+    plain: Buffer,
+    folded: Buffer,
     /// q·μ of each query for the present shift.
-    shifts: Vec<f32>,
+    shifts: Buffer,
     /// Shift and scale of keys and values in the present block.
     keys: Affinity,
     values: Affinity,
-    tile: Vec<f32>,
-    scores: Vec<f32>,
+    tile: Buffer,
+    scores: Buffer,
     /// Scores of one group of a tile, and weights times a scale.
-    partial: Vec<f32>,
-    scales: Vec<f32>,
-    zeros: Vec<f32>,
+    partial: Buffer,
+    scales: Buffer,
+    zeros: Buffer,
     /// A page's metadata as it is stored, `[rows, scales and zero points]`.
-    numbers: Vec<f32>,
-    sums: Vec<f32>,
-    packed_output: Vec<f32>,
+    numbers: Buffer,
+    sums: Buffer,
+    packed_output: Buffer,
+    /// One row on its way through a transform.
+    row: Buffer,
     state: State,
 }
 
@@ -81,20 +114,21 @@ impl<'a> Worker<'a> {
             plan,
             job,
             head: plan.layer.head(job.batch, job.kv_head),
-            plain: vec![0.0; n * keys],
-            folded: vec![0.0; n * keys],
-            shifts: vec![0.0; n],
+            plain: Buffer::zeroed(n * keys),
+            folded: Buffer::zeroed(n * keys),
+            shifts: Buffer::zeroed(n),
             keys: Affinity::new(keys),
             values: Affinity::new(values),
-            tile: vec![0.0; TILE_FLOATS.max(8 * keys.max(values)) + levels::SLACK],
-            scores: vec![0.0; n * CHUNK],
-            partial: vec![0.0; n * CHUNK],
-            scales: vec![0.0; groups * CHUNK],
-            zeros: vec![0.0; groups * CHUNK],
-            numbers: vec![0.0; 2 * groups * PAGE_ROWS],
-            sums: vec![0.0; n * groups],
-            packed_output: vec![0.0; n * values],
-            state: State { maximum: vec![f32::NEG_INFINITY; n], sum: vec![0.0; n], output: vec![0.0; n * values] },
+            tile: Buffer::zeroed(TILE_FLOATS.max(8 * keys.max(values)) + levels::SLACK),
+            scores: Buffer::zeroed(n * CHUNK),
+            partial: Buffer::zeroed(n * CHUNK),
+            scales: Buffer::zeroed(groups * CHUNK),
+            zeros: Buffer::zeroed(groups * CHUNK),
+            numbers: Buffer::zeroed(2 * groups * PAGE_ROWS),
+            sums: Buffer::zeroed(n * groups),
+            packed_output: Buffer::zeroed(n * values),
+            row: Buffer::zeroed(keys.max(values)),
+            state: State { maximum: vec![f32::NEG_INFINITY; n], sum: vec![0.0; n], output: Buffer::zeroed(n * values) },
         }
     }
 
@@ -104,7 +138,7 @@ impl<'a> Worker<'a> {
             let (head, position) = self.plan.query_at(self.job, q);
             let row = &mut self.plain[q * width..][..width];
             self.plan.call.query.read_row_f32(self.job.batch, head, position, row);
-            matmul::scale(self.plan.isa, row, self.plan.call.scale);
+            vectors::scale(self.plan.isa, row, self.plan.call.scale);
         }
         for index in self.job.first_chunk..self.job.first_chunk + self.job.chunks {
             let chunk = self.plan.chunks[index];
@@ -284,7 +318,7 @@ impl<'a> Worker<'a> {
             if g == 0 {
                 to.fill(self.shifts[q]);
             }
-            matmul::add_scaled(self.plan.isa, from, scales, to);
+            vectors::add_scaled(self.plan.isa, from, scales, to);
             if !symmetric {
                 let sum = self.sums[q * groups + g];
                 for (to, zero) in to.iter_mut().zip(zeros) {
@@ -301,21 +335,19 @@ impl<'a> Worker<'a> {
             return;
         }
         let (width, groups) = (codec.layout.head_dim, codec.layout.groups());
-        let mut row = vec![0.0; width];
+        let (isa, row) = (self.plan.isa, &mut self.row[..width]);
         for q in 0..self.job.queries {
             let query = &self.plain[q * width..][..width];
-            self.shifts[q] = query.iter().zip(&self.keys.shift).map(|(q, shift)| q * shift).sum();
-            for ((row, query), scale) in row.iter_mut().zip(query).zip(&self.keys.scale) {
-                *row = query * scale;
-            }
-            rows::rotate(self.plan.isa, codec.rotation, &mut row);
+            self.shifts[q] = vectors::dot(isa, query, &self.keys.shift);
+            vectors::multiply(isa, query, &self.keys.scale, row);
+            rows::rotate(isa, codec.rotation, row);
             let folded = &mut self.folded[q * width..][..width];
             match codec.permutation(self.job.kv_head) {
-                Some(permutation) => permutation.apply(&row, folded),
-                None => folded.copy_from_slice(&row),
+                Some(permutation) => permutation.apply(row, folded),
+                None => folded.copy_from_slice(row),
             }
             for (g, group) in folded.chunks_exact(codec.layout.group_size).enumerate() {
-                self.sums[q * groups + g] = group.iter().sum();
+                self.sums[q * groups + g] = vectors::sum(isa, group);
             }
         }
     }
@@ -357,16 +389,16 @@ impl<'a> Worker<'a> {
         for q in 0..self.job.queries {
             let scores = &mut self.scores[q * CHUNK..][..chunk.count];
             let old = self.state.maximum[q];
-            let maximum = matmul::maximum(isa, scores).max(old);
+            let maximum = vectors::maximum(isa, scores).max(old);
             if maximum == f32::NEG_INFINITY && !scores.iter().any(|score| score.is_nan()) {
                 scores.fill(0.0);
                 continue;
             }
-            let sum = matmul::exponentiate(isa, scores, maximum);
+            let sum = vectors::exponentiate(isa, scores, maximum);
             let factor = if old == f32::NEG_INFINITY { 0.0 } else { (old - maximum).exp() };
             self.state.sum[q] = self.state.sum[q] * factor + sum;
             if factor != 1.0 {
-                matmul::scale(isa, &mut self.state.output[q * width..][..width], factor);
+                vectors::scale(isa, &mut self.state.output[q * width..][..width], factor);
             }
             self.state.maximum[q] = maximum;
         }
@@ -416,7 +448,7 @@ impl<'a> Worker<'a> {
         for q in 0..self.job.queries {
             let weights = &self.scores[q * CHUNK + start..][..count];
             let scaled = &mut self.partial[q * CHUNK..][..count];
-            matmul::scale_weights(self.plan.isa, weights, scales, scaled);
+            vectors::scale_weights(self.plan.isa, weights, scales, scaled);
         }
     }
 
@@ -425,10 +457,10 @@ impl<'a> Worker<'a> {
         let codec = self.codec(true);
         self.values.turn_to(codec, self.job.kv_head, &self.head.values, chunk.first);
         let (layout, width) = (&codec.layout, codec.layout.head_dim);
-        let mut row = vec![0.0; width];
+        let (isa, row) = (self.plan.isa, &mut self.row[..width]);
         for q in 0..self.job.queries {
             let weights = &self.scores[q * CHUNK..][..chunk.count];
-            let sum: f32 = weights.iter().sum();
+            let sum = vectors::sum(isa, weights);
             let packed = &mut self.packed_output[q * width..][..width];
             if !layout.symmetric {
                 for (g, group) in packed.chunks_exact_mut(layout.group_size).enumerate() {
@@ -440,16 +472,12 @@ impl<'a> Worker<'a> {
                 }
             }
             match codec.permutation(self.job.kv_head) {
-                Some(permutation) => permutation.invert(packed, &mut row),
+                Some(permutation) => permutation.invert(packed, row),
                 None => row.copy_from_slice(packed),
             }
-            rows::rotate(self.plan.isa, codec.rotation, &mut row);
+            rows::rotate(isa, codec.rotation, row);
             let output = &mut self.state.output[q * width..][..width];
-            for (((out, value), scale), shift) in
-                output.iter_mut().zip(&row).zip(&self.values.scale).zip(&self.values.shift)
-            {
-                *out += value * scale + sum * shift;
-            }
+            vectors::add_affine(isa, row, &self.values.scale, sum, &self.values.shift, output);
         }
     }
 }

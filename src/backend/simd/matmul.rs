@@ -1,4 +1,4 @@
-//! The two small matrix products of attention over a tile of rows, and the softmax between them. All f32, accumulated in f32.
+//! The two small matrix products of attention over a tile of rows. All f32, accumulated in f32.
 //!
 //! Shapes: queries `[queries, stride]`, tile `[rows, width]` with a group of channels `first .. first + count`, scores `[queries, stride]`.
 
@@ -9,16 +9,6 @@ multiversion! {
     pub(crate) fn score_tile(product: &ScoreTile, queries: &[f32], tile: &[f32], scores: &mut [f32]) = score_tile_kernel;
     /// `output[q][c] += Σ_t weights[q][t] · tile[t][c]` over the channels of one group.
     pub(crate) fn weigh_tile(product: &WeighTile, weights: &[f32], tile: &[f32], output: &mut [f32]) = weigh_tile_kernel;
-    /// scores ← exp(scores − maximum), and their sum.
-    pub(crate) fn exponentiate(scores: &mut [f32], maximum: f32) -> f32 = exponentiate_kernel;
-    /// The largest element, −∞ for none.
-    pub(crate) fn maximum(values: &[f32]) -> f32 = maximum_kernel;
-    /// `scores += partial · scales`, element by element.
-    pub(crate) fn add_scaled(partial: &[f32], scales: &[f32], scores: &mut [f32]) = add_scaled_kernel;
-    /// scaled = weights · scales, element by element, and 0 where the weight is 0: it hides its row, whatever the row's scale is.
-    pub(crate) fn scale_weights(weights: &[f32], scales: &[f32], scaled: &mut [f32]) = scale_weights_kernel;
-    /// values *= factor.
-    pub(crate) fn scale(values: &mut [f32], factor: f32) = scale_kernel;
 }
 
 /// Sizes of a score product.
@@ -278,101 +268,5 @@ unsafe fn weigh_block<S: Lanes, const Q: usize, const V: usize>(
             }
             i += 1;
         }
-    }
-}
-
-#[inline(always)]
-unsafe fn exponentiate_kernel<S: Lanes>(scores: &mut [f32], maximum: f32) -> f32 {
-    // SAFETY: lanes i..i+n of the slice; the caller has S's features.
-    unsafe {
-        let offset = S::splat(maximum);
-        let mut sum = S::zero();
-        let mut i = 0;
-        while i + LANES <= scores.len() {
-            let weights = S::exp(S::sub(S::load(scores.as_ptr().add(i)), offset));
-            S::store(weights, scores.as_mut_ptr().add(i));
-            sum = S::add(sum, weights);
-            i += LANES;
-        }
-        if i < scores.len() {
-            let n = scores.len() - i;
-            let weights = S::exp(S::sub(S::load_partial(scores.as_ptr().add(i), n), offset));
-            S::store_partial(weights, scores.as_mut_ptr().add(i), n);
-            sum = S::add(sum, S::select_bits(((1u32 << n) - 1) as u16, S::zero(), weights));
-        }
-        S::reduce_add(sum)
-    }
-}
-
-#[inline(always)]
-unsafe fn maximum_kernel<S: Lanes>(values: &[f32]) -> f32 {
-    // SAFETY: lanes i..i+16 of the slice; the caller has S's features.
-    unsafe {
-        let mut most = S::splat(f32::NEG_INFINITY);
-        let mut i = 0;
-        while i + LANES <= values.len() {
-            most = S::max(S::load(values.as_ptr().add(i)), most);
-            i += LANES;
-        }
-        let mut most = S::reduce_max(most);
-        while i < values.len() {
-            most = most.max(values[i]);
-            i += 1;
-        }
-        most
-    }
-}
-
-#[inline(always)]
-unsafe fn scale_kernel<S: Lanes>(values: &mut [f32], factor: f32) {
-    let mut i = 0;
-    // SAFETY: lanes i..i+n of the slice; the caller has S's features.
-    unsafe {
-        while i < values.len() {
-            let n = (values.len() - i).min(LANES);
-            let product = S::mul(S::load_partial(values.as_ptr().add(i), n), S::splat(factor));
-            S::store_partial(product, values.as_mut_ptr().add(i), n);
-            i += n;
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn add_scaled_kernel<S: Lanes>(partial: &[f32], scales: &[f32], scores: &mut [f32]) {
-    assert!(partial.len() == scores.len() && scales.len() == scores.len());
-    let mut i = 0;
-    // SAFETY: lanes i..i+16 of slices of one length; the caller has S's features.
-    unsafe {
-        while i + LANES <= scores.len() {
-            let (partial, scales) = (S::load(partial.as_ptr().add(i)), S::load(scales.as_ptr().add(i)));
-            let target = scores.as_mut_ptr().add(i);
-            S::store(S::mul_add(partial, scales, S::load(target)), target);
-            i += LANES;
-        }
-    }
-    while i < scores.len() {
-        scores[i] += partial[i] * scales[i];
-        i += 1;
-    }
-}
-
-#[inline(always)]
-unsafe fn scale_weights_kernel<S: Lanes>(weights: &[f32], scales: &[f32], scaled: &mut [f32]) {
-    assert!(weights.len() == scaled.len() && scales.len() == scaled.len());
-    let mut i = 0;
-    // SAFETY: lanes i..i+16 of slices of one length; the caller has S's features.
-    unsafe {
-        while i + LANES <= scaled.len() {
-            let weight = S::load(weights.as_ptr().add(i));
-            let product = S::mul(weight, S::load(scales.as_ptr().add(i)));
-            // A weight is at least 0, or NaN, which must stay.
-            let hidden = S::gt(S::splat(f32::MIN_POSITIVE), weight);
-            S::store(S::select(hidden, product, S::zero()), scaled.as_mut_ptr().add(i));
-            i += LANES;
-        }
-    }
-    while i < scaled.len() {
-        scaled[i] = if weights[i] < f32::MIN_POSITIVE { 0.0 } else { weights[i] * scales[i] };
-        i += 1;
     }
 }

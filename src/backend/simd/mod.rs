@@ -31,6 +31,7 @@ mod portable;
 pub(crate) mod rows;
 #[cfg(test)]
 mod tests;
+pub(crate) mod vectors;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
