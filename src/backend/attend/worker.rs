@@ -5,7 +5,7 @@
 use std::ops::{Deref, DerefMut};
 
 use super::{CHUNK, Chunk, Job, Plan, Region, State};
-use crate::backend::simd::{levels, matmul, rows, vectors};
+use crate::backend::simd::{levels, matmul, prefetch, rows, vectors};
 use crate::codec::Codec;
 use crate::format::{Format, PAGE_ROWS, RowLayout};
 use crate::layer::{Head, Stream};
@@ -223,6 +223,17 @@ impl<'a> Worker<'a> {
                         levels::decode_levels(self.plan.isa, &codec.layout, &codec.codebook, codes, rows, target);
                     }
                     done += rows;
+                }
+                // The next tile comes after this one's product, about a memory latency away.
+                let next = first + count;
+                if next < stream.past.len() {
+                    let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
+                    let rows = count.min(PAGE_ROWS - row);
+                    let bytes = codec.layout.code_bytes;
+                    prefetch(&page.codes(&codec.layout)[row * bytes..(row + rows) * bytes]);
+                    if row == 0 {
+                        prefetch(page.metadata(&codec.layout));
+                    }
                 }
             }
         }
