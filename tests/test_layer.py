@@ -1,6 +1,6 @@
-"""The native store against the slow one in plain torch: regions, decoded rows, attention; and what only the native one has to keep.
+"""The native store against the slow one in plain torch: regions, decoded rows, attention; and what only it must keep.
 
-Every program of appends, crops and gathers must leave both with the same regions and the same decoded rows, bit for bit.
+Every program of appends, crops and gathers must leave both with the same regions and decoded rows, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def both_layers(keys: dict[str, Any], values: dict[str, Any], heads: int = 2, **
     return native, ReferenceLayer(keys=ReferenceCodec(**keys), values=ReferenceCodec(**values), **options)
 
 
-def decoded(layer: Any, head_dims: tuple[int, int], heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def decoded(
+    layer: Any, head_dims: tuple[int, int], heads: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (layer.batch_size, heads, layer.length)
     keys, values = (torch.empty(*shape, width, dtype=dtype) for width in head_dims)
     layer.decode_keys(keys)
@@ -64,7 +66,9 @@ steps = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(
     program=steps,
-    bits=st.tuples(st.sampled_from(["raw", "8", "4", "3", "2", "1.6", "1.5"]), st.sampled_from(["raw", "4", "2", "1.6"])),
+    bits=st.tuples(
+        st.sampled_from(["raw", "8", "4", "3", "2", "1.6", "1.5"]), st.sampled_from(["raw", "4", "2", "1.6"])
+    ),
     head_dims=st.tuples(st.sampled_from([64, 96, 128]), st.sampled_from([64, 80])),
     block=st.sampled_from([0, 128]),
     dtype=st.sampled_from(sorted(DTYPES)),
@@ -303,9 +307,7 @@ def test_a_shared_prompt_is_stored_once() -> None:
 
 def native_layer(isa: str) -> Any:
     keys, values = (_native.Codec(**codec_options(bits, 64)) for bits in ("2", "1.5"))
-    return _native.Layer(
-        num_key_value_heads=2, keys=keys, values=values, sinks=3, window=8, dtype="float32", isa=isa
-    )
+    return _native.Layer(num_key_value_heads=2, keys=keys, values=values, sinks=3, window=8, dtype="float32", isa=isa)
 
 
 def test_threads_and_isas_agree() -> None:

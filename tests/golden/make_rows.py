@@ -1,8 +1,8 @@
 """Writes rows.txt: packed bytes that the Rust and the Python implementation must both produce for ever.
 
 One line is one case: the codec's options, `|`, and the hexadecimal bytes of rows 0, 1 and 2. Channel c of row r is
-((7919 (c + 1) + 104729 r) mod 2003 - 1001) / 256, exact in float32; row 2 is divided by 4096. Run it only to add cases: the bytes of an
-old case never change, for caches and plans on disk hold them.
+((7919 (c + 1) + 104729 r) mod 2003 - 1001) / 256, exact in float32; row 2 is divided by 4096. Run it only to add cases:
+the bytes of an old case never change.
 """
 
 from __future__ import annotations
