@@ -85,7 +85,12 @@ def codec_options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(options=codec_options(), seed=st.integers(0, 2**16), permuted=st.booleans(), source=st.sampled_from(["none", "static", "block"]))
+@given(
+    options=codec_options(),
+    seed=st.integers(0, 2**16),
+    permuted=st.booleans(),
+    source=st.sampled_from(["none", "static", "block"]),
+)
 def test_bytes_and_rows_equal_the_twin(options: dict[str, Any], seed: int, permuted: bool, source: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     head_dim = options["head_dim"]

@@ -197,7 +197,7 @@ class ReferenceCodec:
         self,
         *,
         head_dim: int,
-        format: str,  # noqa: A002
+        format: str,
         group_size: int | None = None,
         metadata: str = "e4m3",
         symmetric: bool = True,

@@ -1,0 +1,115 @@
+"""The attention implementation "skvq" for transformers: packed keys and values with all that models ask for.
+
+Is: what the default "sdpa" with packed handles does, and beyond it logit softcap (Gemma 2) and attention-sink logits
+(gpt-oss). Layers that are not packed, and prompts, get transformers' sdpa, or plain math where sdpa lacks the feature.
+Is not: needed for models without these features: with "sdpa" their handles take the same way (packed.py).
+Shapes: query [B, Hq, L, D], key and value [B, Hkv, T, D], result [B, L, Hq, Dv].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .packed import PackedStates, packed_attention
+
+NAME = "skvq"
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="skvq"` known to transformers; called again it changes nothing."""
+    AttentionInterface.register(NAME, skvq_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def skvq_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, in the signature of transformers' attention functions.
+
+    Without a mask, query l of L sees the tokens up to T - L + l of a causal module. `softcap` bounds scores by
+    softcap * tanh(score / softcap); `s_aux` [Hq] are logits that join each softmax without a value.
+    """
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    if isinstance(key, PackedStates) and position_bias is None:
+        output = packed_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap, s_aux)
+        if output is not None:
+            return output.transpose(1, 2).contiguous(), None
+    # transformers' sdpa aligns a causal rule without a mask to the first token, right only for equal lengths.
+    if softcap is None and s_aux is None and not (causal and query.shape[2] != key.shape[2]):
+        options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        if position_bias is not None:
+            options["position_bias"] = position_bias
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output, None
+    if position_bias is not None:
+        attention_mask = _with_bias(attention_mask, position_bias)
+    groups = query.shape[1] // key.shape[1]
+    keys, values = repeat_kv(_plain(key), groups), repeat_kv(_plain(value), groups)
+    output = plain_attention(query, keys, values, attention_mask, dropout, causal, scaling, softcap, s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention [B, Hq, L, Dv] on plain tensors with softcap and sink logits, softmax in float32."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.float()
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if causal:
+        rows, columns = scores.shape[-2:]
+        visible = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
+        mask = visible if mask is None else mask & visible
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sink_logits is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = sink_logits.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    if dropout > 0.0:
+        weights = torch.nn.functional.dropout(weights, p=dropout)
+    return weights.to(value.dtype) @ value
+
+
+def _plain(states: torch.Tensor) -> torch.Tensor:
+    if isinstance(states, PackedStates):
+        return states.decode("skvq attention: not for the packed bytes")
+    return states
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias

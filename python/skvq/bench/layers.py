@@ -1,0 +1,80 @@
+"""Packed layers filled with random rows, for benchmarks that use the native module directly (no model, no
+transformers).
+
+A case's format is written like the paper does: "K2V1.6" (keys 2 bits, values ternary), "K4V4", "raw" (both in the
+model's dtype).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .._native import Layer
+from ..config import SkvqConfig
+from ..plan import LayerPlan
+
+FILL_TOKENS = 4096
+_FORMAT = re.compile(r"K(raw|8|4|3|2|1\.6|1\.5)V(raw|8|4|3|2|1\.6|1\.5)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer's sizes at decode: one query token per sequence."""
+
+    num_key_value_heads: int
+    num_attention_heads: int
+    batch: int
+    tokens: int
+    head_dim: int = 128
+
+    @property
+    def elements(self) -> int:
+        """Of keys (or of values)."""
+        return self.batch * self.num_key_value_heads * self.tokens * self.head_dim
+
+    def __str__(self) -> str:
+        heads = f"{self.num_key_value_heads} kv, {self.num_attention_heads} query heads"
+        return f"{heads}, batch {self.batch}, {self.tokens} tokens"
+
+
+def parse_format(name: str) -> tuple[str, str]:
+    """("2", "1.6") for "K2V1.6", ("raw", "raw") for "raw"; raises ValueError for anything else."""
+    if name == "raw":
+        return "raw", "raw"
+    match = _FORMAT.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"format is {name!r}, expected 'raw' or like 'K2V1.6' with 8, 4, 3, 2, 1.6, 1.5 or raw for each of K and V"
+        )
+    return str(match[1]), str(match[2])
+
+
+def random_rows(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the whole length in pieces, each [batch, num_key_value_heads, ≤ FILL_TOKENS, head_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, shape.tokens, FILL_TOKENS):
+        size = (shape.batch, shape.num_key_value_heads, min(FILL_TOKENS, shape.tokens - start), shape.head_dim)
+        yield torch.randn(size, generator=generator).to(dtype), torch.randn(size, generator=generator).to(dtype)
+
+
+def options_of(name: str, *, static: bool) -> SkvqConfig:
+    """The cache's options for a format, all else as by default; `static`: without statistics taken from the rows."""
+    key_bits, value_bits = (16.0 if one == "raw" else float(one) for one in parse_format(name))
+    streams = {"block": 0} if static else {}
+    return SkvqConfig(key_bits=key_bits, value_bits=value_bits, keys=streams, values=streams)  # type: ignore[arg-type]
+
+
+def has_statistics(name: str) -> bool:
+    """Whether the default options for a format take statistics from the rows (else `static` changes nothing)."""
+    options = options_of(name, static=False)
+    return any(stream.is_packed and stream.block > 0 for stream in (options.keys, options.values))
+
+
+def packed_layer(shape: Shape, name: str, *, static: bool, dtype: str = "bfloat16") -> Layer:
+    """An empty layer store for this shape and a format such as "K2V1.6", with the default window and sinks."""
+    plan = LayerPlan.from_config(options_of(name, static=static))
+    return plan.build(shape.num_key_value_heads, shape.head_dim, shape.head_dim, getattr(torch, dtype))

@@ -1,0 +1,240 @@
+"""`QuantizedDynamicCache`: a transformers cache whose full-attention layers are packed.
+
+Is: the choice of layers, the refusal of models it cannot serve, the changes that concern all layers, and figures.
+Is not: the store (the native module), the handles (packed.py), or one layer's protocol (layer.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ._native import SkvqError
+from .attention import register_attention
+from .config import SkvqConfig
+from .display import LayerFigures, html_table, text_table
+from .layer import PackedLayer, row_numbers
+from .packed import AttentionCounts
+from .plan import LayerPlan
+
+# Kinds of layers in a model's configuration that a cache of packed and sliding layers can serve. Layers without
+# attention ("moe", "mlp") and layers that share another layer's cache have none of their own.
+SERVED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "moe", "mlp", "dummy")
+# Stock layers that stay as they are. Older transformers have no dummy layers.
+KEPT_LAYERS = (DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicSlidingWindowLayer))
+# Attributes of models with a recurrent state; older transformers do not name such layers in the configuration.
+_STATE_SPACE = ("mamba_", "ssm_", "state_size")
+# Attributes of configurations whose heads differ between layers, or between keys and values.
+_UNEVEN_HEADS = ("global_head_dim", "v_head_dim", "qk_head_dim", "attention_head_dim")
+
+
+class QuantizedDynamicCache(Cache):
+    """A low-bit key/value cache for `model.generate(past_key_values=...)` (SKVQ, arXiv 2405.06219).
+
+    The first `sinks` and the last `window` tokens of every full-attention layer stay in the model's dtype, tokens
+    between are packed once, when they leave the window, and attention is computed on the packed bytes. Sliding-window
+    layers keep transformers' own bounded layer.
+
+    Args:
+        config: the configuration of the model (`model.config`).
+        skvq_config: options; the defaults are 2-bit keys and ternary values.
+        **options: fields of `SkvqConfig` that differ from `skvq_config`.
+
+    Raises:
+        SkvqError: an option is not valid, or the model's cache cannot be packed; the message says what was expected.
+
+    Example:
+        >>> cache = QuantizedDynamicCache(model.config, key_bits=2, value_bits=1.6)
+        >>> model.generate(**inputs, past_key_values=cache)
+    """
+
+    layers: list[Any]
+
+    def __init__(self, config: Any, skvq_config: SkvqConfig | None = None, **options: Any) -> None:
+        self.skvq_config = SkvqConfig.from_options(skvq_config, **options)
+        self._counts = AttentionCounts()
+        decoder = _decoder_config(config)
+        plan = LayerPlan.from_config(self.skvq_config)
+        head_dim = _head_dim(decoder)
+        if head_dim is not None:
+            plan.check(head_dim, head_dim)
+        layers = [
+            PackedLayer(plan, index, self._counts) if type(layer) is DynamicLayer else _kept(layer, index)
+            for index, layer in enumerate(_stock_layers(config))
+        ]
+        if not any(isinstance(layer, PackedLayer) for layer in layers):
+            warnings.warn(
+                f"no layer of this {getattr(decoder, 'model_type', '?')} model has full attention: its sliding layers "
+                "are bounded already and nothing will be packed",
+                UserWarning,
+                stacklevel=2,
+            )
+        super().__init__(layers=layers)
+        register_attention()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values [B, Hkv, n, D] of layer `layer_idx`; returns what its attention takes."""
+        layers = self.layers
+        if not 0 <= layer_idx < len(layers):
+            raise SkvqError(f"layer_idx={layer_idx}: expected 0 to {len(layers) - 1}, the configuration's layers")
+        states: tuple[torch.Tensor, torch.Tensor] = layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return states
+
+    # ---- changes of all layers: checked first, so that a refused one changes no layer ------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: 0 or a negative count (older transformers: also a length to keep, if positive)."""
+        packed, stock = self._packed_layers(), self._stock_layers()
+        for layer in packed:
+            layer.length_after_crop(tokens_to_remove)
+        for layer in (*stock, *packed):
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i of the batch becomes row `beam_idx[i]`; packed data is not copied."""
+        self._gather(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self._gather(indices, lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times; packed data is not copied."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise SkvqError(f"repeats={repeats!r}: expected a positive integer")
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+
+    def _gather(self, indices: torch.Tensor, apply_to_stock: Any) -> None:
+        rows = row_numbers(indices, self.batch_size) if self.batch_size > 0 else []
+        for layer in self._stock_layers():
+            apply_to_stock(layer)
+        for layer in self._packed_layers():
+            layer.gather(rows)
+
+    # ---- figures -----------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache, -1 while it is empty."""
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                if layer.batch_rows:
+                    return layer.batch_rows
+            elif isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.ndim == 4:
+                return int(layer.keys.shape[0])
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers: codes, metadata, statistics, sinks and windows, and the tensors of sliding layers."""
+        return sum(figures.nbytes for figures in self._figures())
+
+    @property
+    def bits_per_element(self) -> float:
+        """8 * `nbytes` over the stored elements of keys and values; 0 while the cache is empty."""
+        figures = self._figures()
+        elements = sum(x.elements for x in figures)
+        return 8.0 * sum(x.nbytes for x in figures) / elements if elements else 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the cache was made.
+
+        Returns:
+            "packed": attention calls computed on packed bytes; "prefill": prompts attended in full precision;
+            "decoded": for each reason, how often keys or values of a layer were decoded to a plain tensor.
+        """
+        return self._counts.as_dict()
+
+    def __repr__(self) -> str:
+        return text_table(self._title(), self._figures())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), self._figures())
+
+    def _title(self) -> str:
+        x = self.skvq_config
+        bits = f"keys {x.key_bits:g} bits, values {x.value_bits:g} bits"
+        return f"{type(self).__name__}({bits}, sinks {x.sinks}, window {x.window})"
+
+    def _packed_layers(self) -> list[PackedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    def _stock_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, PackedLayer)]
+
+    def _figures(self) -> list[LayerFigures]:
+        return [x.figures() if isinstance(x, PackedLayer) else _stock_figures(x) for x in self.layers]
+
+
+def _stock_figures(layer: Any) -> LayerFigures:
+    kind = "sliding" if isinstance(layer, DynamicSlidingWindowLayer) else "none"
+    keys, values = layer.keys, layer.values
+    if not isinstance(keys, torch.Tensor) or keys.ndim != 4:
+        return LayerFigures(kind, 0, 0, 0, 0, 0, 0, 0)
+    nbytes, elements = keys.nbytes + values.nbytes, keys.numel() + values.numel()
+    return LayerFigures(kind, keys.shape[0], keys.shape[1], 0, 0, keys.shape[2], nbytes, elements)
+
+
+# ---- which models ----------------------------------------------------------------------------------------------------
+
+
+def _decoder_config(config: Any) -> Any:
+    """The text decoder's configuration. Raises SkvqError for models whose cache cannot be packed."""
+    if not hasattr(config, "get_text_config"):
+        raise SkvqError(f"config: got {type(config).__name__}, expected a model's configuration such as model.config")
+    decoder = config.get_text_config(decoder=True)
+    model_type = getattr(decoder, "model_type", type(decoder).__name__)
+    if getattr(config, "is_encoder_decoder", False) or getattr(decoder, "is_encoder_decoder", False):
+        raise SkvqError(f"config: {model_type} is an encoder-decoder model, expected a decoder-only model")
+    if getattr(decoder, "kv_lora_rank", None):
+        raise SkvqError(
+            f"config: {model_type} has multi-head latent attention (kv_lora_rank={decoder.kv_lora_rank}), "
+            "expected a model that caches keys and values for every head"
+        )
+    recurrent = [name for name in vars(decoder) if name.startswith(_STATE_SPACE)]
+    if recurrent:
+        raise SkvqError(f"config: {model_type} has recurrent layers ({recurrent[0]}), expected attention in all layers")
+    for index, layer_type in enumerate(getattr(decoder, "layer_types", None) or ()):
+        if layer_type not in SERVED_LAYER_TYPES:
+            raise SkvqError(
+                f"config: layer {index} of {model_type} is {layer_type!r}, expected one of "
+                f"{', '.join(map(repr, SERVED_LAYER_TYPES))}"
+            )
+    return decoder
+
+
+def _head_dim(decoder: Any) -> int | None:
+    """The head size if all layers share it, None if the configuration leaves that open (the first keys will tell)."""
+    if any(getattr(decoder, name, None) for name in _UNEVEN_HEADS):
+        return None
+    head_dim = getattr(decoder, "head_dim", None)
+    if head_dim is None:
+        hidden, heads = getattr(decoder, "hidden_size", None), getattr(decoder, "num_attention_heads", None)
+        head_dim = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+    return head_dim if isinstance(head_dim, int) else None
+
+
+def _stock_layers(config: Any) -> list[Any]:
+    try:
+        layers: list[Any] = DynamicCache(config=config).layers
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SkvqError(f"config: transformers builds no dynamic cache for it ({reason})") from error
+    if not layers:
+        raise SkvqError("config: expected a model with at least one attention layer")
+    return layers
+
+
+def _kept(layer: Any, index: int) -> Any:
+    if type(layer) not in KEPT_LAYERS:
+        raise SkvqError(
+            f"config: layer {index} needs a {type(layer).__name__} cache, expected full, sliding or chunked attention"
+        )
+    return layer

@@ -1,0 +1,311 @@
+"""`PackedLayer`: one attention layer of the cache, in the protocol of transformers' cache layers.
+
+Is: the way of keys and values into the native store, and the store's rows back as handles or tensors.
+Is not: the choice of which layers are packed (cache.py). This release works on CPU tensors only.
+Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv].
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from ._native import Layer, SkvqError
+from .display import LayerFigures
+from .packed import AttentionCounts, Snapshot
+from .plan import DTYPE_NAMES, LayerPlan
+
+
+def _stock_crop_takes_length() -> bool:
+    try:
+        DynamicLayer().crop(1)
+    except ValueError:
+        return False
+    return True
+
+
+# In older transformers a positive argument of `crop` is the length to keep, in the oldest 0 too; newer ones take the
+# negative number of tokens to remove.
+CROP_TAKES_LENGTH = _stock_crop_takes_length()
+CROP_TAKES_LENGTH_ZERO = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+class PackedLayer(CacheLayerMixin):
+    """Sinks, packed past and window of one layer.
+
+    A prompt (several tokens into an empty layer) is attended in full precision: `update` stores it and returns the
+    given tensors. Afterwards `update` returns handles (packed.py); a call with several tokens attends to its own tokens
+    in full precision and to those before as they are stored.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = True
+
+    native: Layer
+
+    def __init__(self, plan: LayerPlan, index: int, counts: AttentionCounts) -> None:
+        # Not the base's __init__: it assigns `keys` and `values`, which are computed here.
+        self.plan = plan
+        self.index = index
+        self.counts = counts
+        self.is_initialized = False
+        self.version = 0
+        self.decoded_version = -1
+        self.decoded_steps = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Build the store for the shapes and the dtype of the first keys and values."""
+        problem = self._problem(key_states, value_states)
+        if problem is not None:
+            raise SkvqError(f"layer {self.index}: {problem}")
+        heads, key_dim, value_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        try:
+            self.native = self.plan.build(heads, key_dim, value_dim, key_states.dtype)
+        except SkvqError as error:
+            raise SkvqError(f"layer {self.index}: {error}") from None
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._heads, self._key_dim, self._value_dim = heads, key_dim, value_dim
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store n tokens; see the class for what is returned. After an error the layer is as before.
+
+        Raises:
+            SkvqError: keys or values are not [B, Hkv, n, D] of one dtype on the CPU, differ from what the layer holds,
+                or have NaN or infinity (unless the configuration lets them through).
+        """
+        was_initialized = self.is_initialized
+        if not was_initialized:
+            self.lazy_initialization(key_states, value_states)
+        native = self.native
+        past = native.length
+        keys, values = key_states, value_states
+        try:
+            if keys.requires_grad or values.requires_grad:
+                keys, values = self._detached(keys, values)
+            count = keys.shape[2]
+            if count == 0 and past and self._problem(keys, values) is None:
+                return Snapshot(self, self._shape(True), self._shape(False), self.dtype).handles()
+            native.append(keys, values)
+        except Exception as error:
+            problem = self._problem(key_states, value_states)
+            if not was_initialized:
+                self.reset()
+            if problem is None and not isinstance(error, SkvqError):
+                raise
+            raise SkvqError(f"layer {self.index}: {problem or error}") from error
+        self.version += 1
+        if past == 0 and count > 1:
+            self.counts.prefill += 1
+            return key_states, value_states
+        fresh = (keys, values) if count > 1 else (None, None)
+        return Snapshot(self, self._shape(True), self._shape(False), self.dtype, *fresh).handles()
+
+    def _detached(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled() and not self.counts.warned_of_gradients:
+            self.counts.warned_of_gradients = True
+            warnings.warn(
+                "keys and values that need a gradient reached a packed cache: no gradient flows through stored tokens. "
+                "Run the model under torch.no_grad() or torch.inference_mode().",
+                UserWarning,
+                stacklevel=3,
+            )
+        return keys.detach(), values.detach()
+
+    def _problem(self, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+        """What is wrong with the form of keys and values, in words; None if nothing is."""
+        for name, x in (("key_states", keys), ("value_states", values)):
+            if not isinstance(x, torch.Tensor) or x.ndim != 4:
+                got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+                return f"{name}: got {got}, expected a tensor [batch, num_key_value_heads, tokens, head_dim]"
+            if x.device.type != "cpu":
+                return f"{name}: on device {x.device}, expected cpu: this release keeps its cache on the CPU"
+            if x.dtype not in DTYPE_NAMES:
+                return f"{name}: dtype {x.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}"
+            if 0 in (x.shape[0], x.shape[1], x.shape[3]):
+                return f"{name}: shape {tuple(x.shape)}, expected at least one sequence, head and channel"
+        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+            return (
+                f"value_states: {values.dtype} {tuple(values.shape)}, expected batch, heads, tokens and dtype of "
+                f"key_states, {keys.dtype} {tuple(keys.shape)}"
+            )
+        if not self.is_initialized:
+            return None
+        batch = self.native.batch_size if self.native.length else keys.shape[0]
+        for name, x, head_dim in (("key_states", keys, self._key_dim), ("value_states", values, self._value_dim)):
+            if (x.shape[0], x.shape[1], x.shape[3]) != (batch, self._heads, head_dim) or x.dtype != self.dtype:
+                return (
+                    f"{name}: {x.dtype} {tuple(x.shape)}, expected {self.dtype} with batch {batch}, {self._heads} "
+                    f"heads and head_dim {head_dim} as the tokens stored before"
+                )
+        return None
+
+    # ---- lengths -----------------------------------------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Stored tokens."""
+        return self.native.length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of the keys that a call with `query_length` new tokens attends to.
+
+        Older transformers pass the tokens' positions instead of their number.
+        """
+        count = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.get_seq_length() + count, 0
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows without a bound."""
+        return -1
+
+    # The name of older transformers.
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_rows(self) -> int:
+        """Sequences in the store, 0 while it is empty."""
+        return self.native.batch_size if self.get_seq_length() else 0
+
+    # ---- reads -------------------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """All keys [B, Hkv, T, Dk], decoded; None while the layer is empty."""
+        return self._decoded(True)
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """All values [B, Hkv, T, Dv], decoded; None while the layer is empty."""
+        return self._decoded(False)
+
+    def _decoded(self, is_key: bool) -> torch.Tensor | None:
+        if not self.get_seq_length():
+            return None
+        self.counts.decoded["layer.keys" if is_key else "layer.values"] += 1
+        output = torch.empty(self._shape(is_key), dtype=self.dtype, device="cpu")
+        (self.native.decode_keys if is_key else self.native.decode_values)(output)
+        return output
+
+    def _shape(self, is_key: bool) -> tuple[int, int, int, int]:
+        native = self.native
+        return native.batch_size, self._heads, native.length, self._key_dim if is_key else self._value_dim
+
+    def figures(self) -> LayerFigures:
+        """Regions, bytes and elements, for tables."""
+        if not self.get_seq_length():
+            return LayerFigures(self.kind, 0, 0, 0, 0, 0, self.nbytes, 0)
+        native = self.native
+        elements = native.batch_size * self._heads * native.length * (self._key_dim + self._value_dim)
+        regions = (native.sink_tokens, native.packed_tokens, native.window_tokens)
+        return LayerFigures(self.kind, native.batch_size, self._heads, *regions, self.nbytes, elements)
+
+    @property
+    def kind(self) -> str:
+        """The formats of keys and values in short, such as "K2 V1.6"."""
+        return f"K{self.plan.keys.options.bits:g} V{self.plan.values.options.bits:g}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, metadata, statistics, sinks, window and unused page rows."""
+        return self.native.nbytes if self.is_initialized else 0
+
+    def __repr__(self) -> str:
+        x = self.figures()
+        return f"PackedLayer({x.kind}, tokens {x.sinks} | {x.packed} | {x.window}, {x.nbytes} bytes)"
+
+    # ---- changes -----------------------------------------------------------------------------------------------------
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: a negative count (with older transformers also a length to keep, if positive).
+
+        Tokens that were packed stay packed, also if they come within the window again.
+        """
+        length = self.length_after_crop(tokens_to_remove)
+        if length < self.get_seq_length():
+            if length:
+                self.native.crop(length)
+            else:
+                self.native.reset()  # the next tokens may come in another batch size
+            self.version += 1
+
+    def length_after_crop(self, tokens_to_remove: int) -> int:
+        """The length that `crop` leaves. Raises SkvqError if there is none."""
+        length = self.get_seq_length()
+        if tokens_to_remove > 0 or (tokens_to_remove == 0 and CROP_TAKES_LENGTH_ZERO):
+            if CROP_TAKES_LENGTH:
+                return min(length, tokens_to_remove)
+            raise SkvqError(f"tokens_to_remove={tokens_to_remove}: expected 0 or a negative number of tokens")
+        if not self.is_initialized:
+            return 0
+        if length + tokens_to_remove < 0:
+            raise SkvqError(f"tokens_to_remove={tokens_to_remove}: expected {-length} to 0 for {length} tokens")
+        return length + tokens_to_remove
+
+    def gather(self, indices: list[int]) -> None:
+        """New batch row i is old row `indices[i]`; no packed data is copied."""
+        if self.get_seq_length():
+            self.native.gather(indices)
+            self.version += 1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i of the batch becomes row `beam_idx[i]`."""
+        self.gather(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times."""
+        self.gather([row for row in range(self.batch_rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (numbers, or a boolean for every row)."""
+        self.gather(row_numbers(indices, self.batch_rows))
+
+    def reset(self) -> None:
+        """Forget all tokens; the next ones may have another batch size, dtype or number of heads."""
+        if self.is_initialized:
+            del self.native
+        self.is_initialized = False
+        self.version += 1
+
+    def offload(self) -> None:
+        """Nothing to do: the store is in the CPU's memory already."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: attention runs where the store is."""
+
+    # ---- copies ------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        twin = PackedLayer.__new__(PackedLayer)
+        twin.__dict__.update(self.__dict__)
+        memo[id(self)] = twin
+        twin.counts = copy.deepcopy(self.counts, memo)
+        if self.is_initialized:
+            twin.native = self.native.clone()
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SkvqError(
+            "a packed cache layer cannot be pickled or copied shallowly: use copy.deepcopy, or save its keys and values"
+        )
+
+
+def row_numbers(indices: torch.Tensor, batch: int) -> list[int]:
+    """Row numbers from what `batch_select_indices` takes. Raises SkvqError if one is outside the batch."""
+    indices = torch.as_tensor(indices)
+    if indices.dtype == torch.bool:
+        if indices.shape != (batch,):
+            raise SkvqError(f"indices: boolean of shape {tuple(indices.shape)}, expected ({batch},), one for every row")
+        indices = indices.nonzero()[:, 0]
+    rows: list[int] = indices.tolist() if indices.ndim else [int(indices)]
+    if any(not -batch <= row < batch for row in rows):
+        raise SkvqError(f"indices={rows}: expected rows from 0 to {batch - 1}")
+    return [row % batch for row in rows] if batch else rows

@@ -1,0 +1,418 @@
+"""Handles to a layer's packed keys and values that models can pass to attention like tensors.
+
+Is: `PackedStates`, a tensor subclass of the right shape, dtype and device that owns no data, and the `Snapshot` that
+the two handles of one `update` share. `F.scaled_dot_product_attention` on such a pair runs on the packed bytes,
+transformers' `repeat_kv` (index, expand, reshape) stays a handle, anything else decodes to a plain tensor, counted.
+Is not: a copy. A handle reads the layer as it is and is refused once the layer has changed.
+Shapes: [B, Hkv, T, D]; between the steps of `repeat_kv` [B, Hkv, r, T, D], after it [B, Hkv * r, T, D].
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ._native import Layer, SkvqError
+
+# A layer whose handles were decoded on this many updates in a row warns, once in a cache.
+DECODED_STEPS_BEFORE_WARNING = 3
+# The reason for decoding that is nobody's fallback.
+ASKED_FOR = "decode()"
+
+_CPU = torch.device("cpu")
+_sdpa: Any = torch.nn.functional.scaled_dot_product_attention
+_without_torch_function = torch._C.DisableTorchFunctionSubclass
+_is_grad_enabled = torch.is_grad_enabled
+# Functions that read memory without going through the dispatcher.
+_READS_MEMORY = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("numpy", "tolist", "__array__", "__dlpack__", "__reduce_ex__", "data_ptr", "untyped_storage")
+)
+_BEFORE_REPEAT = (slice(None), slice(None), None, slice(None), slice(None))
+
+
+class AttentionCounts:
+    """How often the layers of one cache attended on packed bytes, and how often and why handles were decoded."""
+
+    def __init__(self) -> None:
+        self.packed = 0
+        self.prefill = 0
+        self.decoded: Counter[str] = Counter()
+        self.warned = False
+        self.warned_of_gradients = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; see `QuantizedDynamicCache.stats`."""
+        return {"packed": self.packed, "prefill": self.prefill, "decoded": dict(self.decoded)}
+
+
+class PackedSource(Protocol):
+    """What a snapshot needs of a cache layer."""
+
+    native: Layer
+    version: int
+    index: int
+    counts: AttentionCounts
+    decoded_version: int
+    decoded_steps: int
+
+
+class Snapshot:
+    """The keys and values that one `update` returned: a layer at one version, and the call's own rows unrounded."""
+
+    __slots__ = ("dtype", "fresh_keys", "fresh_values", "key_shape", "source", "value_shape", "version")
+
+    def __init__(
+        self,
+        source: PackedSource,
+        key_shape: tuple[int, int, int, int],
+        value_shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        fresh_keys: torch.Tensor | None = None,
+        fresh_values: torch.Tensor | None = None,
+    ) -> None:
+        self.source = source
+        self.version = source.version
+        self.key_shape = key_shape
+        self.value_shape = value_shape
+        self.dtype = dtype
+        self.fresh_keys = fresh_keys
+        self.fresh_values = fresh_values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        twin = Snapshot(copy.deepcopy(self.source, memo), self.key_shape, self.value_shape, self.dtype)
+        twin.version = self.version
+        twin.fresh_keys, twin.fresh_values = self.fresh_keys, self.fresh_values
+        memo[id(self)] = twin
+        return twin
+
+    def handles(self) -> tuple[PackedStates, PackedStates]:
+        """The keys' and the values' handle."""
+        return PackedStates(self, True, self.key_shape), PackedStates(self, False, self.value_shape)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        scale: float | None,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of query [B, Hq, L, Dk] on the packed bytes: [B, Hq, L, Dv] in the query's dtype.
+
+        With `causal`, query l sees the tokens up to T - L + l. `mask` broadcasts to [B, Hq, L, T]: boolean (True: seen)
+        or additive. `softcap` bounds the scores, `sink_logits` [Hq] join every softmax without a value.
+        """
+        source = self.source
+        if source.version != self.version:
+            raise self._stale()
+        batch, heads, length, head_dim = query.shape
+        output = query.new_empty((batch, heads, length, self.value_shape[3]))
+        source.native.attend(
+            query,
+            output,
+            scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+            mask=mask,
+            causal=causal,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            fresh_keys=self.fresh_keys,
+            fresh_values=self.fresh_values,
+        )
+        source.counts.packed += 1
+        return output
+
+    def decode(self, is_key: bool, reason: str) -> torch.Tensor:
+        """Keys or values as a plain tensor; `reason` is counted."""
+        source = self.source
+        if source.version != self.version:
+            raise self._stale()
+        output = torch.empty(self.key_shape if is_key else self.value_shape, dtype=self.dtype, device="cpu")
+        (source.native.decode_keys if is_key else source.native.decode_values)(output)
+        fresh = self.fresh_keys if is_key else self.fresh_values
+        if fresh is not None:
+            output[:, :, output.shape[2] - fresh.shape[2] :] = fresh
+        source.counts.decoded[reason] += 1
+        if reason is not ASKED_FOR:
+            self._warn_once_if_every_step(reason)
+        return output
+
+    def _warn_once_if_every_step(self, reason: str) -> None:
+        source = self.source
+        if source.decoded_version != self.version:
+            source.decoded_steps = source.decoded_steps + 1 if source.decoded_version == self.version - 1 else 1
+            source.decoded_version = self.version
+        if source.decoded_steps >= DECODED_STEPS_BEFORE_WARNING and not source.counts.warned:
+            source.counts.warned = True
+            warnings.warn(
+                f"skvq decodes the whole cache of layer {source.index} on every step ({reason}), which is slow: "
+                "attention on the packed bytes needs attn_implementation 'sdpa' or 'skvq' and a call under "
+                "torch.no_grad(). cache.stats() counts both ways.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _stale(self) -> SkvqError:
+        return SkvqError(
+            f"layer {self.source.index}: these keys and values belong to an earlier state of the cache (version "
+            f"{self.version}, now {self.source.version}): expected them to be used before the cache changes again"
+        )
+
+
+class PackedStates(torch.Tensor):
+    """Keys or values of one cache layer, as the tensor that `update` returns; see the head of this file.
+
+    It is read-only, holds for any number of uses until the layer changes, and needs no gradient.
+    """
+
+    _snapshot: Snapshot
+    _is_key: bool
+    _shape: torch.Size
+    _repeats: int
+    _ungrouped: bool
+
+    @staticmethod
+    def __new__(
+        cls: type[PackedStates],
+        snapshot: Snapshot,
+        is_key: bool,
+        shape: Sequence[int],
+        repeats: int = 1,
+        ungrouped: bool = False,
+    ) -> PackedStates:
+        """A handle of `shape`; `repeats` copies of every head, in a dimension of their own if `ungrouped`."""
+        size = torch.Size(shape)
+        handle: PackedStates = torch.Tensor._make_wrapper_subclass(cls, size, dtype=snapshot.dtype, device=_CPU)
+        handle._snapshot = snapshot
+        handle._is_key = is_key
+        handle._shape = size
+        handle._repeats = repeats
+        handle._ungrouped = ungrouped
+        return handle
+
+    # Plain properties: models ask for these on every step, and the subclass protocol would cost a microsecond each.
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Size of the tensor this handle stands for."""
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The model's dtype."""
+        return self._snapshot.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Always the CPU."""
+        return _CPU
+
+    def decode(self, reason: str = ASKED_FOR) -> torch.Tensor:
+        """The plain tensor that this handle stands for; `reason` is counted in `cache.stats()`."""
+        plain = self._snapshot.decode(self._is_key, reason)
+        if self._repeats == 1 and not self._ungrouped:
+            return plain
+        batch, heads, length, head_dim = plain.shape
+        plain = plain[:, :, None].expand(batch, heads, self._repeats, length, head_dim)
+        return plain if self._ungrouped else plain.reshape(batch, heads * self._repeats, length, head_dim)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        kind = "keys" if self._is_key else "values"
+        return f"PackedStates({kind} of layer {self._snapshot.source.index}, {tuple(self._shape)}, {self.dtype})"
+
+    # ---- what stays a handle -----------------------------------------------------------------------------------------
+
+    def _as(self, shape: Sequence[int], repeats: int, ungrouped: bool) -> PackedStates:
+        return PackedStates(self._snapshot, self._is_key, shape, repeats, ungrouped)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """`x[:, :, None, :, :]`, the first step of `repeat_kv`, stays a handle."""
+        if type(index) is tuple and index == _BEFORE_REPEAT and self._repeats == 1 and not self._ungrouped:
+            batch, heads, length, head_dim = self._shape
+            return self._as((batch, heads, 1, length, head_dim), 1, True)
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise SkvqError(f"{self!r} cannot be written: expected a read only use")
+
+    def expand(self, *sizes: Any) -> torch.Tensor:  # type: ignore[override]
+        """The second step of `repeat_kv` stays a handle."""
+        if self._ungrouped and self._repeats == 1 and len(sizes) == 5:
+            batch, heads, _, length, head_dim = self._shape
+            if (sizes[0], sizes[1], sizes[3], sizes[4]) == (batch, heads, length, head_dim) and sizes[2] > 0:
+                return self._as(sizes, int(sizes[2]), True)
+        return super().expand(*sizes)
+
+    def reshape(self, *shape: Any) -> torch.Tensor:
+        """The last step of `repeat_kv` stays a handle, and so does a reshape to the same shape."""
+        if shape == self._shape:
+            return self
+        if self._ungrouped and len(shape) == 4:
+            batch, heads, repeats, length, head_dim = self._shape
+            if shape == (batch, heads * repeats, length, head_dim):
+                return self._as(shape, self._repeats, False)
+        return super().reshape(*shape)
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        """This handle."""
+        return self if memory_format is torch.contiguous_format else super().contiguous(memory_format=memory_format)
+
+    def detach(self) -> PackedStates:
+        """This handle: it never needs a gradient."""
+        return self
+
+    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """This handle: it is on the CPU."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """This handle, if device and dtype stay; otherwise a plain tensor."""
+        if not kwargs.get("copy", False) and len(args) < 4:
+            named = {key: value for key, value in kwargs.items() if key in ("device", "dtype", "non_blocking")}
+            first_is_tensor = bool(args) and isinstance(args[0], torch.Tensor)
+            if len(named) == len(kwargs) and not first_is_tensor:
+                device, dtype = torch._C._nn._parse_to(*args, **named)[:2]
+                if (device is None or device.type == "cpu") and (dtype is None or dtype == self.dtype):
+                    return self
+        return super().to(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedStates:
+        """A handle to a copy of the layer (the one `memo` knows, when a whole cache is copied)."""
+        snapshot = copy.deepcopy(self._snapshot, memo)
+        twin = PackedStates(snapshot, self._is_key, self._shape, self._repeats, self._ungrouped)
+        memo[id(self)] = twin
+        return twin
+
+    # ---- everything else ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Attention goes to the packed bytes; other functions to `__torch_dispatch__`."""
+        if func is _sdpa:
+            return _scaled_dot_product_attention(*args, **(kwargs or {}))
+        if func in _READS_MEMORY:
+            args = tree_map_only(PackedStates, lambda handle: handle.decode(_name(func)), tuple(args))
+        with _without_torch_function():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Any operator gets plain tensors; one that would write into a handle is refused."""
+        kwargs = dict(kwargs or {})
+        if func._schema.is_mutable:
+            _refuse_writes(func, args, kwargs)
+        reason = _name(func)
+        args, kwargs = tree_map_only(PackedStates, lambda handle: handle.decode(reason), (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+
+def _name(func: Any) -> str:
+    schema = getattr(func, "_schema", None)
+    return f"operation {schema.name if schema is not None else func.__name__}"
+
+
+def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, PackedStates):
+            raise SkvqError(f"{func._schema.name} would write into packed {value!r}: expected a read only use")
+
+
+def _scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's function where at least one operand is a handle."""
+    reason = _why_not_packed(query, key, value, attn_mask, dropout_p)
+    if reason is None:
+        if query.shape[1] != key.shape[1] and not enable_gqa:
+            reason = "query and keys differ in heads"
+        elif is_causal and (attn_mask is not None or query.shape[2] != key.shape[2]):
+            # torch aligns the causal mask to the upper left corner, which is no use for a cache.
+            reason = "is_causal with a mask or with fewer queries than keys"
+        else:
+            return cast(PackedStates, key)._snapshot.attend(query, scale, _four_dimensions(attn_mask), is_causal)
+    operands = (query, key, value, attn_mask)
+    plain = tree_map_only(PackedStates, lambda handle: handle.decode(f"sdpa: {reason}"), operands)
+    return _sdpa(*plain, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Attention [B, Hq, L, Dv] on two handles as in `Snapshot.attend`; None if the packed bytes cannot serve it."""
+    if _why_not_packed(query, key, value, mask, dropout) is not None:
+        return None
+    if sink_logits is not None:
+        if sink_logits.requires_grad and _is_grad_enabled():
+            return None
+        sink_logits = sink_logits.detach().to(torch.float32).reshape(-1)
+    return cast(PackedStates, key)._snapshot.attend(query, scale, _four_dimensions(mask), causal, softcap, sink_logits)
+
+
+def _why_not_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> str | None:
+    """None if the packed bytes can serve this call, otherwise the reason."""
+    if not (type(key) is PackedStates and type(value) is PackedStates and key._snapshot is value._snapshot):
+        return "keys and values are not of one update"
+    if not key._is_key or value._is_key or key._ungrouped or value._ungrouped or key._repeats != value._repeats:
+        return "keys and values are rearranged"
+    if type(query) is not torch.Tensor or query.ndim != 4:
+        return "query is not a plain tensor of four dimensions"
+    batch, heads, length, _ = query.shape
+    key_batch, key_heads, tokens, _ = key._shape
+    if batch != key_batch or heads % key_heads:
+        return "query and keys differ in batch or heads"
+    if dropout > 0.0:
+        return "dropout"
+    if query.requires_grad and _is_grad_enabled():
+        return "query needs a gradient"
+    if mask is None:
+        return None
+    if type(mask) is not torch.Tensor or not 2 <= mask.ndim <= 4 or (mask.requires_grad and _is_grad_enabled()):
+        return "mask is not a plain tensor of two to four dimensions without gradient"
+    scores = (batch, heads, length, tokens)[4 - mask.ndim :]
+    if mask.shape[-1] != tokens or any(x not in (1, y) for x, y in zip(mask.shape, scores, strict=True)):
+        return "mask does not broadcast to the scores"
+    return None
+
+
+def _four_dimensions(mask: torch.Tensor | None) -> torch.Tensor | None:
+    while mask is not None and mask.ndim < 4:
+        mask = mask[None]
+    return mask

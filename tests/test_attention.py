@@ -1,0 +1,167 @@
+"""The "skvq" attention implementation: softcap, sink logits, several tokens over a past, layers that are not packed."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
+
+import skvq
+from skvq.attention import plain_attention, skvq_attention_forward
+from skvq.layer import PackedLayer
+from skvq.packed import AttentionCounts
+from skvq.plan import LayerPlan
+
+B, HEADS, GROUPS, D = 2, 2, 2, 32
+PAST = 300
+
+
+def module(**attributes: Any) -> Any:
+    """What attention functions read of a model's attention module."""
+    defaults = {"num_key_value_groups": GROUPS, "is_causal": True, "head_dim": D, "training": False}
+    return SimpleNamespace(**(defaults | attributes))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer() -> PackedLayer:
+    config = skvq.SkvqConfig(window=20, sinks=3, keys=skvq.StreamOptions(block=128))
+    made = PackedLayer(LayerPlan.from_config(config), 0, AttentionCounts())
+    made.update(random(B, HEADS, PAST, D, seed=1), random(B, HEADS, PAST, D, seed=2))
+    return made
+
+
+def test_importing_skvq_changes_nothing() -> None:
+    code = (
+        "import sys, skvq; assert 'transformers' not in sys.modules; "
+        "from transformers import AttentionInterface; import skvq.attention, skvq.cache; "
+        "assert 'skvq' not in AttentionInterface(); skvq.register_attention(); assert 'skvq' in AttentionInterface(); "
+        "assert 'QuantizedDynamicCache' in dir(skvq); skvq.__version__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registering_twice_is_registering_once() -> None:
+    skvq.register_attention()
+    before = dict(AttentionInterface()), dict(AttentionMaskInterface())
+    skvq.register_attention()
+    assert (dict(AttentionInterface()), dict(AttentionMaskInterface())) == before
+
+
+SOFTCAPS = [None, 3.0]
+SINKS = [None, random(HEADS * GROUPS, seed=5)]
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("sinks", SINKS, ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_handles_are_attended_as_their_decoded_rows(
+    softcap: float | None, sinks: torch.Tensor | None, tokens: int, masked: bool
+) -> None:
+    made = layer()
+    key, value = made.update(random(B, HEADS, tokens, D, seed=3), random(B, HEADS, tokens, D, seed=4))
+    query = random(B, HEADS * GROUPS, tokens, D, seed=6)
+    visible = torch.ones(tokens, PAST + tokens, dtype=torch.bool).tril(PAST).expand(B, 1, -1, -1).clone()
+    if masked:
+        visible[1, :, :, :37] = False
+    mask = visible if masked else None
+    got, weights = skvq_attention_forward(
+        module(), query, key, value, mask, scaling=0.25, softcap=softcap, s_aux=sinks, sliding_window=None
+    )
+    assert weights is None
+    assert made.counts.as_dict() == {"packed": 1, "prefill": 1, "decoded": {}}
+    keys, values = (x.decode().repeat_interleave(GROUPS, dim=1) for x in (key, value))  # type: ignore[attr-defined]
+    wanted = plain_attention(query, keys, values, visible, 0.0, False, 0.25, softcap, sinks)
+    assert got.shape == (B, tokens, HEADS * GROUPS, D)
+    assert torch.allclose(got, wanted.transpose(1, 2), atol=1e-5)
+
+
+def additive(visible: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_softcap_is_gemmas(tokens: int) -> None:
+    query, key, value = (random(B, h, n, D, seed=s) for h, n, s in ((4, tokens, 1), (2, 6, 2), (2, 6, 3)))
+    visible = torch.ones(1, 1, tokens, 6, dtype=torch.bool).tril(6 - tokens)
+    wanted, _ = modeling_gemma2.eager_attention_forward(
+        module(), query, key, value, additive(visible), scaling=0.3, softcap=2.0
+    )
+    for mask in (visible, None):
+        got, _ = skvq_attention_forward(module(), query, key, value, mask, scaling=0.3, softcap=2.0)
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_sink_logits_are_those_of_gpt_oss(tokens: int) -> None:
+    query, key, value = (random(B, h, n, D, seed=s) for h, n, s in ((4, tokens, 1), (2, 6, 2), (2, 6, 3)))
+    visible = torch.ones(1, 1, tokens, 6, dtype=torch.bool).tril(6 - tokens)
+    sinks = random(4, seed=7)
+    wanted, _ = modeling_gpt_oss.eager_attention_forward(
+        module(sinks=sinks), query, key, value, additive(visible), scaling=0.3
+    )
+    got, _ = skvq_attention_forward(module(), query, key, value, visible, scaling=0.3, s_aux=sinks)
+    assert torch.allclose(got, wanted, atol=1e-6)
+
+
+def test_plain_layers_take_the_stock_way() -> None:
+    query, key, value = (random(B, h, 9, D, seed=s) for h, s in ((4, 1), (2, 2), (2, 3)))
+    got, _ = skvq_attention_forward(module(), query, key, value, None, scaling=0.3)
+    keys, values = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.3)
+    assert torch.allclose(got, wanted.transpose(1, 2), atol=1e-6)
+    # without a mask, fewer queries than keys are the last tokens, not the first
+    last, _ = skvq_attention_forward(module(), query[:, :, 6:], key, value, None, scaling=0.3)
+    assert torch.allclose(last, got[:, 6:], atol=1e-6)
+    # and a module that is not causal sees everything
+    got, _ = skvq_attention_forward(module(is_causal=False), query, key, value, None, scaling=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=0.3)
+    assert torch.allclose(got, wanted.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_what_packed_bytes_cannot_serve_is_decoded(softcap: float | None) -> None:
+    made = layer()
+    key, value = made.update(random(B, HEADS, 4, D, seed=3), random(B, HEADS, 4, D, seed=4))
+    query = random(B, HEADS * GROUPS, 4, D, seed=6)
+    packed, _ = skvq_attention_forward(module(), query, key, value, None, softcap=softcap)
+    with torch.enable_grad():
+        wanted_grad = query.clone().requires_grad_()
+        decoded, _ = skvq_attention_forward(module(), wanted_grad, key, value, None, softcap=softcap)
+        decoded.sum().backward()
+    assert torch.allclose(packed, decoded, atol=1e-5)
+    assert wanted_grad.grad is not None
+    assert made.counts.packed == 1
+    assert made.counts.decoded.total() == 2
+    bias = random(1, HEADS * GROUPS, 4, PAST + 4, seed=8)
+    biased, _ = skvq_attention_forward(module(), query, key, value, bias, softcap=softcap)
+    assert not torch.allclose(biased, packed, atol=1e-3)
+    assert made.counts.packed == 2
+
+
+def test_softcap_with_a_position_bias() -> None:
+    query, key, value = (random(B, h, 5, D, seed=s) for h, s in ((4, 1), (2, 2), (2, 3)))
+    visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    bias = random(1, 4, 5, 5, seed=9)
+    wanted, _ = modeling_gemma2.eager_attention_forward(
+        module(), query, key, value, additive(visible) + bias, scaling=0.3, softcap=2.0
+    )
+    for mask in (visible, additive(visible)):
+        got, _ = skvq_attention_forward(module(), query, key, value, mask, scaling=0.3, softcap=2.0, position_bias=bias)
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_dropout_leaves_weights_out() -> None:
+    query, key, value = (random(B, 2, 5, D, seed=s) for s in (1, 2, 3))
+    kept = plain_attention(query, key, value, None, 0.0, True, None, None, None)
+    torch.manual_seed(0)
+    dropped = plain_attention(query, key, value, None, 0.5, True, None, None, None)
+    assert not torch.allclose(kept, dropped)
