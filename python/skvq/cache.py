@@ -59,12 +59,12 @@ class QuantizedDynamicCache(Cache):
         self._counts = AttentionCounts()
         decoder = _decoder_config(config)
         plan = LayerPlan.from_config(self.skvq_config)
-        head_dim = _head_dim(decoder)
-        if head_dim is not None:
-            plan.check(head_dim, head_dim)
+        stock = _stock_layers(config)
+        # Older transformers have one configuration for all layers.
+        layer_configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(stock)
         layers = [
-            PackedLayer(plan, index, self._counts) if type(layer) is DynamicLayer else _kept(layer, index)
-            for index, layer in enumerate(_stock_layers(config))
+            self._packed_layer(plan, index, layer_config) if type(layer) is DynamicLayer else _kept(layer, index)
+            for index, (layer, layer_config) in enumerate(zip(stock, layer_configs, strict=False))
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             warnings.warn(
@@ -75,6 +75,15 @@ class QuantizedDynamicCache(Cache):
             )
         super().__init__(layers=layers)
         register_attention()
+
+    def _packed_layer(self, plan: LayerPlan, index: int, layer_config: Any) -> PackedLayer:
+        head_dim = _head_dim(layer_config)
+        if head_dim is not None:
+            try:
+                plan.check(head_dim, head_dim)
+            except SkvqError as error:
+                raise SkvqError(f"layer {index}: {error}") from None
+        return PackedLayer(plan, index, self._counts)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -210,13 +219,13 @@ def _decoder_config(config: Any) -> Any:
     return decoder
 
 
-def _head_dim(decoder: Any) -> int | None:
-    """The head size if all layers share it, None if the configuration leaves that open (the first keys will tell)."""
-    if any(getattr(decoder, name, None) for name in _UNEVEN_HEADS):
+def _head_dim(layer_config: Any) -> int | None:
+    """The layer's head size, None if the configuration leaves it open (the first keys will tell)."""
+    if any(getattr(layer_config, name, None) for name in _UNEVEN_HEADS):
         return None
-    head_dim = getattr(decoder, "head_dim", None)
+    head_dim = getattr(layer_config, "head_dim", None)
     if head_dim is None:
-        hidden, heads = getattr(decoder, "hidden_size", None), getattr(decoder, "num_attention_heads", None)
+        hidden, heads = getattr(layer_config, "hidden_size", None), getattr(layer_config, "num_attention_heads", None)
         head_dim = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
     return head_dim if isinstance(head_dim, int) else None
 

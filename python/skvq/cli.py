@@ -103,12 +103,12 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--sinks", type=_count(0), default=5, metavar="N", help="first tokens kept as they are (default: 5)"
     )
-    parser.add_argument("--prompt-tokens", type=_count(1), default=6144, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=_count(1), default=4096, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--new-tokens", type=_count(2), default=96, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--scored-tokens",
         type=_count(1),
-        default=1024,
+        default=768,
         metavar="N",
         help="of the held-out passage (default: %(default)s)",
     )

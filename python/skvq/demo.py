@@ -41,9 +41,9 @@ class DemoOptions:
     value_bits: float = 1.6
     window: int = 128
     sinks: int = 5
-    prompt_tokens: int = 6144
+    prompt_tokens: int = 4096
     new_tokens: int = 96
-    scored_tokens: int = 1024
+    scored_tokens: int = 768
     chunk: int = 8  # tokens scored per forward call
     threads: int | None = None
     json: Path | None = None
