@@ -37,7 +37,7 @@ KIVI_GROUP = 32
 QUERY_CHUNK = 256
 VOCABULARY_ROWS = 128  # tokens whose logits are held in float32 at once
 
-KEYS, VALUES = "block=256,scale_exponent=0.75", "block=256,scale_exponent=0"
+KEYS, VALUES = "block=256,scale_exponent=0.75,clip=1.1", "block=256,scale_exponent=0"
 DEFAULT_PLANS = (
     "K2:kivi=1 V2:kivi=1",
     f"K2:{KEYS} V1.5:{VALUES}",
