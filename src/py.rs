@@ -510,7 +510,7 @@ impl PyLayer {
         self.layer.regions().packed
     }
 
-    /// Tokens in full precision at the end: the window, and rows that wait for their block to fill.
+    /// Tokens in full precision at the end: the window, and rows that wait for the last row of their block.
     #[getter]
     fn window_tokens(&self) -> usize {
         self.layer.regions().window

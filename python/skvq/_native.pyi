@@ -176,7 +176,7 @@ class Layer:
     def append(self, keys: _Tensor, values: _Tensor) -> None:
         """Store n new tokens: keys ``[B, Hkv, n, Dk]``, values ``[B, Hkv, n, Dv]`` in the layer's dtype, any strides.
 
-        Rows that leave the window are packed, each once (with block statistics: as soon as a block of them waits).
+        Rows that leave the window are packed, each once; with block statistics, not before its block's last is there.
 
         Raises:
             SkvqError: wrong shape, dtype or batch size, or a NaN or an infinity under ``nonfinite="raise"``.
@@ -241,7 +241,7 @@ class Layer:
     def packed_tokens(self) -> int: ...
     @property
     def window_tokens(self) -> int:
-        """Tokens in full precision at the end: the window, and rows that wait for their block to fill."""
+        """Tokens in full precision at the end: the window, and rows that wait for the last row of their block."""
     @property
     def isa(self) -> str: ...
 
