@@ -64,6 +64,7 @@ class Codec:
         rule: the scale follows the group's ``"norm"`` or its ``"range"``.
         clip: factor on the scale (SKVQ's alpha).
         refinements: least-squares steps that refit the scale to the codes.
+        unbiased: the stored scale makes <d, decoded d> = |d|^2 for every group d, instead of its squared error least.
         rotation: ``"hadamard"`` over the head, or ``"identity"``.
         permutation: order of the channels after the rotation, one for all heads or one for each.
         block: 0: static shift and scale; else a multiple of 128: rows of a block that yields its own.
@@ -88,6 +89,7 @@ class Codec:
         rule: str = "norm",
         clip: float = 1.0,
         refinements: int = 0,
+        unbiased: bool = False,
         rotation: str = "hadamard",
         permutation: Sequence[int] | Sequence[Sequence[int]] | None = None,
         block: int = 0,

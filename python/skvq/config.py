@@ -119,6 +119,8 @@ class StreamOptions:
             None: "range" with the uniform codebook, "norm" with the others.
         clip: factor on the scale, SKVQ's alpha.
         refinements: least-squares steps on the scale after the first codes.
+        unbiased: whether the stored scale keeps inner products with a decoded row right on average, instead of its
+            squared error least.
         rotation: "hadamard" or "identity".
         block: 0, or a multiple of 128: this many rows share a shift and a scale per channel, taken from the rows.
         block_shift: whether a block's statistics hold the channel means.
@@ -133,6 +135,7 @@ class StreamOptions:
     rule: str | None = None
     clip: float = 1.0
     refinements: int = 0
+    unbiased: bool = False
     rotation: str = "hadamard"
     block: int = 0
     block_shift: bool = True
@@ -150,6 +153,7 @@ class StreamOptions:
         if not 0.0 < _number("clip", self.clip) <= 16.0:
             raise SkvqError(f"clip={self.clip!r}: expected a number above 0 and up to 16")
         _integer("refinements", self.refinements, 0)
+        _boolean("unbiased", self.unbiased)
         _one_of("rotation", self.rotation, ("hadamard", "identity"))
         _integer("block", self.block, 0)
         if self.block % PAGE_ROWS:

@@ -56,6 +56,7 @@ class StreamPlan:
             rule=cast(str, options.rule),
             clip=options.clip,
             refinements=options.refinements,
+            unbiased=options.unbiased,
             rotation=options.rotation,
             block=options.block,
             block_shift=options.block_shift,
