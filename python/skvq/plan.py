@@ -50,7 +50,7 @@ class StreamPlan:
             head_dim=head_dim,
             format=options.format,
             group_size=options.group_size,
-            metadata=options.metadata,
+            metadata=cast(str, options.metadata),
             symmetric=options.symmetric,
             codebook=options.codebook,
             rule=cast(str, options.rule),

@@ -14,7 +14,18 @@ import torch
 from skvq.reference import ReferenceCodec
 
 TARGET = Path(__file__).with_name("rows.txt")
-KEYS = ("format", "head_dim", "group_size", "metadata", "symmetric", "codebook", "rule", "rotation", "refinements", "unbiased")
+KEYS = (
+    "format",
+    "head_dim",
+    "group_size",
+    "metadata",
+    "symmetric",
+    "codebook",
+    "rule",
+    "rotation",
+    "refinements",
+    "unbiased",
+)
 
 
 def rows(head_dim: int) -> torch.Tensor:
