@@ -42,6 +42,8 @@ pub struct Codec {
     pub rule: Rule,
     pub clip: f32,
     pub refinements: u32,
+    /// The stored scale makes the decoded group as long as the exact one in its own direction: ⟨d, d̂⟩ = |d|².
+    pub unbiased: bool,
     pub rotation: Rotation,
     /// None, one for all heads, or one for each kv head.
     pub permutations: Vec<Permutation>,
@@ -139,6 +141,12 @@ impl Codec {
                     self.codes(group, a, zero, g, &mut unpacked);
                 }
             }
+            if self.unbiased
+                && a > 0.0
+                && let Some(unbiased) = self.unbiased_scale(group, zero, g, &unpacked)
+            {
+                self.layout.metadata.store(unbiased, scale);
+            }
         }
         pack(&self.layout, &unpacked[..self.layout.codes()], codes);
     }
@@ -188,6 +196,13 @@ impl Codec {
         (numerator > 0.0).then(|| numerator / denominator)
     }
 
+    /// Step 6: the scale with ⟨d, d̂⟩ = |d|² for the codes at hand.
+    fn unbiased_scale(&self, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
+        let squares = lane_sum(group.iter().map(|y| (y - zero) * (y - zero)));
+        let products = group.iter().enumerate().map(|(c, y)| (y - zero) * self.level_of(codes, g, c));
+        quotient(squares, lane_sum(products))
+    }
+
     /// Step 5 for group `g`; `codes` are those of the whole row.
     fn codes(&self, group: &[f32], a: f32, zero: f32, g: usize, codes: &mut [u8]) {
         let inverse = if a == 0.0 { 0.0 } else { 1.0 / a };
@@ -201,13 +216,6 @@ impl Codec {
             for (code, &y) in codes[g * group.len()..].iter_mut().zip(group) {
                 *code = self.codebook.code(scaled(y));
             }
-        }
-    }
-
-    /// The levels of group `g` of a row with these codes.
-    pub fn group_levels(&self, codes: &[u8], g: usize, levels: &mut [f32]) {
-        for (c, level) in levels.iter_mut().enumerate() {
-            *level = self.level_of(codes, g, c);
         }
     }
 
@@ -256,6 +264,12 @@ pub fn encode_broken_row(layout: &RowLayout, codes: &mut [u8], metadata: &mut [u
     for g in 0..layout.groups() {
         layout.metadata.store(f32::NAN, &mut metadata[g * size..]);
     }
+}
+
+/// |d|² / ⟨d, C⟩, if it can be a scale.
+pub fn quotient(squares: f32, products: f32) -> Option<f32> {
+    let scale = squares / products;
+    (products > 0.0 && products.is_finite() && scale.is_finite()).then_some(scale)
 }
 
 /// Scale and zero point of group `g` of a row.

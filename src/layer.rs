@@ -1,8 +1,11 @@
 //! One attention layer's store: sinks | packed past | window, for every (sequence, kv head), keys and values alike.
 //!
 //! A token is in exactly one region. The first `sinks` tokens stay as they are; the most recent `window` tokens too; a row that leaves
-//! the window is encoded once, and only cropping can remove it. With block statistics the rows that left the window wait beside it until
-//! a block is full. All heads of all sequences have the same lengths, kept here once. Attention itself is in `backend::cpu`.
+//! the window is encoded once, and only cropping can remove it. With block statistics it leaves once its block has them: they are fixed
+//! when the block's last row is appended, so rows wait beside a window that is shorter than a block, and only there. All heads of all
+//! sequences have the same lengths, kept here once. Attention itself is in `backend::attend`.
+
+mod append;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
 use crate::page::{PackedRows, PlainRows};
 use crate::tensor::{Dtype, TensorView, TensorViewMut};
-use crate::transform::{Affine, Source};
+use append::{AppendPlan, Scratch, StreamAppend};
 
 /// What `append` does with a NaN or an infinity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +69,8 @@ impl LayerSpec {
         Ok(self)
     }
 
-    /// Rows that are encoded together: a block, or 0 for one at a time.
-    fn packing_unit(&self) -> usize {
+    /// Rows that share their statistics: a block, or 0 where all do.
+    fn block_rows(&self) -> usize {
         self.keys.block_rows().max(self.values.block_rows())
     }
 }
@@ -111,16 +114,6 @@ impl Regions {
     }
 }
 
-/// How an append of some rows falls into the regions.
-#[derive(Clone, Copy, Debug)]
-struct AppendPlan {
-    rows: usize,
-    to_sinks: usize,
-    to_pack: usize,
-    /// Of the packed rows, how many come from the window; the others never enter it.
-    from_window: usize,
-}
-
 /// See the head of this file. Cloning shares all pages.
 #[derive(Clone)]
 pub struct Layer {
@@ -128,11 +121,13 @@ pub struct Layer {
     /// `[batch × heads]`; empty before the first append.
     heads: Vec<Head>,
     regions: Regions,
+    /// Blocks whose statistics are fixed; the last may reach into the window, or be cut by a crop.
+    blocks: usize,
 }
 
 impl Layer {
     pub fn new(spec: LayerSpec) -> Result<Self> {
-        Ok(Self { spec: Arc::new(spec.validate()?), heads: Vec::new(), regions: Regions::default() })
+        Ok(Self { spec: Arc::new(spec.validate()?), heads: Vec::new(), regions: Regions::default(), blocks: 0 })
     }
 
     pub fn spec(&self) -> &LayerSpec {
@@ -146,7 +141,7 @@ impl Layer {
     /// Rows that attention takes at a time, at most `most`: no more than share their statistics.
     pub fn chunk_rows(&self, most: usize) -> usize {
         // Blocks are multiples of 128 rows: a chunk of `most` that would straddle two is cut to the part both sizes share.
-        match self.spec.packing_unit() {
+        match self.spec.block_rows() {
             0 => most,
             unit => (1..=most / PAGE_ROWS)
                 .rev()
@@ -187,25 +182,28 @@ impl Layer {
         }
         let plan = self.plan(keys.tokens());
         let spec = Arc::clone(&self.spec);
-        let append_head = |(index, head): (usize, &mut Head)| {
+        let append_head = |scratch: &mut Scratch, (index, head): (usize, &mut Head)| {
             let (batch, kv_head) = (index / spec.num_key_value_heads, index % spec.num_key_value_heads);
-            let append = |stream: &mut Stream, codec: &Codec, rows: TensorView| {
+            let mut append = |stream: &mut Stream, codec: &Codec, rows: TensorView| {
                 let rows = rows.head(batch, kv_head);
-                StreamAppend { codec, isa: spec.isa, kv_head, rows, plan }.run(stream);
+                StreamAppend { codec, isa: spec.isa, kv_head, rows, plan }.run(stream, scratch);
             };
             append(&mut head.keys, &spec.keys, keys);
             append(&mut head.values, &spec.values, values);
         };
-        if plan.to_pack * self.heads.len() >= 64 {
+        let work = plan.to_pack + (plan.blocks - self.blocks) * self.spec.block_rows();
+        if work * self.heads.len() >= 64 {
             let heads = &mut self.heads;
-            threads::install(|| heads.par_iter_mut().enumerate().for_each(append_head));
+            threads::install(|| heads.par_iter_mut().enumerate().for_each_init(Scratch::default, append_head));
         } else {
-            self.heads.iter_mut().enumerate().for_each(append_head);
+            let mut scratch = Scratch::default();
+            self.heads.iter_mut().enumerate().for_each(|head| append_head(&mut scratch, head));
         }
         self.regions.sinks += plan.to_sinks;
         self.regions.packed += plan.to_pack;
         self.regions.window += plan.rows - plan.to_sinks;
         self.regions.window -= plan.to_pack;
+        self.blocks = plan.blocks;
         Ok(())
     }
 
@@ -226,16 +224,18 @@ impl Layer {
 
     fn plan(&self, rows: usize) -> AppendPlan {
         let to_sinks = rows.min(self.spec.sinks - self.regions.sinks);
-        let evictable = (self.regions.window + rows - to_sinks).saturating_sub(self.spec.window);
-        let unit = self.spec.packing_unit();
-        let to_pack = if unit == 0 {
-            evictable
-        } else {
-            // A block that cropping has opened again is filled with the statistics it has; then whole blocks follow.
-            let room = (unit - self.regions.packed % unit) % unit;
-            if evictable <= room { evictable } else { room + (evictable - room) / unit * unit }
+        let Regions { packed, window, .. } = self.regions;
+        let behind_sinks = packed + window + rows - to_sinks;
+        let evictable = behind_sinks.saturating_sub(self.spec.window);
+        let (blocks, packable) = match self.spec.block_rows() {
+            0 => (0, evictable),
+            block_rows => {
+                // A block that a crop has cut may have its statistics and not all its rows.
+                let blocks = self.blocks.max(behind_sinks / block_rows);
+                (blocks, evictable.min(blocks * block_rows))
+            }
         };
-        AppendPlan { rows, to_sinks, to_pack, from_window: to_pack.min(self.regions.window) }
+        AppendPlan { rows, to_sinks, window, to_pack: packable.saturating_sub(packed), blocks }
     }
 
     /// Writes the rows of all tokens, decoded, to `[batch, heads, tokens, width]`.
@@ -260,7 +260,8 @@ impl Layer {
         Ok(())
     }
 
-    /// Forgets the tokens from `length` on. Rows that were packed stay packed.
+    /// Forgets the tokens from `length` on. Rows that were packed stay packed, and a cut block with such rows keeps its statistics for
+    /// them and for the rows that will fill it; without any it gets new ones when it is complete again.
     pub fn crop(&mut self, length: usize) -> Result<()> {
         let Regions { sinks, packed, .. } = self.regions;
         if length > self.regions.total() {
@@ -271,15 +272,22 @@ impl Layer {
             packed: length.saturating_sub(sinks).min(packed),
             window: length.saturating_sub(sinks + packed),
         };
-        let unit = self.spec.packing_unit();
+        let blocks = match self.spec.block_rows() {
+            0 => 0,
+            block_rows => {
+                let complete = (regions.packed + regions.window) / block_rows;
+                self.blocks.min(complete).max(regions.packed.div_ceil(block_rows))
+            }
+        };
         for head in &mut self.heads {
-            for (stream, codec) in [(&mut head.keys, &self.spec.keys), (&mut head.values, &self.spec.values)] {
+            for stream in [&mut head.keys, &mut head.values] {
                 stream.sinks.truncate(regions.sinks);
-                stream.past.truncate(regions.packed, if codec.block_rows() > 0 { unit } else { 0 });
+                stream.past.truncate(regions.packed, blocks);
                 stream.window.truncate(regions.window);
             }
         }
         self.regions = regions;
+        self.blocks = blocks;
         Ok(())
     }
 
@@ -299,6 +307,7 @@ impl Layer {
     pub fn reset(&mut self) {
         self.heads.clear();
         self.regions = Regions::default();
+        self.blocks = 0;
     }
 
     /// Bytes of all that is held: pages with their slack, statistics, sinks and windows with their capacity. What heads or
@@ -317,96 +326,5 @@ impl Layer {
         let width = self.spec.keys.layout.head_dim + self.spec.values.layout.head_dim;
         let elements = self.heads.len() * self.regions.total() * width;
         if elements == 0 { 0.0 } else { self.nbytes() as f64 * 8.0 / elements as f64 }
-    }
-}
-
-/// One append to one stream.
-struct StreamAppend<'a> {
-    codec: &'a Codec,
-    isa: Isa,
-    kv_head: usize,
-    /// `[1, 1, n, width]`
-    rows: TensorView<'a>,
-    plan: AppendPlan,
-}
-
-impl StreamAppend<'_> {
-    fn run(&self, stream: &mut Stream) {
-        let AppendPlan { rows, to_sinks, to_pack, from_window } = self.plan;
-        self.copy(0, to_sinks, &mut stream.sinks);
-        self.pack(stream, to_pack, from_window);
-        stream.window.drop_front(from_window);
-        let first = to_sinks + to_pack - from_window;
-        self.copy(first, rows - first, &mut stream.window);
-    }
-
-    fn copy(&self, first: usize, count: usize, target: &mut PlainRows) {
-        if count > 0 {
-            let row_bytes = self.rows.width() * self.rows.dtype().size();
-            for (i, bytes) in target.extend(count).chunks_exact_mut(row_bytes).enumerate() {
-                self.rows.copy_row_bytes(0, 0, first + i, bytes);
-            }
-        }
-    }
-
-    /// Encodes `count` rows: the first `from_window` of the window, then new ones.
-    fn pack(&self, stream: &mut Stream, count: usize, from_window: usize) {
-        let width = self.rows.width();
-        let Stream { past, window, .. } = stream;
-        let read = |i: usize, row: &mut [f32]| {
-            if i < from_window {
-                cpu::plain_row(self.isa, window.rows(i, 1), window.dtype, row);
-            } else {
-                self.rows.read_row_f32(0, 0, self.plan.to_sinks + i - from_window, row);
-            }
-        };
-        if self.codec.is_raw() {
-            for i in 0..count {
-                let (index, page) = past.next_row(&self.codec.layout);
-                let (bytes, _) = page.row_mut(&self.codec.layout, index);
-                if i < from_window {
-                    bytes.copy_from_slice(window.rows(i, 1));
-                } else {
-                    self.rows.copy_row_bytes(0, 0, self.plan.to_sinks + i - from_window, bytes);
-                }
-            }
-            return;
-        }
-        let mut done = 0;
-        while done < count {
-            let (affine, rows) = match &self.codec.source {
-                Source::Static(_) => (None, count - done),
-                Source::Block(rule) => {
-                    let inside = past.len() % rule.rows;
-                    let rows = (count - done).min(rule.rows - inside);
-                    if inside == 0 {
-                        let mut block = vec![0.0; rows * width];
-                        block.chunks_exact_mut(width).enumerate().for_each(|(i, row)| read(done + i, row));
-                        past.push_block(rule.statistics(&block, width));
-                    }
-                    (Some(past.block(past.len(), rule.rows).expand(width)), rows)
-                }
-            };
-            let affine = affine.as_ref().or(self.codec.static_affine(self.kv_head));
-            self.encode(past, affine.expect("a static codec has an affine for every head"), rows, done, &read);
-            done += rows;
-        }
-    }
-
-    fn encode(
-        &self,
-        past: &mut PackedRows,
-        affine: &Affine,
-        count: usize,
-        first: usize,
-        read: &impl Fn(usize, &mut [f32]),
-    ) {
-        let mut row = vec![0.0; self.rows.width()];
-        for i in first..first + count {
-            read(i, &mut row);
-            let (index, page) = past.next_row(&self.codec.layout);
-            let (codes, metadata) = page.row_mut(&self.codec.layout, index);
-            cpu::encode_row(self.isa, self.codec, affine, self.kv_head, &row, codes, metadata);
-        }
     }
 }

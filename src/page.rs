@@ -43,7 +43,7 @@ impl Page {
 #[derive(Clone, Default)]
 pub struct PackedRows {
     pages: Vec<Arc<Page>>,
-    /// Statistics of each block that has begun; empty for a codec with static ones.
+    /// Statistics of the first blocks, of every one with a packed row at least; empty for a codec with static ones.
     blocks: Vec<Arc<BlockStatistics>>,
     len: usize,
 }
@@ -66,7 +66,7 @@ impl PackedRows {
         &self.blocks[row / block_rows]
     }
 
-    /// Opens the next block.
+    /// Fixes the statistics of the next block.
     pub fn push_block(&mut self, statistics: BlockStatistics) {
         self.blocks.push(Arc::new(statistics));
     }
@@ -87,14 +87,12 @@ impl PackedRows {
         (index, Arc::make_mut(&mut self.pages[last]))
     }
 
-    /// Forgets the rows from `len` on. A block that keeps a row keeps its statistics.
-    pub fn truncate(&mut self, len: usize, block_rows: usize) {
+    /// Forgets the rows from `len` on, and the statistics of the blocks from `blocks` on.
+    pub fn truncate(&mut self, len: usize, blocks: usize) {
         debug_assert!(len <= self.len);
         self.len = len;
         self.pages.truncate(len.div_ceil(PAGE_ROWS));
-        if block_rows > 0 {
-            self.blocks.truncate(len.div_ceil(block_rows));
-        }
+        self.blocks.truncate(blocks);
     }
 
     /// Addresses and sizes of what is held, for counting shared pages once.

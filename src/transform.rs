@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::{PAGE_ROWS, fp16_saturating};
 
 /// Shift and scale of every channel of one head: u = (x − shift) / scale.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Affine {
     pub shift: Vec<f32>,
     pub scale: Vec<f32>,
@@ -224,9 +224,18 @@ impl BlockStatistics {
     }
 
     pub fn expand(&self, head_dim: usize) -> Affine {
-        let (mut shift, mut scale) = (vec![0.0; head_dim], vec![0.0; head_dim]);
-        self.expand_into(&mut shift, &mut scale);
-        Affine::new(shift, scale)
+        let mut affine = Affine::default();
+        self.expand_to(head_dim, &mut affine);
+        affine
+    }
+
+    /// Writes `affine` for `head_dim` channels, in its own memory.
+    pub fn expand_to(&self, head_dim: usize, affine: &mut Affine) {
+        for channels in [&mut affine.shift, &mut affine.scale, &mut affine.inverse] {
+            channels.resize(head_dim, 0.0);
+        }
+        self.expand_into(&mut affine.shift, &mut affine.scale);
+        affine.inverse.iter_mut().zip(&affine.scale).for_each(|(inverse, scale)| *inverse = 1.0 / scale);
     }
 
     pub fn bytes(&self) -> usize {

@@ -31,7 +31,7 @@ def golden_cases() -> list[tuple[dict[str, Any], list[bytes]]]:
     cases = []
     for line in GOLDEN.read_text().splitlines():
         left, right = line.split(" | ")
-        name, head_dim, group, metadata, symmetric, codebook, rule, rotation, refinements = left.split()
+        name, head_dim, group, metadata, symmetric, codebook, rule, rotation, refinements, unbiased = left.split()
         options = {
             "format": name,
             "head_dim": int(head_dim),
@@ -42,6 +42,7 @@ def golden_cases() -> list[tuple[dict[str, Any], list[bytes]]]:
             "rule": rule,
             "rotation": rotation,
             "refinements": int(refinements),
+            "unbiased": unbiased == "True",
         }
         cases.append((options, [bytes.fromhex(row) for row in right.split()]))
     return cases
@@ -80,6 +81,7 @@ def codec_options(draw: st.DrawFn) -> dict[str, Any]:
         "rule": draw(st.sampled_from(["norm", "range"])),
         "clip": draw(st.sampled_from([1.0, 0.92, 0.5])),
         "refinements": draw(st.integers(0, 2)),
+        "unbiased": draw(st.booleans()),
         "rotation": draw(st.sampled_from(["identity", "hadamard"])),
     }
 

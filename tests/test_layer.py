@@ -55,7 +55,7 @@ steps = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(1, 200)),
         st.tuples(st.just("append"), st.just(1)),
-        st.tuples(st.just("crop"), st.integers(0, 40)),
+        st.tuples(st.just("crop"), st.integers(0, 200)),
         st.tuples(st.just("gather"), st.integers(0, 5)),
     ),
     min_size=1,
@@ -71,6 +71,7 @@ steps = st.lists(
     ),
     head_dims=st.tuples(st.sampled_from([64, 96, 128]), st.sampled_from([64, 80])),
     block=st.sampled_from([0, 128]),
+    window=st.sampled_from([1, 8, 100, 128, 200]),
     dtype=st.sampled_from(sorted(DTYPES)),
     seed=st.integers(0, 2**16),
 )
@@ -79,12 +80,13 @@ def test_any_program_leaves_both_stores_alike(
     bits: tuple[str, str],
     head_dims: tuple[int, int],
     block: int,
+    window: int,
     dtype: str,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     keys, values = (codec_options(name, width, block) for name, width in zip(bits, head_dims, strict=True))
-    native, twin = both_layers(keys, values, dtype=dtype)
+    native, twin = both_layers(keys, values, dtype=dtype, window=window)
     for step, number in [("append", 30), *program]:
         if step == "append":
             batch = native.batch_size or 2
@@ -110,6 +112,8 @@ def test_any_program_leaves_both_stores_alike(
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(1, 500),
+    cropped=st.sampled_from([0, 0, 1, 60]),
+    window=st.sampled_from([8, 100]),
     length=st.integers(1, 9),
     group=st.sampled_from([1, 2, 3, 4, 8]),
     batch=st.integers(1, 2),
@@ -124,6 +128,8 @@ def test_any_program_leaves_both_stores_alike(
 )
 def test_attention_equals_the_twin(
     tokens: int,
+    cropped: int,
+    window: int,
     length: int,
     group: int,
     batch: int,
@@ -138,12 +144,14 @@ def test_attention_equals_the_twin(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     length = min(length, tokens)
-    native, twin = both_layers(codec_options("2", 64, block), codec_options("1.6", 96, block), dtype=dtype)
+    codecs = codec_options("2", 64, block), codec_options("1.6", 96, block)
+    native, twin = both_layers(*codecs, dtype=dtype, window=window)
     kind = DTYPES[dtype]
-    keys = (torch.randn(batch, 2, tokens, 64, generator=generator) * 2 + 1).to(kind)
-    values = torch.randn(batch, 2, tokens, 96, generator=generator).to(kind)
+    keys = (torch.randn(batch, 2, tokens + cropped, 64, generator=generator) * 2 + 1).to(kind)
+    values = torch.randn(batch, 2, tokens + cropped, 96, generator=generator).to(kind)
     for layer in (native, twin):
         layer.append(keys, values)
+        layer.crop(tokens)
     query = torch.randn(batch, 2 * group, length, 64, generator=generator).to(kind)
     options: dict[str, Any] = {"scale": 0.125, "causal": causal, "softcap": softcap}
     if mask_kind == "bool":
@@ -155,7 +163,8 @@ def test_attention_equals_the_twin(
     if sinks:
         options["sink_logits"] = torch.randn(2 * group, generator=generator)
     if fresh:
-        options |= {"fresh_keys": keys[:, :, tokens - length :], "fresh_values": values[:, :, tokens - length :]}
+        last = slice(tokens - length, tokens)
+        options |= {"fresh_keys": keys[:, :, last], "fresh_values": values[:, :, last]}
     outputs = [torch.full((batch, 2 * group, length, 96), torch.nan, dtype=kind) for _ in range(2)]
     native.attend(query, outputs[0], **options)
     twin.attend(query, outputs[1], **options)

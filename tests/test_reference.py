@@ -288,8 +288,9 @@ def test_regions(block: int, chunk: int) -> None:
     layer, (keys, values) = make_layer(block), tokens(300)
     for start in range(0, 300, chunk):
         layer.append(keys[:, :, start : start + chunk], values[:, :, start : start + chunk])
-        behind = max(0, layer.length - 3 - 16)
-        assert layer.packed_tokens == (behind // block * block if block else behind)
+        behind = max(0, layer.length - 3)
+        with_statistics = behind // block * block if block else behind
+        assert layer.packed_tokens == min(max(0, behind - 16), with_statistics)
         assert layer.sink_tokens + layer.packed_tokens + layer.window_tokens == layer.length
     got, _ = decoded(layer)
     exact = torch.ones(300, dtype=torch.bool)
@@ -336,11 +337,28 @@ def test_a_cut_block_keeps_its_statistics() -> None:
     layer.crop(3 + 100)
     layer.append(*(rows[:, :, 103 : 3 + 120 + 16] for rows in tokens(475)))
     assert layer.packed_tokens == 120
-    layer.append(*(rows[:, :, 139:274] for rows in tokens(475)))
-    assert layer.packed_tokens == 128  # the values' second block was dropped, so it waits to be whole again
-    layer.append(*(rows[:, :, 274:475] for rows in tokens(475)))
+    layer.append(*(rows[:, :, 139:258] for rows in tokens(475)))
+    assert layer.packed_tokens == 128  # the values' second block was dropped, so it waits for its last row
+    layer.append(*(rows[:, :, 258:259] for rows in tokens(475)))
+    assert layer.packed_tokens == 240
+    layer.append(*(rows[:, :, 259:475] for rows in tokens(475)))
     assert layer.packed_tokens == 256
     assert all(torch.equal(a, b) for a, b in zip(decoded(layer), before, strict=True))
+
+
+def test_a_cut_block_without_packed_rows_forgets_its_statistics() -> None:
+    rows, other = tokens(3 + 150), tokens(3 + 150, seed=5)
+    layer, straight = make_layer(128, window=150), make_layer(128, window=150)
+    layer.append(*rows)
+    exact, statistics = 2 * 2 * 153 * (64 + 32) * 4, 2 * 2 * (64 + 64) * 2
+    assert (layer.packed_tokens, layer.nbytes) == (0, exact + statistics)
+    layer.crop(3 + 100)
+    straight.append(*(part[:, :, :103] for part in rows))
+    assert layer.nbytes == straight.nbytes
+    for each in (layer, straight):
+        each.append(*(part[:, :, :150] for part in other))
+    assert layer.packed_tokens == 100
+    assert all(torch.equal(a, b) for a, b in zip(decoded(layer), decoded(straight), strict=True))
 
 
 def test_gather_clone_reset() -> None:

@@ -64,6 +64,7 @@ class Codec:
         rule: the scale follows the group's ``"norm"`` or its ``"range"``.
         clip: factor on the scale (SKVQ's alpha).
         refinements: least-squares steps that refit the scale to the codes.
+        unbiased: the stored scale makes <d, decoded d> = |d|^2 for every group d, instead of its squared error least.
         rotation: ``"hadamard"`` over the head, or ``"identity"``.
         permutation: order of the channels after the rotation, one for all heads or one for each.
         block: 0: static shift and scale; else a multiple of 128: rows of a block that yields its own.
@@ -88,6 +89,7 @@ class Codec:
         rule: str = "norm",
         clip: float = 1.0,
         refinements: int = 0,
+        unbiased: bool = False,
         rotation: str = "hadamard",
         permutation: Sequence[int] | Sequence[Sequence[int]] | None = None,
         block: int = 0,
@@ -176,7 +178,7 @@ class Layer:
     def append(self, keys: _Tensor, values: _Tensor) -> None:
         """Store n new tokens: keys ``[B, Hkv, n, Dk]``, values ``[B, Hkv, n, Dv]`` in the layer's dtype, any strides.
 
-        Rows that leave the window are packed, each once (with block statistics: as soon as a block of them waits).
+        Rows that leave the window are packed, each once; with block statistics, not before its block's last is there.
 
         Raises:
             SkvqError: wrong shape, dtype or batch size, or a NaN or an infinity under ``nonfinite="raise"``.
@@ -241,7 +243,7 @@ class Layer:
     def packed_tokens(self) -> int: ...
     @property
     def window_tokens(self) -> int:
-        """Tokens in full precision at the end: the window, and rows that wait for their block to fill."""
+        """Tokens in full precision at the end: the window, and rows that wait for the last row of their block."""
     @property
     def isa(self) -> str: ...
 

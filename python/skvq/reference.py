@@ -201,10 +201,11 @@ class ReferenceCodec:
         group_size: int | None = None,
         metadata: str = "e4m3",
         symmetric: bool = True,
-        codebook: str | Sequence[float] | Sequence[tuple[float, float]] = "lloyd-max",
+        codebook: str | Sequence[float] | Sequence[tuple[float, float]] | None = None,
         rule: str = "norm",
         clip: float = 1.0,
         refinements: int = 0,
+        unbiased: bool = False,
         rotation: str = "hadamard",
         permutation: Sequence[int] | Sequence[Sequence[int]] | None = None,
         block: int = 0,
@@ -231,11 +232,14 @@ class ReferenceCodec:
             raise ValueError(f"scale_exponent={scale_exponent}: expected a number from 0 to 1")
         self.head_dim, self.format, self.group_size, self.metadata = head_dim, format, group_size, metadata
         self.symmetric, self.rule, self.refinements, self.rotation = symmetric, rule, refinements, rotation
+        self.unbiased = unbiased
         self.clip = torch.tensor(clip, dtype=torch.float32)
         self.block, self.block_shift, self.scale_exponent = block, block_shift, scale_exponent
         self.shift = None if shift is None else torch.as_tensor(shift, dtype=torch.float32)
         self.scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
         self.permutation = None if permutation is None else torch.as_tensor(permutation, dtype=torch.int64)
+        if codebook is None:
+            codebook = "uniform" if format == "8" else "lloyd-max"
         self.uniform = isinstance(codebook, str) and codebook == "uniform"
         self.codebook = torch.zeros(0) if format == "raw" else _codebook(codebook, format)
         self._largest_level = self.codebook.max() if self.codebook.numel() else torch.zeros(())
@@ -320,7 +324,10 @@ class ReferenceCodec:
         finite = finite & ~torch.isnan(scale).any(-1) & ~torch.isnan(zero).any(-1)
         if nonfinite == "raise" and not bool(finite.all()):
             raise ValueError(f"rows: {int((~finite).sum())} of {finite.numel()} are not finite")
-        codes = torch.where(finite[..., None], self._codes(y, scale, zero).flatten(-2), 0)
+        grouped = self._codes(y, scale, zero)
+        if self.unbiased:
+            scale = self._unbiased_scale(y, scale, zero, grouped)
+        codes = torch.where(finite[..., None], grouped.flatten(-2), 0)
         scale = torch.where(finite[..., None], scale, math.nan)
         return Quantized(codes, scale, None if self.symmetric else torch.where(finite[..., None], zero, 0.0))
 
@@ -408,6 +415,14 @@ class ReferenceCodec:
             scale = torch.where(numerator > 0.0, better, scale)
         return scale, zero
 
+    def _unbiased_scale(self, y: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> Tensor:
+        """The scale [..., groups] with which a decoded group d̂ has <d, d̂> = |d|²; `scale` where there is none."""
+        d = y - zero[..., None]
+        squares, products = lane_sum(d * d), lane_sum(d * self._levels_of(codes))
+        quotient = squares / products
+        exists = (scale > 0.0) & (products > 0.0) & torch.isfinite(products) & torch.isfinite(quotient)
+        return torch.where(exists, round_metadata(quotient, self.metadata), scale)
+
     def _codes(self, y: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes [..., groups, G] (pairs: [..., groups, G/2]) of y [..., groups, G]."""
         inverse = torch.where(scale == 0.0, 0.0, 1.0 / scale)
@@ -439,7 +454,8 @@ class ReferenceCodec:
 def _codebook(codebook: str | Sequence[float] | Sequence[tuple[float, float]], code_format: str) -> Tensor:
     count = LEVEL_COUNTS[code_format]
     if isinstance(codebook, str):
-        _one_of("codebook", codebook, ("lloyd-max",) if code_format == "1.5" else ("lloyd-max", "uniform"))
+        named = {"1.5": ("lloyd-max",), "8": ("uniform",)}.get(code_format, ("lloyd-max", "uniform"))
+        _one_of("codebook", codebook, named)
         if codebook == "uniform":
             return torch.arange(count, dtype=torch.float32) - (count - 1) / 2
         return torch.tensor(NORMAL_PAIRS if code_format == "1.5" else lloyd_max_levels(count), dtype=torch.float32)

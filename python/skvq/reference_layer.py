@@ -6,8 +6,9 @@ would be packed.
 Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv], query [B, Hq, L, Dk], mask [B|1, Hq|1, L|1, T].
 
 Regions of T tokens: tokens [0, sinks) are exact for ever. Of the tokens behind them those older than the last `window`
-are packed, as far as no block of either stream would be packed in part. A block that a crop has cut keeps its
-statistics: its missing rows are packed one by one as they leave the window.
+are packed, as far as the blocks of both streams have statistics. A block gets them as soon as its last row is there,
+in the window or not. When a crop cuts the block, it keeps them if one of its rows is packed, and forgets them if none
+is; its missing rows are then packed one by one as they leave the window.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ class _Stream:
     def append(self, rows: Tensor) -> None:
         self.rows = torch.cat([self.rows, rows.to(torch.float32)], dim=2)
 
-    def may_pack_to(self, stop: int) -> bool:
-        """Whether packing up to `stop`, counted behind the sinks, takes no new block in part."""
+    def fix_statistics(self, sinks: int) -> None:
+        """Take the statistics of every block that has become complete; none of its rows is packed yet."""
         block = self.codec.block
-        return not block or stop % block == 0 or stop < len(self.blocks) * block
+        while block and (len(self.blocks) + 1) * block <= self.rows.shape[2] - sinks:
+            start = sinks + len(self.blocks) * block
+            self.blocks.append(self.codec.block_statistics(self.rows[:, :, start : start + block]))
+
+    def packable(self, stop: int) -> int:
+        """How many of the first `stop` rows behind the sinks have statistics to be packed with."""
+        return min(stop, len(self.blocks) * self.codec.block) if self.codec.block else stop
 
     def pack(self, sinks: int, start: int, stop: int, nonfinite: str) -> None:
         """Replace the rows [start, stop), counted behind the sinks, by their decoded values."""
@@ -46,8 +53,6 @@ class _Stream:
         while start < stop and self.codec.format != "raw":
             end = min(stop, (start // block + 1) * block) if block else stop
             rows = self.rows[:, :, sinks + start : sinks + end]
-            if block and start // block == len(self.blocks):
-                self.blocks.append(self.codec.block_statistics(rows))
             for head in range(rows.shape[1]):
                 statistics = None
                 if block:
@@ -57,10 +62,12 @@ class _Stream:
                 rows[:, head] = self.codec.dequantize(quantized, head, statistics)
             start = end
 
-    def crop(self, length: int, packed: int) -> None:
+    def crop(self, length: int, sinks: int, packed: int) -> None:
         self.rows = self.rows[:, :, :length].clone()
-        if self.codec.block:
-            self.blocks = self.blocks[: -(-packed // self.codec.block)]
+        block = self.codec.block
+        if block:
+            complete, begun = max(0, length - sinks) // block, math.ceil(packed / block)
+            self.blocks = self.blocks[: max(complete, begun)]
 
     def gather(self, indices: Tensor) -> None:
         self.rows = self.rows[indices]
@@ -151,9 +158,11 @@ class ReferenceLayer:
         self._evict()
 
     def _evict(self) -> None:
-        stop = max(self._packed, self.length - self.sinks - self.window)
-        while not all(stream.may_pack_to(stop) for stream in self._streams):
-            stop -= 1
+        stop = self.length - self.sinks - self.window
+        for stream in self._streams:
+            stream.fix_statistics(self.sinks)
+            stop = stream.packable(stop)
+        stop = max(self._packed, stop)
         for stream in self._streams:
             stream.pack(self.sinks, self._packed, stop, self.nonfinite)
         self._packed = stop
@@ -164,7 +173,7 @@ class ReferenceLayer:
             raise ValueError(f"length={length}: expected 0 to {self.length}")
         self._packed = max(0, min(self._packed, length - self.sinks))
         for stream in self._streams:
-            stream.crop(length, self._packed)
+            stream.crop(length, self.sinks, self._packed)
 
     def gather(self, indices: Sequence[int]) -> None:
         """New batch row i = old batch row indices[i]."""

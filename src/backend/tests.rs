@@ -6,7 +6,7 @@ use crate::backend::{cpu, simd};
 use crate::codebook::Codebook;
 use crate::codec::{Codec, Rule};
 use crate::format::{Format, Metadata, RowLayout};
-use crate::layer::{Layer, LayerSpec, NonFinite};
+use crate::layer::{Layer, LayerSpec, NonFinite, Regions};
 use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
 use crate::transform::{Affine, BlockRule, Permutation, Rotation, Source};
 
@@ -45,6 +45,7 @@ fn codec(format: Format, head_dim: usize, group_size: usize, source: Source) -> 
         rule: if format == Format::Int8 { Rule::Range } else { Rule::Norm },
         clip: 1.0,
         refinements: 0,
+        unbiased: false,
         rotation: Rotation::Hadamard,
         permutations: Vec::new(),
         source,
@@ -76,6 +77,7 @@ fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
         rule: [Rule::Norm, Rule::Range][noise.below(2)],
         clip: 0.9 + 0.1 * noise.uniform(),
         refinements: noise.below(3) as u32,
+        unbiased: noise.below(2) == 0,
         rotation: [Rotation::Identity, Rotation::Hadamard][noise.below(2)],
         permutations: if noise.below(2) == 0 { vec![Permutation::new(&order, head_dim).unwrap()] } else { vec![] },
         source: Source::Static(vec![Affine::new(shift, scale)]),
@@ -301,12 +303,12 @@ fn append(layer: &mut Layer, rows: &[f32], first: usize, count: usize, total: us
 #[test]
 fn append_in_parts_equals_append_at_once() {
     let mut noise = Noise(3);
-    for block in [0, 128] {
+    for (block, window) in [(0, 16), (128, 16), (128, 127), (128, 128), (128, 300)] {
         let total = 500;
         let rows = noise.rows(2 * total, 64);
-        let mut whole = small_layer(block, 5, 16);
+        let mut whole = small_layer(block, 5, window);
         append(&mut whole, &rows, 0, total, total);
-        let mut parts = small_layer(block, 5, 16);
+        let mut parts = small_layer(block, 5, window);
         let mut done = 0;
         while done < total {
             let count = (1 + noise.below(60)).min(total - done);
@@ -315,8 +317,9 @@ fn append_in_parts_equals_append_at_once() {
             let regions = parts.regions();
             assert_eq!(regions.total(), done);
             assert_eq!(regions.sinks, done.min(5));
-            let evicted = (done - regions.sinks).saturating_sub(16);
-            assert_eq!(regions.packed, evicted / block.max(1) * block.max(1));
+            let behind_sinks = done - regions.sinks;
+            let with_statistics = behind_sinks / block.max(1) * block.max(1);
+            assert_eq!(regions.packed, behind_sinks.saturating_sub(window).min(with_statistics));
         }
         assert_eq!(decoded(&whole, false), decoded(&parts, false));
         assert_eq!(decoded(&whole, true), decoded(&parts, true));
@@ -334,21 +337,49 @@ fn crop_then_append_keeps_what_was_packed() {
         for length in [419, 410, 300, 140, 3, 0] {
             let mut layer = small_layer(block, 5, 16);
             append(&mut layer, &rows, 0, total, total);
-            let packed = layer.regions().packed;
             layer.crop(length).unwrap();
             assert_eq!(layer.regions().total(), length);
             append(&mut layer, &rows, length, total - length, total);
-            if length + 16 >= total || packed == 0 {
-                assert_eq!(layer.regions(), straight.regions());
-            }
-            if block == 0 {
-                assert_eq!(decoded(&straight, false), decoded(&layer, false), "{length}");
-            }
+            assert_eq!(layer.regions(), straight.regions());
+            assert_eq!(decoded(&straight, false), decoded(&layer, false), "{length}");
         }
         let mut layer = small_layer(block, 5, 16);
         append(&mut layer, &rows, 0, 20, total);
         assert!(layer.crop(21).is_err());
     }
+}
+
+#[test]
+fn statistics_are_fixed_with_the_last_row_and_go_with_a_cut_block() {
+    let mut noise = Noise(8);
+    let (one, other) = (noise.rows(2 * 300, 64), noise.rows(2 * 300, 64));
+    let statistics = 64 * 2 * 2; // shift and scale of a head's keys, fp16
+    let packed_keys = |layer: &Layer| layer.head(0, 0).keys.past.clone();
+    // 128 rows behind 5 sinks are a block, all within the window of 200.
+    let mut layer = small_layer(128, 5, 200);
+    append(&mut layer, &one, 0, 132, 300);
+    assert_eq!(packed_keys(&layer).blocks(), 0);
+    let before = layer.nbytes();
+    append(&mut layer, &one, 132, 1, 300);
+    assert_eq!((packed_keys(&layer).blocks(), layer.regions().packed), (1, 0));
+    assert!(layer.nbytes() >= before + 2 * statistics);
+    // Cut without a packed row: forgotten, and taken again from the rows that come instead.
+    layer.crop(100).unwrap();
+    assert_eq!(packed_keys(&layer).blocks(), 0);
+    append(&mut layer, &other, 100, 200, 300);
+    let mut straight = small_layer(128, 5, 200);
+    append(&mut straight, &one, 0, 100, 300);
+    append(&mut straight, &other, 100, 200, 300);
+    assert_eq!(layer.regions(), Regions { sinks: 5, packed: 95, window: 200 });
+    assert_eq!(decoded(&layer, false), decoded(&straight, false));
+    // Cut with packed rows: they keep their statistics, and so do the rows that follow.
+    let kept = packed_keys(&layer).block(0, 128).clone();
+    layer.crop(60).unwrap();
+    assert_eq!(layer.regions(), Regions { sinks: 5, packed: 55, window: 0 });
+    append(&mut layer, &one, 60, 240, 300);
+    assert_eq!(*packed_keys(&layer).block(0, 128), kept);
+    assert_eq!(layer.regions(), straight.regions());
+    assert_eq!(decoded(&layer, false)[..60 * 64], decoded(&straight, false)[..60 * 64]);
 }
 
 #[test]
@@ -472,6 +503,7 @@ fn golden_bytes_never_change() {
             rule: Rule::from_name(options[6]).unwrap(),
             clip: 1.0,
             refinements: options[8].parse().unwrap(),
+            unbiased: options[9] == "True",
             rotation: Rotation::from_name(options[7]).unwrap(),
             permutations: Vec::new(),
             source: plain_source(head_dim),

@@ -1,7 +1,7 @@
 """Which training-free plan is best: exact simulation of the store's rule on a real model, one pass per chunk of text.
 
 Is: a model run on chunks of text with an attention function that shows every query the keys and values a decoding
-step would see (exact in the sinks and the window, decoded where packed, blocks packed only when complete), and the
+step would see (exact in the sinks and the window, decoded where packed, no block before its last row exists), and the
 divergence of its predictions from those of the same pass with exact keys and values. Codecs are the reference's. Is
 not: a test of the packed kernels. Keys are quantized as a transformers cache gets them, after RoPE. Layers that do
 not attend to everything stay exact.
@@ -120,6 +120,13 @@ class Plan:
     def unit(self) -> int:
         return math.lcm(self.keys.unit, self.values.unit)
 
+    def packed(self, existing: Tensor, window: int) -> Tensor:
+        """How many of `existing` rows behind the sinks are packed."""
+        evicted = (existing - window).clamp(min=0)
+        if self.keys.kivi or self.values.kivi:
+            return evicted // self.unit * self.unit  # a group leaves as a whole
+        return torch.minimum(evicted, existing.clamp(min=0) // self.unit * self.unit)
+
 
 def parse_plan(text: str) -> Plan:
     streams = {}
@@ -167,20 +174,20 @@ class Simulation:
         heads, length = key.shape[1], key.shape[2]
         q = query[0].float().unflatten(0, (heads, -1)) * scaling
         k, v = key[0].float(), value[0].float()
-        unit, stop = 1, self.sinks
+        plan = self.plan if sliding_window is None else None
         packed_k, packed_v = k, v
-        if self.plan is not None and sliding_window is None:
-            unit = self.plan.unit
-            stop = self.sinks + max(0, length - self.sinks - self.window) // unit * unit
+        if plan is not None:
+            stop = self.sinks + max(0, length - self.sinks) // plan.unit * plan.unit
             if stop > self.sinks:
-                packed_k = with_decoded(k, self.sinks, stop, self.plan.keys, True)
-                packed_v = with_decoded(v, self.sinks, stop, self.plan.values, False)
+                packed_k = with_decoded(k, self.sinks, stop, plan.keys, True)
+                packed_v = with_decoded(v, self.sinks, stop, plan.values, False)
         output = torch.empty_like(q[..., : v.shape[-1]])
         for start in range(0, length, QUERY_CHUNK):
             end = min(length, start + QUERY_CHUNK)
             now = torch.arange(start, end)[:, None]
-            packed_until = self.sinks + (now + 1 - self.sinks - self.window).clamp(min=0) // unit * unit
-            packed_until = packed_until.clamp(max=stop)
+            packed_until = torch.full_like(now, self.sinks)
+            if plan is not None:
+                packed_until += plan.packed(now + 1 - self.sinks, self.window)
             first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
             output[:, :, start:end] = attend_chunk(
                 q[:, :, start:end], (k, v), (packed_k, packed_v), now, packed_until, first, sliding_window

@@ -14,7 +14,18 @@ import torch
 from skvq.reference import ReferenceCodec
 
 TARGET = Path(__file__).with_name("rows.txt")
-KEYS = ("format", "head_dim", "group_size", "metadata", "symmetric", "codebook", "rule", "rotation", "refinements")
+KEYS = (
+    "format",
+    "head_dim",
+    "group_size",
+    "metadata",
+    "symmetric",
+    "codebook",
+    "rule",
+    "rotation",
+    "refinements",
+    "unbiased",
+)
 
 
 def rows(head_dim: int) -> torch.Tensor:
@@ -23,6 +34,11 @@ def rows(head_dim: int) -> torch.Tensor:
     values = ((7919 * c + 104729 * r) % 2003 - 1001).float() / 256
     values[2] /= 4096
     return values
+
+
+def rule_of(name: str) -> str:
+    """The rule that goes with the default codebook of a format."""
+    return "range" if name == "8" else "norm"
 
 
 def cases() -> list[tuple[object, ...]]:
@@ -35,13 +51,14 @@ def cases() -> list[tuple[object, ...]]:
             codebook = listed.get(name, "lloyd-max")
             rule = "range" if codebook == "uniform" else "norm"
             group = 128 if head_dim % 128 == 0 else head_dim
-            found.append((name, head_dim, group, "e4m3", True, codebook, rule, "hadamard", 0))
+            found.append((name, head_dim, group, "e4m3", True, codebook, rule, "hadamard", 0, False))
     for name in formats:
         codebook = listed.get(name, "lloyd-max")
-        found.append((name, 128, 32, "fp16", False, codebook, "norm", "identity", 1))
-        found.append((name, 96, 32, "e4m3", False, codebook, "range", "hadamard", 0))
+        found.append((name, 128, 32, "fp16", False, codebook, "norm", "identity", 1, False))
+        found.append((name, 96, 32, "e4m3", False, codebook, "range", "hadamard", 0, False))
         if name not in listed and name != "1.5":
-            found.append((name, 64, 32, "fp16", True, "uniform", "range", "identity", 2))
+            found.append((name, 64, 32, "fp16", True, "uniform", "range", "identity", 2, False))
+        found.append((name, 128, 64, "fp16", name != "3", codebook, rule_of(name), "hadamard", 1, True))
     return found
 
 

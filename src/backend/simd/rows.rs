@@ -2,7 +2,7 @@
 
 use super::{LANES, Lanes, multiversion};
 use crate::codebook::Codebook;
-use crate::codec::{Codec, Rule, encode_broken_row, group_metadata};
+use crate::codec::{Codec, Rule, encode_broken_row, group_metadata, quotient};
 use crate::format::{Format, MAX_HEAD_DIM, pack};
 use crate::transform::{Affine, Rotation, hadamard_block, hadamard_norm};
 
@@ -136,6 +136,12 @@ unsafe fn encode_group<S: Lanes>(codec: &Codec, group: &[f32], g: usize, codes: 
                 quantize::<S>(codec, group, a, zero, g, codes);
             }
         }
+        if codec.unbiased
+            && a > 0.0
+            && let Some(unbiased) = unbias::<S>(codec, group, zero, g, codes)
+        {
+            precision.store(unbiased, scale);
+        }
     }
 }
 
@@ -262,9 +268,9 @@ unsafe fn nearest_pair<S: Lanes>(t_x: S::F, t_y: S::F, x: &[f32; 8], y: &[f32; 8
 #[inline(always)]
 unsafe fn refine<S: Lanes>(codec: &Codec, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
     let mut levels: Scratch = [0.0; MAX_HEAD_DIM];
-    codec.group_levels(codes, g, &mut levels[..group.len()]);
     // SAFETY: as for `Spread::of`.
     unsafe {
+        group_levels::<S>(&codec.codebook, group.len(), g, codes, &mut levels);
         let zero = S::splat(zero);
         let (mut numerator, mut denominator) = (S::zero(), S::zero());
         let mut c = 0;
@@ -277,6 +283,57 @@ unsafe fn refine<S: Lanes>(codec: &Codec, group: &[f32], zero: f32, g: usize, co
         }
         let numerator = S::reduce_add(numerator);
         (numerator > 0.0).then(|| numerator / S::reduce_add(denominator))
+    }
+}
+
+/// The scale with ⟨d, d̂⟩ = |d|² for the codes at hand.
+#[inline(always)]
+unsafe fn unbias<S: Lanes>(codec: &Codec, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
+    let mut levels: Scratch = [0.0; MAX_HEAD_DIM];
+    // SAFETY: as for `Spread::of`.
+    unsafe {
+        group_levels::<S>(&codec.codebook, group.len(), g, codes, &mut levels);
+        let zero = S::splat(zero);
+        let (mut squares, mut products) = (S::zero(), S::zero());
+        let mut c = 0;
+        while c < group.len() {
+            let d = S::sub(S::load(group.as_ptr().add(c)), zero);
+            squares = S::add(squares, S::mul(d, d));
+            products = S::add(products, S::mul(d, S::load(levels.as_ptr().add(c))));
+            c += LANES;
+        }
+        quotient(S::reduce_add(squares), S::reduce_add(products))
+    }
+}
+
+/// The levels of group `g` (`size` channels) of a row with these codes.
+#[inline(always)]
+unsafe fn group_levels<S: Lanes>(codebook: &Codebook, size: usize, g: usize, codes: &[u8], levels: &mut Scratch) {
+    let width = if matches!(codebook, Codebook::Pairs { .. }) { size / 2 } else { size };
+    assert!(size <= MAX_HEAD_DIM && (g + 1) * width <= codes.len());
+    // SAFETY: n codes of the group and n levels at c, and at width + c for pairs (asserted); the caller has S's features.
+    unsafe {
+        let codes = codes.as_ptr().add(g * width);
+        let mut c = 0;
+        while c < width {
+            let n = (width - c).min(LANES);
+            let code = S::load_u8_partial(codes.add(c), n);
+            let target = levels.as_mut_ptr().add(c);
+            match codebook {
+                Codebook::Uniform { levels } => {
+                    let middle = (*levels as f32 - 1.0) * 0.5;
+                    S::store_partial(S::sub(S::to_f32(code), S::splat(middle)), target, n);
+                }
+                Codebook::Levels { levels, .. } => {
+                    S::store_partial(S::lookup16(S::table16(levels), code), target, n);
+                }
+                Codebook::Pairs { x, y, .. } => {
+                    S::store_partial(S::lookup8(S::table8(x), code), target, n);
+                    S::store_partial(S::lookup8(S::table8(y), code), target.add(width), n);
+                }
+            }
+            c += LANES;
+        }
     }
 }
 

@@ -1,0 +1,138 @@
+//! One append to one stream: which rows go to the sinks, are encoded, or stay in the window, and the statistics of blocks.
+
+use crate::backend::{cpu, simd::Isa};
+use crate::codec::Codec;
+use crate::page::PlainRows;
+use crate::tensor::TensorView;
+use crate::transform::{Affine, Source};
+
+use super::Stream;
+
+/// How an append of some rows falls into the regions.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AppendPlan {
+    pub rows: usize,
+    pub to_sinks: usize,
+    /// Rows of the window before; rows to pack and to take statistics of come from there first, then from the new ones.
+    pub window: usize,
+    pub to_pack: usize,
+    /// Blocks whose statistics are fixed when the rows are there.
+    pub blocks: usize,
+}
+
+impl AppendPlan {
+    /// Of the packed rows, how many come from the window; the others never enter it.
+    pub fn leaving_window(&self) -> usize {
+        self.to_pack.min(self.window)
+    }
+}
+
+/// Room that one thread uses again for every stream of an append.
+#[derive(Default)]
+pub(super) struct Scratch {
+    row: Vec<f32>,
+    block: Vec<f32>,
+    affine: Affine,
+}
+
+/// One append to one stream.
+pub(super) struct StreamAppend<'a> {
+    pub codec: &'a Codec,
+    pub isa: Isa,
+    pub kv_head: usize,
+    /// `[1, 1, n, width]`
+    pub rows: TensorView<'a>,
+    pub plan: AppendPlan,
+}
+
+impl StreamAppend<'_> {
+    pub fn run(&self, stream: &mut Stream, scratch: &mut Scratch) {
+        let AppendPlan { rows, to_sinks, to_pack, .. } = self.plan;
+        let from_window = self.plan.leaving_window();
+        self.copy(0, to_sinks, &mut stream.sinks);
+        self.fix_statistics(stream, scratch);
+        if self.codec.is_raw() {
+            self.pack_raw(stream);
+        } else {
+            self.pack(stream, scratch);
+        }
+        stream.window.drop_front(from_window);
+        let first = to_sinks + to_pack - from_window;
+        self.copy(first, rows - first, &mut stream.window);
+    }
+
+    fn copy(&self, first: usize, count: usize, target: &mut PlainRows) {
+        if count > 0 {
+            let row_bytes = self.rows.width() * self.rows.dtype().size();
+            for (i, bytes) in target.extend(count).chunks_exact_mut(row_bytes).enumerate() {
+                self.rows.copy_row_bytes(0, 0, first + i, bytes);
+            }
+        }
+    }
+
+    /// Row `i` behind the packed ones: of the window, or a new one.
+    fn read(&self, window: &PlainRows, i: usize, row: &mut [f32]) {
+        if i < self.plan.window {
+            cpu::plain_row(self.isa, window.rows(i, 1), window.dtype, row);
+        } else {
+            self.rows.read_row_f32(0, 0, self.plan.to_sinks + i - self.plan.window, row);
+        }
+    }
+
+    /// None of the rows of a block without statistics is packed: all are at hand.
+    fn fix_statistics(&self, stream: &mut Stream, scratch: &mut Scratch) {
+        let Source::Block(rule) = &self.codec.source else { return };
+        if self.codec.is_raw() {
+            return;
+        }
+        let width = self.rows.width();
+        let Stream { past, window, .. } = stream;
+        for block in past.blocks()..self.plan.blocks {
+            let first = block * rule.rows - past.len();
+            scratch.block.resize(rule.rows * width, 0.0);
+            for (i, row) in scratch.block.chunks_exact_mut(width).enumerate() {
+                self.read(window, first + i, row);
+            }
+            past.push_block(rule.statistics(&scratch.block, width));
+        }
+    }
+
+    fn pack_raw(&self, stream: &mut Stream) {
+        let Stream { past, window, .. } = stream;
+        for i in 0..self.plan.to_pack {
+            let (index, page) = past.next_row(&self.codec.layout);
+            let (bytes, _) = page.row_mut(&self.codec.layout, index);
+            if i < self.plan.window {
+                bytes.copy_from_slice(window.rows(i, 1));
+            } else {
+                self.rows.copy_row_bytes(0, 0, self.plan.to_sinks + i - self.plan.window, bytes);
+            }
+        }
+    }
+
+    /// Encodes the rows that leave the window.
+    fn pack(&self, stream: &mut Stream, scratch: &mut Scratch) {
+        let Stream { past, window, .. } = stream;
+        let Scratch { row, affine: of_block, .. } = scratch;
+        row.resize(self.rows.width(), 0.0);
+        let mut turned_to = None;
+        for i in 0..self.plan.to_pack {
+            let affine = match &self.codec.source {
+                Source::Static(_) => {
+                    self.codec.static_affine(self.kv_head).expect("a static codec has an affine for every head")
+                }
+                Source::Block(rule) => {
+                    let block = past.len() / rule.rows;
+                    if turned_to.replace(block) != Some(block) {
+                        past.block(past.len(), rule.rows).expand_to(row.len(), of_block);
+                    }
+                    &*of_block
+                }
+            };
+            self.read(window, i, row);
+            let (index, page) = past.next_row(&self.codec.layout);
+            let (codes, metadata) = page.row_mut(&self.codec.layout, index);
+            cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, codes, metadata);
+        }
+    }
+}
