@@ -10,26 +10,16 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ._native import SkvqError
 from .attention import register_attention
 from .config import SkvqConfig
 from .display import LayerFigures, html_table, text_table
 from .layer import PackedLayer, row_numbers
+from .model_layers import decoder_config, head_dim_of, kept, layer_configs, stock_layers
 from .packed import AttentionCounts
 from .plan import LayerPlan
-
-# Kinds of layers in a model's configuration that a cache of packed and sliding layers can serve. Layers without
-# attention ("moe", "mlp") and layers that share another layer's cache have none of their own.
-SERVED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "moe", "mlp", "dummy")
-# Stock layers that stay as they are. Older transformers have no dummy layers.
-KEPT_LAYERS = (DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicSlidingWindowLayer))
-# Attributes of models with a recurrent state; older transformers do not name such layers in the configuration.
-_STATE_SPACE = ("mamba_", "ssm_", "state_size")
-# Attributes of configurations whose heads differ between layers, or between keys and values.
-_UNEVEN_HEADS = ("global_head_dim", "v_head_dim", "qk_head_dim", "attention_head_dim")
 
 
 class QuantizedDynamicCache(Cache):
@@ -57,14 +47,12 @@ class QuantizedDynamicCache(Cache):
     def __init__(self, config: Any, skvq_config: SkvqConfig | None = None, **options: Any) -> None:
         self.skvq_config = SkvqConfig.from_options(skvq_config, **options)
         self._counts = AttentionCounts()
-        decoder = _decoder_config(config)
         plan = LayerPlan.from_config(self.skvq_config)
-        stock = _stock_layers(config)
-        # Older transformers have one configuration for all layers.
-        layer_configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(stock)
+        decoder = decoder_config(config)
+        pairs = zip(stock_layers(config), layer_configs(config), strict=True)
         layers = [
-            self._packed_layer(plan, index, layer_config) if type(layer) is DynamicLayer else _kept(layer, index)
-            for index, (layer, layer_config) in enumerate(zip(stock, layer_configs, strict=False))
+            self._packed_layer(plan, index, layer_config) if type(layer) is DynamicLayer else kept(layer, index)
+            for index, (layer, layer_config) in enumerate(pairs)
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             warnings.warn(
@@ -77,7 +65,7 @@ class QuantizedDynamicCache(Cache):
         register_attention()
 
     def _packed_layer(self, plan: LayerPlan, index: int, layer_config: Any) -> PackedLayer:
-        head_dim = _head_dim(layer_config)
+        head_dim = head_dim_of(layer_config)
         if head_dim is not None:
             try:
                 plan.check(head_dim, head_dim)
@@ -189,61 +177,3 @@ def _stock_figures(layer: Any) -> LayerFigures:
         return LayerFigures(kind, 0, 0, 0, 0, 0, 0, 0)
     nbytes, elements = keys.nbytes + values.nbytes, keys.numel() + values.numel()
     return LayerFigures(kind, keys.shape[0], keys.shape[1], 0, 0, keys.shape[2], nbytes, elements)
-
-
-# ---- which models ----------------------------------------------------------------------------------------------------
-
-
-def _decoder_config(config: Any) -> Any:
-    """The text decoder's configuration. Raises SkvqError for models whose cache cannot be packed."""
-    if not hasattr(config, "get_text_config"):
-        raise SkvqError(f"config: got {type(config).__name__}, expected a model's configuration such as model.config")
-    decoder = config.get_text_config(decoder=True)
-    model_type = getattr(decoder, "model_type", type(decoder).__name__)
-    if getattr(config, "is_encoder_decoder", False) or getattr(decoder, "is_encoder_decoder", False):
-        raise SkvqError(f"config: {model_type} is an encoder-decoder model, expected a decoder-only model")
-    if getattr(decoder, "kv_lora_rank", None):
-        raise SkvqError(
-            f"config: {model_type} has multi-head latent attention (kv_lora_rank={decoder.kv_lora_rank}), "
-            "expected a model that caches keys and values for every head"
-        )
-    recurrent = [name for name in vars(decoder) if name.startswith(_STATE_SPACE)]
-    if recurrent:
-        raise SkvqError(f"config: {model_type} has recurrent layers ({recurrent[0]}), expected attention in all layers")
-    for index, layer_type in enumerate(getattr(decoder, "layer_types", None) or ()):
-        if layer_type not in SERVED_LAYER_TYPES:
-            raise SkvqError(
-                f"config: layer {index} of {model_type} is {layer_type!r}, expected one of "
-                f"{', '.join(map(repr, SERVED_LAYER_TYPES))}"
-            )
-    return decoder
-
-
-def _head_dim(layer_config: Any) -> int | None:
-    """The layer's head size, None if the configuration leaves it open (the first keys will tell)."""
-    if any(getattr(layer_config, name, None) for name in _UNEVEN_HEADS):
-        return None
-    head_dim = getattr(layer_config, "head_dim", None)
-    if head_dim is None:
-        hidden, heads = getattr(layer_config, "hidden_size", None), getattr(layer_config, "num_attention_heads", None)
-        head_dim = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
-    return head_dim if isinstance(head_dim, int) else None
-
-
-def _stock_layers(config: Any) -> list[Any]:
-    try:
-        layers: list[Any] = DynamicCache(config=config).layers
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise SkvqError(f"config: transformers builds no dynamic cache for it ({reason})") from error
-    if not layers:
-        raise SkvqError("config: expected a model with at least one attention layer")
-    return layers
-
-
-def _kept(layer: Any, index: int) -> Any:
-    if type(layer) not in KEPT_LAYERS:
-        raise SkvqError(
-            f"config: layer {index} needs a {type(layer).__name__} cache, expected full, sliding or chunked attention"
-        )
-    return layer
