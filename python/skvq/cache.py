@@ -223,7 +223,7 @@ def _left_padding(attention_mask: torch.Tensor) -> tuple[int, ...]:
     wrong = (seen != (torch.arange(seen.shape[1]) >= padding[:, None])).any(-1) | ~seen.any(-1)
     if bool(wrong.any()):
         raise SkvqError(
-            f"attention_mask: row {int(wrong.nonzero()[0])} is not zeros followed by ones, expected padding on the left "
+            f"attention_mask: row {int(wrong.nonzero()[0])} is not zeros and then ones, expected padding on the left "
             "only (padding_side='left')"
         )
     counts: list[int] = padding.tolist()
