@@ -3,7 +3,8 @@
 //! A token is in exactly one region. The first `sinks` tokens stay as they are; the most recent `window` tokens too; a row that leaves
 //! the window is encoded once, and only cropping can remove it. With block statistics it leaves once its block has them: they are fixed
 //! when the block's last row is appended, so rows wait beside a window that is shorter than a block, and only there. All heads of all
-//! sequences have the same lengths, kept here once. Attention itself is in `backend::attend`.
+//! sequences have the same lengths, kept here once. A sequence may begin with padding: then its sinks are the first tokens behind it, and
+//! the places of the padding and of those tokens, behind the sinks, hold zeros that nobody sees. Attention itself is in `backend::attend`.
 
 mod append;
 
@@ -121,13 +122,16 @@ pub struct Layer {
     /// `[batch × heads]`; empty before the first append.
     heads: Vec<Head>,
     regions: Regions,
+    /// Tokens of padding in front of each sequence; empty: none anywhere.
+    padding: Vec<usize>,
     /// Blocks whose statistics are fixed; the last may reach into the window, or be cut by a crop.
     blocks: usize,
 }
 
 impl Layer {
     pub fn new(spec: LayerSpec) -> Result<Self> {
-        Ok(Self { spec: Arc::new(spec.validate()?), heads: Vec::new(), regions: Regions::default(), blocks: 0 })
+        let spec = Arc::new(spec.validate()?);
+        Ok(Self { spec, heads: Vec::new(), regions: Regions::default(), padding: Vec::new(), blocks: 0 })
     }
 
     pub fn spec(&self) -> &LayerSpec {
@@ -159,6 +163,22 @@ impl Layer {
         &self.heads[batch * self.spec.num_key_value_heads + head]
     }
 
+    /// Says, before the first append, with how many tokens of padding each sequence of the batch begins: they are stored as zeros,
+    /// take no place of a sink, have no part in statistics and are seen by no query. Lasts until `reset`.
+    pub fn set_padding(&mut self, padding: Vec<usize>) -> Result<()> {
+        if self.regions.total() > 0 {
+            return Err(Error::state("set_padding", "a layer without tokens", format!("{}", self.regions.total())));
+        }
+        self.heads.clear();
+        self.padding = padding;
+        Ok(())
+    }
+
+    /// Tokens of padding in front of sequence `batch`.
+    pub fn padding(&self, batch: usize) -> usize {
+        self.padding.get(batch).copied().unwrap_or(0)
+    }
+
     /// Stores the rows of `n` new tokens: keys `[batch, heads, n, key width]`, values `[batch, heads, n, value width]`.
     /// Nothing changes if this fails.
     pub fn append(&mut self, keys: TensorView, values: TensorView) -> Result<()> {
@@ -181,12 +201,14 @@ impl Layer {
             self.heads = vec![head; keys.batch_size() * spec.num_key_value_heads];
         }
         let plan = self.plan(keys.tokens());
-        let spec = Arc::clone(&self.spec);
+        let (spec, padding) = (Arc::clone(&self.spec), &self.padding);
         let append_head = |scratch: &mut Scratch, (index, head): (usize, &mut Head)| {
             let (batch, kv_head) = (index / spec.num_key_value_heads, index % spec.num_key_value_heads);
             let mut append = |stream: &mut Stream, codec: &Codec, rows: TensorView| {
                 let rows = rows.head(batch, kv_head);
-                StreamAppend { codec, isa: spec.isa, kv_head, rows, plan }.run(stream, scratch);
+                let padding = padding.get(batch).copied().unwrap_or(0);
+                StreamAppend { codec, isa: spec.isa, kv_head, rows, padding, sinks: spec.sinks, plan }
+                    .run(stream, scratch);
             };
             append(&mut head.keys, &spec.keys, keys);
             append(&mut head.values, &spec.values, values);
@@ -209,10 +231,15 @@ impl Layer {
 
     fn check_rows(&self, name: &str, rows: &TensorView, codec: &Codec) -> Result<()> {
         let (heads, width) = (self.spec.num_key_value_heads, codec.layout.head_dim);
-        let batch = if self.heads.is_empty() { rows.batch_size() } else { self.batch_size() };
+        let batch = match (self.heads.len(), self.padding.len()) {
+            (0, 0) => rows.batch_size(),
+            (0, padded) => padded,
+            _ => self.batch_size(),
+        };
         let fits = rows.batch_size() == batch && rows.num_heads() == heads && rows.width() == width;
         if !fits || batch == 0 || rows.tokens() == 0 {
-            let batch = if self.heads.is_empty() { "batch ≥ 1".to_string() } else { batch.to_string() };
+            let any = self.heads.is_empty() && self.padding.is_empty();
+            let batch = if any { "batch ≥ 1".to_string() } else { batch.to_string() };
             let expected = format!("[{batch}, {heads}, tokens ≥ 1, {width}]");
             return Err(Error::shape(name, expected, &rows.shape().map(|size| size as i64)));
         }
@@ -235,7 +262,14 @@ impl Layer {
                 (blocks, evictable.min(blocks * block_rows))
             }
         };
-        AppendPlan { rows, to_sinks, window, to_pack: packable.saturating_sub(packed), blocks }
+        AppendPlan {
+            rows,
+            stored: self.regions.total(),
+            to_sinks,
+            window,
+            to_pack: packable.saturating_sub(packed),
+            blocks,
+        }
     }
 
     /// Writes the rows of all tokens, decoded, to `[batch, heads, tokens, width]`.
@@ -254,7 +288,8 @@ impl Layer {
             output.split_heads().into_par_iter().enumerate().for_each(|(index, mut output)| {
                 let head = &self.heads[index];
                 let stream = if values { &head.values } else { &head.keys };
-                cpu::decode_stream(spec.isa, codec, index % spec.num_key_value_heads, stream, &mut output);
+                let (batch, kv_head) = (index / spec.num_key_value_heads, index % spec.num_key_value_heads);
+                cpu::decode_stream(spec.isa, codec, kv_head, stream, self.padding(batch), &mut output);
             });
         });
         Ok(())
@@ -300,6 +335,9 @@ impl Layer {
         if let Some(index) = indices.iter().find(|index| **index >= batch) {
             return Err(Error::value("indices", format!("rows of the batch, 0..{batch}"), index));
         }
+        if !self.padding.is_empty() {
+            self.padding = indices.iter().map(|index| self.padding[*index]).collect();
+        }
         self.heads = indices.iter().flat_map(|index| self.heads[index * heads..][..heads].to_vec()).collect();
         Ok(())
     }
@@ -307,6 +345,7 @@ impl Layer {
     pub fn reset(&mut self) {
         self.heads.clear();
         self.regions = Regions::default();
+        self.padding.clear();
         self.blocks = 0;
     }
 

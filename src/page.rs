@@ -136,7 +136,12 @@ impl PlainRows {
         &self.bytes[(self.start + first) * self.row_bytes..][..count * self.row_bytes]
     }
 
-    /// Room for `count` more rows at the back. Dead rows in front go once they are an eighth of the living, so a sliding window
+    /// The bytes of row `index`, ours alone, to write.
+    pub fn row_mut(&mut self, index: usize) -> &mut [u8] {
+        &mut Arc::make_mut(&mut self.bytes)[(self.start + index) * self.row_bytes..][..self.row_bytes]
+    }
+
+    /// Room for `count` more rows at the back: zeros. Dead rows in front go once they are an eighth of the living, so a sliding window
     /// stays small and moves each row eight times.
     pub fn extend(&mut self, count: usize) -> &mut [u8] {
         let len = self.len();

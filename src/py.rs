@@ -148,6 +148,11 @@ impl PyLayer {
         self.decode(py, output, true)
     }
 
+    /// Tokens of padding in front of each sequence of the batch that the first append will bring.
+    fn set_padding(&mut self, padding: Vec<usize>) -> PyResult<()> {
+        Ok(self.layer.set_padding(padding)?)
+    }
+
     /// Forgets the tokens from `length` on; rows that were packed stay packed.
     fn crop(&mut self, length: usize) -> PyResult<()> {
         Ok(self.layer.crop(length)?)

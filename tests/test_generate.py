@@ -20,6 +20,8 @@ from skvq import QuantizedDynamicCache
 from skvq.layer import PackedLayer
 from tiny_models import CONFIGS, FAMILIES, PACKED_LAYERS, WITHOUT_SDPA, build, prompts
 
+# Padding that the cache is told of is tested in test_padding.py.
+pytestmark = pytest.mark.filterwarnings("ignore:the batch is padded on the left")
 NEW = 10
 LENGTH = 41
 PASS_THROUGH: dict[str, Any] = {"key_bits": 16, "value_bits": 16, "window": 8, "sinks": 2}

@@ -125,6 +125,7 @@ MASKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the batch is padded on the left")
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("length", [1, 3])
 def test_masks(name: str, length: int) -> None:

@@ -183,6 +183,15 @@ class Layer:
         Raises:
             SkvqError: wrong shape, dtype or batch size, or a NaN or an infinity under ``nonfinite="raise"``.
         """
+    def set_padding(self, padding: Sequence[int]) -> None:
+        """Before the first append: tokens of padding in front of each sequence that it will bring.
+
+        Padding is stored as zeros, takes no place of a sink, has no part in block statistics and is seen by no query.
+        Lasts until ``reset``; ``gather`` takes it along.
+
+        Raises:
+            SkvqError: the layer has tokens. A later append of another batch size is refused.
+        """
     def attend(
         self,
         query: _Tensor,

@@ -32,6 +32,7 @@ class QuantizedDynamicCache(Cache):
     Args:
         config: the configuration of the model (`model.config`).
         skvq_config: options; the defaults are 2-bit keys and ternary values.
+        attention_mask: of a left-padded batch, see `set_padding`.
         **options: fields of `SkvqConfig` that differ from `skvq_config`.
 
     Raises:
@@ -44,7 +45,14 @@ class QuantizedDynamicCache(Cache):
 
     layers: list[Any]
 
-    def __init__(self, config: Any, skvq_config: SkvqConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        skvq_config: SkvqConfig | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> None:
         self.skvq_config = SkvqConfig.from_options(skvq_config, **options)
         self._counts = AttentionCounts()
         plan = LayerPlan.from_config(self.skvq_config)
@@ -63,6 +71,8 @@ class QuantizedDynamicCache(Cache):
             )
         super().__init__(layers=layers)
         register_attention()
+        if attention_mask is not None:
+            self.set_padding(attention_mask)
 
     def _packed_layer(self, plan: LayerPlan, index: int, layer_config: Any) -> PackedLayer:
         head_dim = head_dim_of(layer_config)
@@ -82,6 +92,26 @@ class QuantizedDynamicCache(Cache):
             raise SkvqError(f"layer_idx={layer_idx}: expected 0 to {len(layers) - 1}, the configuration's layers")
         states: tuple[torch.Tensor, torch.Tensor] = layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         return states
+
+    def set_padding(self, attention_mask: torch.Tensor) -> None:
+        """Say how the sequences of the next prompt are left-padded, before it is stored.
+
+        Padding then takes no place of a sink, has no part in the statistics that rows are quantized with, and stays
+        hidden from attention. Without this call a padded sequence is served too, with more error at low bits. It lasts
+        until the cache is reset.
+
+        Args:
+            attention_mask: [B, n] as the tokenizer made it, 0 for padding; each row may become several sequences.
+
+        Raises:
+            SkvqError: the cache holds tokens, or a row is not zeros followed by at least one other number.
+        """
+        padding = _left_padding(attention_mask)
+        layers = self._packed_layers()
+        if any(layer.get_seq_length() for layer in layers):
+            raise SkvqError("set_padding: the cache holds tokens, expected it before the first ones")
+        for layer in layers:
+            layer.padding = padding
 
     # ---- changes of all layers: checked first, so that a refused one changes no layer ------------------------------
 
@@ -168,6 +198,24 @@ class QuantizedDynamicCache(Cache):
 
     def _figures(self) -> list[LayerFigures]:
         return [x.figures() if isinstance(x, PackedLayer) else _stock_figures(x) for x in self.layers]
+
+
+def _left_padding(attention_mask: torch.Tensor) -> tuple[int, ...]:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or 0 in attention_mask.shape:
+        shape = tuple(getattr(attention_mask, "shape", ()))
+        raise SkvqError(
+            f"attention_mask: got {type(attention_mask).__name__} {shape}, expected a tensor [batch, tokens]"
+        )
+    seen = attention_mask.to("cpu") != 0
+    padding = (~seen).sum(-1)
+    wrong = (seen != (torch.arange(seen.shape[1]) >= padding[:, None])).any(-1) | ~seen.any(-1)
+    if bool(wrong.any()):
+        raise SkvqError(
+            f"attention_mask: row {int(wrong.nonzero()[0])} is not zeros and then ones, expected padding on the left "
+            "only (padding_side='left')"
+        )
+    counts: list[int] = padding.tolist()
+    return tuple(counts) if any(counts) else ()
 
 
 def _stock_figures(layer: Any) -> LayerFigures:

@@ -56,6 +56,7 @@ class PackedLayer(CacheLayerMixin):
         self.index = index
         self.counts = counts
         self.is_initialized = False
+        self.padding: tuple[int, ...] = ()  # of each sequence of the next prompt
         self.version = 0
         self.decoded_version = -1
         self.decoded_steps = 0
@@ -90,6 +91,8 @@ class PackedLayer(CacheLayerMixin):
         past = native.length
         keys, values = key_states, value_states
         try:
+            if past == 0 and self.padding:
+                native.set_padding(self._padding_of(keys.shape[0]))
             if keys.requires_grad or values.requires_grad:
                 keys, values = self._detached(keys, values)
             count = keys.shape[2]
@@ -99,7 +102,7 @@ class PackedLayer(CacheLayerMixin):
         except Exception as error:
             problem = self._problem(key_states, value_states)
             if not was_initialized:
-                self.reset()
+                self._drop_store()
             if problem is None and not isinstance(error, SkvqError):
                 raise
             raise SkvqError(f"layer {self.index}: {problem or error}") from error
@@ -109,6 +112,16 @@ class PackedLayer(CacheLayerMixin):
             return key_states, value_states
         fresh = (keys, values) if count > 1 else (None, None)
         return Snapshot(self, self._shape(True), self._shape(False), self.dtype, *fresh).handles()
+
+    def _padding_of(self, batch: int) -> list[int]:
+        """Padding of each sequence of a batch in which `generate` has repeated every prompt."""
+        repeats, rest = divmod(batch, len(self.padding))
+        if rest:
+            raise SkvqError(
+                f"key_states: batch {batch}, expected a multiple of the {len(self.padding)} rows of the attention_mask "
+                "that the cache was given"
+            )
+        return [count for count in self.padding for _ in range(repeats)]
 
     def _detached(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled() and not self.counts.warned_of_gradients:
@@ -235,6 +248,7 @@ class PackedLayer(CacheLayerMixin):
                 self.native.crop(length)
             else:
                 self.native.reset()  # the next tokens may come in another batch size
+                self.padding = ()
             self.version += 1
 
     def length_after_crop(self, tokens_to_remove: int) -> int:
@@ -269,7 +283,11 @@ class PackedLayer(CacheLayerMixin):
         self.gather(row_numbers(indices, self.batch_rows))
 
     def reset(self) -> None:
-        """Forget all tokens; the next ones may have another batch size, dtype or number of heads."""
+        """Forget all tokens and their padding; the next ones may have another batch size, dtype or number of heads."""
+        self._drop_store()
+        self.padding = ()
+
+    def _drop_store(self) -> None:
         if self.is_initialized:
             del self.native
         self.is_initialized = False

@@ -46,6 +46,7 @@ class AttentionCounts:
         self.prefill = 0
         self.decoded: Counter[str] = Counter()
         self.warned = False
+        self.looked_for_padding = False
         self.warned_of_gradients = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,6 +63,7 @@ class PackedSource(Protocol):
     counts: AttentionCounts
     decoded_version: int
     decoded_steps: int
+    padding: tuple[int, ...]
 
 
 class Snapshot:
@@ -114,6 +116,16 @@ class Snapshot:
         source = self.source
         if source.version != self.version:
             raise self._stale()
+        if mask is not None and not source.counts.looked_for_padding:
+            source.counts.looked_for_padding = True
+            if not source.padding and _hides_first_token(mask):
+                warnings.warn(
+                    "the batch is padded on the left and the cache was not told: padding is kept in the places of "
+                    "sinks and spoils the statistics of the rows beside it. Pass the tokenizer's mask: "
+                    "QuantizedDynamicCache(model.config, attention_mask=inputs['attention_mask'])",
+                    UserWarning,
+                    stacklevel=2,
+                )
         batch, heads, length, head_dim = query.shape
         output = query.new_empty((batch, heads, length, self.value_shape[3]))
         source.native.attend(
@@ -410,6 +422,13 @@ def _why_not_packed(
     if mask.shape[-1] != tokens or any(x not in (1, y) for x, y in zip(mask.shape, scores, strict=True)):
         return "mask does not broadcast to the scores"
     return None
+
+
+def _hides_first_token(mask: torch.Tensor) -> bool:
+    """Whether a mask [B|1, Hq|1, L|1, T] hides token 0 of a sequence from all its queries."""
+    first = mask[..., 0].flatten(1)
+    hidden = ~first if first.dtype == torch.bool else first < -1e4
+    return bool(hidden.all(-1).any())
 
 
 def _four_dimensions(mask: torch.Tensor | None) -> torch.Tensor | None:

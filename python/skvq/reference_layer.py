@@ -9,6 +9,9 @@ Regions of T tokens: tokens [0, sinks) are exact for ever. Of the tokens behind 
 are packed, as far as the blocks of both streams have statistics. A block gets them as soon as its last row is there,
 in the window or not. When a crop cuts the block, it keeps them if one of its rows is packed, and forgets them if none
 is; its missing rows are then packed one by one as they leave the window.
+
+In a sequence that begins with p tokens of padding, the tokens [p, p + sinks) are the exact ones, the padding is zeros
+that nobody sees and that no statistics count, and everything else is as without padding.
 """
 
 from __future__ import annotations
@@ -28,27 +31,35 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class _Stream:
     """The rows [B, H, T, D] (float32) of one stream and the statistics ([B, H, D] each) of its blocks."""
 
-    def __init__(self, codec: ReferenceCodec, rows: Tensor) -> None:
+    def __init__(self, codec: ReferenceCodec, rows: Tensor, padding: Sequence[int]) -> None:
         self.codec = codec
-        self.rows = rows.to(torch.float32, copy=True)
+        self.rows = rows[:, :, :0].to(torch.float32)
         self.blocks: list[Statistics] = []
+        self.append(rows, padding)
 
-    def append(self, rows: Tensor) -> None:
+    def append(self, rows: Tensor, padding: Sequence[int]) -> None:
         self.rows = torch.cat([self.rows, rows.to(torch.float32)], dim=2)
+        for sequence, count in enumerate(padding):
+            self.rows[sequence, :, :count] = 0.0
 
-    def fix_statistics(self, sinks: int) -> None:
+    def fix_statistics(self, sinks: int, padding: Sequence[int]) -> None:
         """Take the statistics of every block that has become complete; none of its rows is packed yet."""
         block = self.codec.block
         while block and (len(self.blocks) + 1) * block <= self.rows.shape[2] - sinks:
             start = sinks + len(self.blocks) * block
-            self.blocks.append(self.codec.block_statistics(self.rows[:, :, start : start + block]))
+            rows = self.rows[:, :, start : start + block].clone()
+            for sequence, count in enumerate(padding):
+                if count:  # statistics leave out what is not finite
+                    rows[sequence, :, : max(0, count + sinks - start)] = math.nan
+            self.blocks.append(self.codec.block_statistics(rows))
 
     def packable(self, stop: int) -> int:
         """How many of the first `stop` rows behind the sinks have statistics to be packed with."""
         return min(stop, len(self.blocks) * self.codec.block) if self.codec.block else stop
 
-    def pack(self, sinks: int, start: int, stop: int, nonfinite: str) -> None:
+    def pack(self, sinks: int, start: int, stop: int, nonfinite: str, padding: Sequence[int]) -> None:
         """Replace the rows [start, stop), counted behind the sinks, by their decoded values."""
+        kept = [self.rows[sequence, :, : count + sinks].clone() for sequence, count in enumerate(padding)]
         block = self.codec.block
         while start < stop and self.codec.format != "raw":
             end = min(stop, (start // block + 1) * block) if block else stop
@@ -61,6 +72,8 @@ class _Stream:
                 quantized = self.codec.quantize(rows[:, head], head, statistics, nonfinite)
                 rows[:, head] = self.codec.dequantize(quantized, head, statistics)
             start = end
+        for sequence, exact in enumerate(kept):
+            self.rows[sequence, :, : exact.shape[1]] = exact
 
     def crop(self, length: int, sinks: int, packed: int) -> None:
         self.rows = self.rows[:, :, :length].clone()
@@ -107,6 +120,7 @@ class ReferenceLayer:
         self._codecs = (keys, values)
         self._streams: list[_Stream] = []
         self._packed = 0
+        self._padding: list[int] = []
 
     # ---- regions -----------------------------------------------------------------------------------------------------
 
@@ -140,10 +154,16 @@ class ReferenceLayer:
 
     # ---- changes -----------------------------------------------------------------------------------------------------
 
+    def set_padding(self, padding: Sequence[int]) -> None:
+        """Tokens of padding in front of each sequence that the first append will bring."""
+        if self.length:
+            raise ValueError(f"set_padding: expected a layer without tokens, got {self.length}")
+        self._padding = list(padding)
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add n tokens and pack what leaves the window. A refused append changes nothing."""
         for name, rows, codec in zip(("keys", "values"), (keys, values), self._codecs, strict=True):
-            batch = self.batch_size or keys.shape[0]
+            batch = self.batch_size or len(self._padding) or keys.shape[0]
             expected = (batch, self.num_key_value_heads, keys.shape[2], codec.head_dim)
             if tuple(rows.shape) != expected or rows.dtype != self.dtype:
                 raise ValueError(f"{name}: expected {self.dtype} {expected}, got {rows.dtype} {tuple(rows.shape)}")
@@ -151,20 +171,20 @@ class ReferenceLayer:
                 raise ValueError(f"{name}: {int((~torch.isfinite(rows)).any(-1).sum())} rows are not finite")
         if not self._streams:
             pairs = zip(self._codecs, (keys, values), strict=True)
-            self._streams = [_Stream(codec, rows) for codec, rows in pairs]
+            self._streams = [_Stream(codec, rows, self._padding) for codec, rows in pairs]
         else:
             for stream, rows in zip(self._streams, (keys, values), strict=True):
-                stream.append(rows)
+                stream.append(rows, self._padding)
         self._evict()
 
     def _evict(self) -> None:
         stop = self.length - self.sinks - self.window
         for stream in self._streams:
-            stream.fix_statistics(self.sinks)
+            stream.fix_statistics(self.sinks, self._padding)
             stop = stream.packable(stop)
         stop = max(self._packed, stop)
         for stream in self._streams:
-            stream.pack(self.sinks, self._packed, stop, self.nonfinite)
+            stream.pack(self.sinks, self._packed, stop, self.nonfinite, self._padding)
         self._packed = stop
 
     def crop(self, length: int) -> None:
@@ -179,12 +199,15 @@ class ReferenceLayer:
         """New batch row i = old batch row indices[i]."""
         if any(not 0 <= index < self.batch_size for index in indices):
             raise ValueError(f"indices={list(indices)}: expected rows 0 to {self.batch_size - 1}")
+        if self._padding:
+            self._padding = [self._padding[index] for index in indices]
         for stream in self._streams:
             stream.gather(torch.tensor(list(indices), dtype=torch.int64))
 
     def reset(self) -> None:
         self._streams = []
         self._packed = 0
+        self._padding = []
 
     def clone(self) -> ReferenceLayer:
         return copy.deepcopy(self)
@@ -220,6 +243,8 @@ class ReferenceLayer:
         visible = torch.ones_like(scores, dtype=torch.bool)
         if causal:
             visible = visible.tril(self.length - query.shape[2])
+        for sequence, count in enumerate(self._padding):
+            visible[sequence, ..., :count] = False
         if mask is not None and mask.dtype == torch.bool:
             visible = visible & mask
         elif mask is not None:

@@ -189,6 +189,8 @@ struct Plan<'a> {
     /// Positions of a query head: L.
     length: usize,
     tokens: usize,
+    /// Tokens that are read from the store.
+    stored: usize,
     key_width: usize,
     value_width: usize,
 }
@@ -235,6 +237,7 @@ impl<'a> Plan<'a> {
             group,
             length,
             tokens,
+            stored: tokens - fresh,
             key_width,
             value_width,
         }

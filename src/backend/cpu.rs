@@ -38,12 +38,25 @@ pub fn check_finite(isa: Isa, name: &str, tensor: &TensorView) -> Result<()> {
     found.map_or(Ok(()), Err)
 }
 
-/// Writes all rows of a stream, decoded, to `output` `[1, 1, tokens, width]`.
-pub fn decode_stream(isa: Isa, codec: &Codec, kv_head: usize, stream: &Stream, output: &mut TensorViewMut) {
+/// Writes all rows of a stream, decoded, to `output` `[1, 1, tokens, width]`; those of its padding are zeros.
+pub fn decode_stream(
+    isa: Isa,
+    codec: &Codec,
+    kv_head: usize,
+    stream: &Stream,
+    padding: usize,
+    output: &mut TensorViewMut,
+) {
     let sinks = stream.sinks.len();
-    copy_plain(&stream.sinks, 0, output);
     decode_past(isa, codec, kv_head, stream, sinks, output);
     copy_plain(&stream.window, sinks + stream.past.len(), output);
+    let zeros = vec![0.0; output.width()];
+    for token in 0..padding.min(output.tokens()) {
+        output.write_row_f32(0, 0, token, &zeros);
+    }
+    for i in 0..sinks.min(output.tokens().saturating_sub(padding)) {
+        output.write_row_bytes(0, 0, padding + i, stream.sinks.rows(i, 1));
+    }
 }
 
 fn copy_plain(rows: &PlainRows, first_token: usize, output: &mut TensorViewMut) {

@@ -12,6 +12,8 @@ use super::Stream;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AppendPlan {
     pub rows: usize,
+    /// Tokens before.
+    pub stored: usize,
     pub to_sinks: usize,
     /// Rows of the window before; rows to pack and to take statistics of come from there first, then from the new ones.
     pub window: usize,
@@ -42,6 +44,9 @@ pub(super) struct StreamAppend<'a> {
     pub kv_head: usize,
     /// `[1, 1, n, width]`
     pub rows: TensorView<'a>,
+    /// Tokens of padding in front of the sequence, and places of sinks.
+    pub padding: usize,
+    pub sinks: usize,
     pub plan: AppendPlan,
 }
 
@@ -49,7 +54,7 @@ impl StreamAppend<'_> {
     pub fn run(&self, stream: &mut Stream, scratch: &mut Scratch) {
         let AppendPlan { rows, to_sinks, to_pack, .. } = self.plan;
         let from_window = self.plan.leaving_window();
-        self.copy(0, to_sinks, &mut stream.sinks);
+        self.keep_sinks(&mut stream.sinks);
         self.fix_statistics(stream, scratch);
         if self.codec.is_raw() {
             self.pack_raw(stream);
@@ -61,10 +66,30 @@ impl StreamAppend<'_> {
         self.copy(first, rows - first, &mut stream.window);
     }
 
+    /// The sinks of a padded sequence are its first tokens behind the padding: until they come their places hold zeros.
+    fn keep_sinks(&self, sinks: &mut PlainRows) {
+        let AppendPlan { rows, stored, to_sinks, .. } = self.plan;
+        if self.padding == 0 {
+            return self.copy(0, to_sinks, sinks);
+        }
+        if to_sinks > 0 {
+            sinks.extend(to_sinks);
+        }
+        for token in self.padding.max(stored)..(self.padding + self.sinks).min(stored + rows) {
+            self.rows.copy_row_bytes(0, 0, token - stored, sinks.row_mut(token - self.padding));
+        }
+    }
+
+    /// New rows up to here are padding, or lie among the sinks: behind the sinks their places hold zeros.
+    fn blank_rows(&self) -> usize {
+        if self.padding == 0 { 0 } else { (self.padding + self.sinks).saturating_sub(self.plan.stored) }
+    }
+
     fn copy(&self, first: usize, count: usize, target: &mut PlainRows) {
         if count > 0 {
             let row_bytes = self.rows.width() * self.rows.dtype().size();
-            for (i, bytes) in target.extend(count).chunks_exact_mut(row_bytes).enumerate() {
+            let blank = self.blank_rows().saturating_sub(first);
+            for (i, bytes) in target.extend(count).chunks_exact_mut(row_bytes).enumerate().skip(blank) {
                 self.rows.copy_row_bytes(0, 0, first + i, bytes);
             }
         }
@@ -73,13 +98,17 @@ impl StreamAppend<'_> {
     /// Row `i` behind the packed ones: of the window, or a new one.
     fn read(&self, window: &PlainRows, i: usize, row: &mut [f32]) {
         if i < self.plan.window {
-            cpu::plain_row(self.isa, window.rows(i, 1), window.dtype, row);
+            return cpu::plain_row(self.isa, window.rows(i, 1), window.dtype, row);
+        }
+        let new = self.plan.to_sinks + i - self.plan.window;
+        if new < self.blank_rows() {
+            row.fill(0.0);
         } else {
-            self.rows.read_row_f32(0, 0, self.plan.to_sinks + i - self.plan.window, row);
+            self.rows.read_row_f32(0, 0, new, row);
         }
     }
 
-    /// None of the rows of a block without statistics is packed: all are at hand.
+    /// None of the rows of a block without statistics is packed: all are at hand. Padding has no part in them.
     fn fix_statistics(&self, stream: &mut Stream, scratch: &mut Scratch) {
         let Source::Block(rule) = &self.codec.source else { return };
         if self.codec.is_raw() {
@@ -93,7 +122,8 @@ impl StreamAppend<'_> {
             for (i, row) in scratch.block.chunks_exact_mut(width).enumerate() {
                 self.read(window, first + i, row);
             }
-            past.push_block(rule.statistics(&scratch.block, width));
+            let padding = self.padding.saturating_sub(block * rule.rows).min(rule.rows);
+            past.push_block(rule.statistics(&scratch.block[padding * width..], width));
         }
     }
 
@@ -102,10 +132,13 @@ impl StreamAppend<'_> {
         for i in 0..self.plan.to_pack {
             let (index, page) = past.next_row(&self.codec.layout);
             let (bytes, _) = page.row_mut(&self.codec.layout, index);
+            let new = self.plan.to_sinks + i.saturating_sub(self.plan.window);
             if i < self.plan.window {
                 bytes.copy_from_slice(window.rows(i, 1));
+            } else if new < self.blank_rows() {
+                bytes.fill(0);
             } else {
-                self.rows.copy_row_bytes(0, 0, self.plan.to_sinks + i - self.plan.window, bytes);
+                self.rows.copy_row_bytes(0, 0, new, bytes);
             }
         }
     }

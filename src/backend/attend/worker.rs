@@ -2,7 +2,7 @@
 //!
 //! Shapes: rows of queries and outputs `[queries, width]`, scores `[queries, CHUNK]`, scales and zero points `[groups, CHUNK]`.
 
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 
 use super::{CHUNK, Chunk, Job, Plan, Region, State};
 use crate::backend::simd::{levels, matmul, prefetch, rows, vectors};
@@ -69,6 +69,12 @@ pub(super) struct Worker<'a> {
     /// One row on its way through a transform.
     row: Buffer,
     state: State,
+}
+
+/// The rows of a chunk that queries may see, and the token that its row 0 is, or would be.
+struct Visible {
+    token: usize,
+    rows: Range<usize>,
 }
 
 /// Shift and scale of every channel, expanded; `block` says whose.
@@ -142,7 +148,7 @@ impl<'a> Worker<'a> {
         }
         for index in self.job.first_chunk..self.job.first_chunk + self.job.chunks {
             let chunk = self.plan.chunks[index];
-            if self.sees_nothing(chunk) {
+            if self.tokens_of(chunk).rows.is_empty() || self.sees_nothing(chunk) {
                 continue;
             }
             self.score(chunk);
@@ -151,6 +157,22 @@ impl<'a> Worker<'a> {
             self.weigh(chunk);
         }
         self.state
+    }
+
+    /// All rows of a chunk are tokens in their order, unless the sequence begins with padding.
+    fn tokens_of(&self, chunk: Chunk) -> Visible {
+        let padding = self.plan.layer.padding(self.job.batch);
+        let (stored, sinks) = (self.plan.stored, self.plan.layer.spec().sinks);
+        let row_of = |token: usize| token.saturating_sub(chunk.token).min(chunk.count);
+        match chunk.region {
+            _ if padding == 0 => Visible { token: chunk.token, rows: 0..chunk.count },
+            Region::Sinks => {
+                let token = chunk.token + padding;
+                Visible { token, rows: 0..stored.saturating_sub(token).min(chunk.count) }
+            }
+            Region::Fresh => Visible { token: chunk.token, rows: row_of(padding)..chunk.count },
+            Region::Past | Region::Window => Visible { token: chunk.token, rows: row_of(padding + sinks)..chunk.count },
+        }
     }
 
     /// The last token a query may see.
@@ -367,8 +389,13 @@ impl<'a> Worker<'a> {
     fn cap_and_mask(&mut self, chunk: Chunk) {
         let call = self.plan.call;
         let mut bias = [0.0f32; CHUNK];
+        let Visible { token, rows } = self.tokens_of(chunk);
+        let token = token + rows.start;
         for q in 0..self.job.queries {
             let scores = &mut self.scores[q * CHUNK..][..chunk.count];
+            scores[..rows.start].fill(f32::NEG_INFINITY);
+            scores[rows.end..].fill(f32::NEG_INFINITY);
+            let scores = &mut scores[rows.clone()];
             if let Some(softcap) = call.softcap {
                 for score in &mut *scores {
                     *score = softcap * (*score / softcap).tanh();
@@ -376,8 +403,8 @@ impl<'a> Worker<'a> {
             }
             if let Some(mask) = &call.mask {
                 let (head, position) = self.plan.query_at(self.job, q);
-                let bias = &mut bias[..chunk.count];
-                mask.read_bias(self.job.batch, head, position, chunk.token, bias);
+                let bias = &mut bias[..scores.len()];
+                mask.read_bias(self.job.batch, head, position, token, bias);
                 // A hidden token stays hidden even if its score is not a number.
                 for (score, bias) in scores.iter_mut().zip(bias) {
                     *score = if *bias == f32::NEG_INFINITY { f32::NEG_INFINITY } else { *score + *bias };
@@ -385,8 +412,8 @@ impl<'a> Worker<'a> {
             }
             if call.causal {
                 let (_, position) = self.plan.query_at(self.job, q);
-                let visible = (self.plan.tokens - self.plan.length + position + 1).saturating_sub(chunk.token);
-                if visible < chunk.count {
+                let visible = (self.plan.tokens - self.plan.length + position + 1).saturating_sub(token);
+                if visible < scores.len() {
                     scores[visible..].fill(f32::NEG_INFINITY);
                 }
             }
