@@ -7,7 +7,9 @@ Is not: the store (the native module), the handles (packed.py), or one layer's p
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -20,6 +22,9 @@ from .layer import PackedLayer, row_numbers
 from .model_layers import decoder_config, head_dim_of, kept, layer_configs, stock_layers
 from .packed import AttentionCounts
 from .plan import LayerPlan
+
+if TYPE_CHECKING:
+    from .plan_file import QuantizationPlan
 
 
 class QuantizedDynamicCache(Cache):
@@ -35,6 +40,11 @@ class QuantizedDynamicCache(Cache):
         attention_mask: of a left-padded batch, see `set_padding`.
         **options: fields of `SkvqConfig` that differ from `skvq_config`.
 
+    Attributes:
+        skvq_config: the options. With a plan, those that its layers may differ from: window, sinks and nonfinite are
+            of all layers, bits and other options of a layer are in `plan.layers`.
+        plan: the calibrated plan of a cache made by `from_plan`, otherwise None.
+
     Raises:
         SkvqError: an option is not valid, or the model's cache cannot be packed; the message says what was expected.
 
@@ -44,6 +54,8 @@ class QuantizedDynamicCache(Cache):
     """
 
     layers: list[Any]
+    skvq_config: SkvqConfig
+    plan: QuantizationPlan | None
 
     def __init__(
         self,
@@ -54,12 +66,53 @@ class QuantizedDynamicCache(Cache):
         **options: Any,
     ) -> None:
         self.skvq_config = SkvqConfig.from_options(skvq_config, **options)
-        self._counts = AttentionCounts()
+        self.plan = None
         plan = LayerPlan.from_config(self.skvq_config)
+        self._set_up(config, lambda _: plan, attention_mask)
+
+    @classmethod
+    def from_plan(
+        cls,
+        model_or_config: Any,
+        plan: QuantizationPlan | Path | str,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        **overrides: Any,
+    ) -> QuantizedDynamicCache:
+        """A cache that packs every layer as a calibrated plan says.
+
+        Args:
+            model_or_config: the model, or its configuration.
+            plan: a plan, its file, or a directory that its `save_pretrained` wrote.
+            attention_mask: of a left-padded batch, see `set_padding`.
+            **overrides: `window`, `sinks` and `nonfinite`, where they shall differ from the plan's.
+
+        Raises:
+            SkvqError: the plan was made for another model (the message names the differing fields), its file is
+                damaged, or another option is given.
+        """
+        from .fingerprint import config_of
+        from .plan_file import QuantizationPlan
+
+        what = "the plan" if isinstance(plan, QuantizationPlan) else f"{plan}: the plan"
+        if not isinstance(plan, QuantizationPlan):
+            plan = QuantizationPlan.load(plan)
+        plan.check(model_or_config, what)
+        if overrides:
+            plan = plan.with_regions(**overrides)
+        cache = cls.__new__(cls)
+        cache.skvq_config, cache.plan = plan.config, plan
+        cache._set_up(config_of(model_or_config), plan.layers.__getitem__, attention_mask)
+        return cache
+
+    def _set_up(self, config: Any, plan_of: Callable[[int], LayerPlan], attention_mask: torch.Tensor | None) -> None:
+        self._counts = AttentionCounts()
         decoder = decoder_config(config)
         pairs = zip(stock_layers(config), layer_configs(config), strict=True)
         layers = [
-            self._packed_layer(plan, index, layer_config) if type(layer) is DynamicLayer else kept(layer, index)
+            self._packed_layer(plan_of(index), index, layer_config)
+            if type(layer) is DynamicLayer
+            else kept(layer, index)
             for index, (layer, layer_config) in enumerate(pairs)
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
@@ -67,7 +120,7 @@ class QuantizedDynamicCache(Cache):
                 f"no layer of this {getattr(decoder, 'model_type', '?')} model has full attention: its sliding layers "
                 "are bounded already and nothing will be packed",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         super().__init__(layers=layers)
         register_attention()
@@ -188,6 +241,8 @@ class QuantizedDynamicCache(Cache):
     def _title(self) -> str:
         x = self.skvq_config
         bits = f"keys {x.key_bits:g} bits, values {x.value_bits:g} bits"
+        if self.plan is not None:
+            bits = f"plan {self.plan.header.method!r}, {self.plan.describe_bits()}"
         return f"{type(self).__name__}({bits}, sinks {x.sinks}, window {x.window})"
 
     def _packed_layers(self) -> list[PackedLayer]:

@@ -1,0 +1,168 @@
+"""The commands `skvq calibrate` and `skvq inspect`.
+
+Only parses arguments and calls what does the work; torch and transformers are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..plan_file import QuantizationPlan
+
+METHODS = ("static",)
+
+
+def add_commands(commands: Any) -> None:
+    """Adds both commands to the subparsers of the command line."""
+    _add_calibrate(commands)
+    _add_inspect(commands)
+
+
+# ---- calibrate -------------------------------------------------------------------------------------------------------
+
+
+def _add_calibrate(commands: Any) -> None:
+    from ..cli import _bits, _count
+
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit a plan to a model on texts",
+        description="Reads texts with a model once, fits what its layers are packed with, and writes a plan for "
+        "QuantizedDynamicCache.from_plan.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the plan, .safetensors")
+    parser.add_argument(
+        "--texts", nargs="+", metavar="FILE", default=[], help="or FILE#0.5-1 for a part (default: the package's)"
+    )
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="(default: %(default)s)")
+    parser.add_argument("--key-bits", type=_bits, metavar="BITS", help="16, 8, 4, 3, 2, 1.6 or 1.5 (default: 2)")
+    parser.add_argument("--value-bits", type=_bits, metavar="BITS", help="likewise (default: 1.6, ternary)")
+    counts = {
+        "--window": (1, 128, "most recent tokens kept as they are"),
+        "--sinks": (0, 5, "first tokens kept as they are"),
+        "--chunks": (1, 16, "pieces of text that are read"),
+        "--tokens": (2, 2048, "of a piece"),
+    }
+    for option, (least, default, text) in counts.items():
+        parser.add_argument(
+            option, type=_count(least), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="keep statistics there: a run that was stopped goes on, others reuse it",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="(default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
+    parser.add_argument("--threads", type=_count(1), metavar="N", help="of torch (default: torch's)")
+    parser.set_defaults(run=_run_calibrate)
+
+
+def _run_calibrate(arguments: argparse.Namespace) -> None:
+    from ..bench.machine import set_threads
+    from ..config import SkvqConfig
+    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, packaged_texts, read_text
+    from ..inspect_plan import plan_table
+    from ..models import load
+    from ..plan_file import QuantizationPlan
+    from .collect import collect
+    from .static import static_plan
+
+    given = {name: getattr(arguments, name) for name in ("key_bits", "value_bits", "window", "sinks")}
+    config = SkvqConfig.from_options(**{name: value for name, value in given.items() if value is not None})
+    if not arguments.output.parent.is_dir():
+        raise ValueError(f"--output {str(arguments.output)!r}: expected a file in an existing directory")
+    texts = [read_text(x) for x in arguments.texts] or packaged_texts(CALIBRATION_TEXTS)
+    set_threads(arguments.threads)
+    loaded = load(arguments.model, dtype=arguments.dtype)
+    model = loaded.model.to(arguments.device)
+    chunks = cut_chunks(loaded.tokenizer, texts, arguments.chunks, arguments.tokens)
+    statistics = collect(
+        model,
+        [chunk.token_ids for chunk in chunks],
+        sinks=config.sinks,
+        window=config.window,
+        texts={text.name: text.sha256 for text in texts},
+        state_path=arguments.state,
+        total=len(chunks),
+        progress=True,
+    )
+    print(f"read: {statistics.describe()}")
+    streams = {"static": static_plan}[arguments.method](statistics, config)
+    notes = {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
+    plan = QuantizationPlan.for_model(
+        model, config, streams, method=arguments.method, texts=statistics.texts, notes=notes
+    )
+    plan.save(arguments.output)
+    print(plan_table(plan))
+    print(f"written: {arguments.output}")
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(commands: Any) -> None:
+    from ..cli import _add_model, _count
+
+    parser = commands.add_parser(
+        "inspect",
+        help="what a plan holds, as a table and as a picture of a layer",
+        description="With --texts (and --model) a short text is read, and the picture shows the channels of keys and "
+        "values before and after the plan's transform.",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file, or a directory that has one")
+    parser.add_argument("--layer", type=_count(0), metavar="N", help="of the picture (default: the first packed one)")
+    parser.add_argument("--head", type=_count(0), default=0, metavar="N", help="of the picture (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture there (.png, .svg; needs matplotlib)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--texts", nargs="+", metavar="FILE", help="read the beginning of the first, for the picture")
+    parser.add_argument("--tokens", type=_count(2), default=1024, metavar="N", help="read (default: %(default)s)")
+    _add_model(parser)
+    parser.set_defaults(run=_run_inspect)
+
+
+def _run_inspect(arguments: argparse.Namespace) -> None:
+    from ..inspect_plan import plan_report, plan_table
+    from ..plan_file import QuantizationPlan
+
+    plan = QuantizationPlan.load(arguments.plan)
+    layer = next(iter(plan.layers)) if arguments.layer is None else arguments.layer
+    if layer not in plan.layers:
+        raise ValueError(f"--layer {layer}: expected one of {', '.join(map(str, plan.layers))}, those that are packed")
+    if (arguments.texts or arguments.model) and arguments.plot is None:
+        raise ValueError("--texts and --model are for the picture: expected --plot FILE with them")
+    print(plan_table(plan))
+    if arguments.json is not None:
+        from ..bench.machine import write_json
+
+        write_json(plan_report(plan), arguments.json)
+    if arguments.plot is not None:
+        from ..inspect_plot import save_picture
+
+        rows = _sample(arguments, plan) if arguments.texts or arguments.model else None
+        save_picture(plan, layer, arguments.plot, head=arguments.head, sample=rows.get(layer) if rows else None)
+        print(f"written: {arguments.plot}")
+
+
+def _sample(arguments: argparse.Namespace, plan: QuantizationPlan) -> dict[int, Any]:
+    """Rows of every layer from the beginning of a text."""
+    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, packaged_texts, read_text
+    from ..models import load
+    from .collect import collect
+
+    loaded = load(arguments.model, dtype=arguments.dtype)
+    plan.check(loaded.model, f"{arguments.plan}: the plan")
+    texts = [read_text(x) for x in arguments.texts or ()] or packaged_texts(CALIBRATION_TEXTS)
+    chunks = [x.token_ids for x in cut_chunks(loaded.tokenizer, texts[:1], 1, arguments.tokens)]
+    length = arguments.tokens
+    found = collect(loaded.model, chunks, sinks=0, sample_tokens=length, sample_length=length, attention_stride=0)
+    return {index: layer.samples[0] for index, layer in found.layers.items()}

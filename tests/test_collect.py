@@ -1,0 +1,311 @@
+"""Calibration statistics: every moment against plain float64 arithmetic, and passes that stop and go on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import tiny_models
+from skvq import SkvqError
+from skvq.calibrate import Statistics, collect
+from skvq.calibrate.collect import sample_slot
+from skvq.calibrate.moments import StreamMoments
+
+SINKS, BLOCK, WINDOW, LAYER = 3, 32, 16, 1
+OPTIONS: dict[str, Any] = {
+    "sinks": SINKS,
+    "block": BLOCK,
+    "window": WINDOW,
+    "sample_tokens": 160,
+    "sample_length": 80,
+    "query_stride": 4,
+    "attention_stride": 3,
+}
+CHUNKS = [tiny_models.prompts(1, length, seed)[0] for seed, length in enumerate((120, 67, 101, 35, 99))]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny_models.build("llama")
+
+
+@pytest.fixture(scope="module")
+def statistics(llama: Any) -> Statistics:
+    return collect(llama, CHUNKS, before_rope=True, texts={"a.txt": "00"}, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def recorded(llama: Any) -> list[dict[str, torch.Tensor]]:
+    """For every chunk the rows of `LAYER`, float64, in a way that has nothing to do with `collect`."""
+    chunks: list[dict[str, torch.Tensor]] = []
+    attention = llama.model.layers[LAYER].self_attn
+
+    def record(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if module is attention:
+            rows = {"queries": query * kwargs["scaling"], "keys": key, "values": value}
+            chunks[-1] |= {name: x[0].double() for name, x in rows.items()}
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    def before_rope(module: Any, args: Any, output: torch.Tensor) -> None:
+        chunks[-1]["keys_before_rope"] = output[0].unflatten(-1, (2, -1)).transpose(0, 1).double()
+
+    AttentionInterface.register("test_record", record)
+    hook = attention.k_proj.register_forward_hook(before_rope)
+    llama.set_attn_implementation("test_record")
+    with torch.no_grad():
+        for ids in CHUNKS:
+            chunks.append({})
+            llama(ids[None], use_cache=False)
+    hook.remove()
+    llama.set_attn_implementation("sdpa")
+    return chunks
+
+
+def rows_of(chunks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """All rows behind the sinks [Hkv, n, D]; the queries of a kv head's group one after the other."""
+    parts = [chunk[name][:, SINKS:] for chunk in chunks]
+    return torch.cat([x.unflatten(0, (2, -1)).flatten(1, 2) if name == "queries" else x for x in parts], dim=1)
+
+
+def covariance(rows: torch.Tensor) -> torch.Tensor:
+    centred = rows - rows.mean(1, keepdim=True)
+    return torch.einsum("hnd,hne->hde", centred, centred) / rows.shape[1]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
+    """Within a share of the largest magnitude."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+# ---- moments
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "queries", "keys_before_rope"])
+def test_moments_are_those_of_all_rows(
+    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], name: str
+) -> None:
+    found: StreamMoments = getattr(statistics.layers[LAYER], name)
+    rows = rows_of(recorded, name)
+    assert int(found.count) == rows.shape[1]
+    assert_close(found.mean, rows.mean(1), 1e-5 if name == "keys_before_rope" else 2e-6)
+    assert_close(found.covariance, covariance(rows))
+    assert_close(found.variance, rows.var(1, correction=0))
+    assert_close(found.second_moment, torch.einsum("hnd,hne->hde", rows, rows) / rows.shape[1])
+    assert_close(found.low.double(), rows.amin(1))
+    assert_close(found.high.double(), rows.amax(1))
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "keys_before_rope"])
+def test_block_covariance_is_about_each_blocks_mean(
+    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], name: str
+) -> None:
+    found: StreamMoments = getattr(statistics.layers[LAYER], name)
+    blocks = [
+        block for chunk in recorded for block in chunk[name][:, SINKS:].split(BLOCK, dim=1) if block.shape[1] == BLOCK
+    ]
+    assert int(found.block_count) == BLOCK * len(blocks)
+    assert_close(found.block_covariance, torch.stack([covariance(block) for block in blocks]).mean(0))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.01, 0.25, 0.5, 0.9, 1.0])
+def test_quantiles_within_a_bin(
+    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], probability: float
+) -> None:
+    for name in ("keys", "values", "queries"):
+        found: StreamMoments = getattr(statistics.layers[LAYER], name)
+        assert int(found.histogram.sum(-1).unique()) == int(found.count)
+        expected = torch.quantile(rows_of(recorded, name), probability, dim=1, interpolation="nearest")
+        # the two neighbours of the exact position may be further apart than a bin
+        rows = rows_of(recorded, name).sort(dim=1).values
+        position = probability * (rows.shape[1] - 1)
+        gap = rows[:, min(int(position) + 1, rows.shape[1] - 1)] - rows[:, max(int(position) - 1, 0)]
+        assert bool(((found.quantile(probability) - expected).abs() <= found.width + gap).all())
+
+
+def test_rows_far_from_the_first_ones_are_counted() -> None:
+    moments = StreamMoments.empty(1, 2, torch.device("cpu"))
+    first = torch.stack([torch.full((4,), 7.0), torch.arange(4.0)], dim=-1)[None]
+    moments.update(first, 0)
+    moments.update(first * -1e6, 0)
+    assert moments.histogram.sum(-1).tolist() == [[8, 8]]
+    assert moments.quantile(0.0).tolist() == [[-7e6, -3e6]]
+    assert moments.quantile(1.0).tolist() == [[7.0, 3.0]]
+    assert_close(moments.mean, torch.cat([first, first * -1e6], dim=1).double().mean(1))
+
+
+def test_attention_moments(statistics: Statistics, recorded: list[dict[str, torch.Tensor]]) -> None:
+    found = statistics.layers[LAYER].attention
+    assert found is not None
+    expected = {name: torch.zeros_like(x) for name, x in vars(found).items()}
+    for chunk in recorded:
+        length = chunk["keys"].shape[1]
+        token_weight = torch.zeros(2, length, dtype=torch.float64)
+        for head, q in ((h // 2, chunk["queries"][h]) for h in range(4)):
+            keys, values = chunk["keys"][head], chunk["values"][head]
+            for now in range(OPTIONS["attention_stride"] - 1, length, OPTIONS["attention_stride"]):
+                p = (keys[: now + 1] @ q[now]).softmax(0)
+                last = max(SINKS, now + 1 - WINDOW)
+                expected["mass"][head] += torch.stack([p[:SINKS].sum(), p[SINKS:last].sum(), p[last:].sum()])
+                distance = (values[SINKS:last] - p @ values[: now + 1]).square().sum(-1)
+                weight = (p[SINKS:last].square() * distance).sum()
+                expected["query_weight"][head] += weight
+                expected["query_moment"][head] += weight * torch.outer(q[now], q[now])
+                token_weight[head, SINKS:last] += p[SINKS:last].square()
+        for start in range(SINKS, length - BLOCK + 1, BLOCK):
+            block, weight = chunk["values"][:, start : start + BLOCK], token_weight[:, start : start + BLOCK]
+            centred = block - block.mean(1, keepdim=True)
+            expected["value_weight"] += weight.sum(1)
+            expected["value_comoment"] += torch.einsum("hn,hnd,hne->hde", weight, centred, centred)
+    for name, value in expected.items():
+        assert_close(getattr(found, name), value, 1e-5)
+
+
+# ---- samples
+
+
+def test_samples_are_the_rows_of_whole_chunks(statistics: Statistics, recorded: list[dict[str, torch.Tensor]]) -> None:
+    slots = {}
+    for number in range(len(CHUNKS)):
+        slot = sample_slot(number, 2)
+        if slot is not None:
+            slots[slot] = number
+    for slot, sample in statistics.layers[LAYER].samples.items():
+        chunk = recorded[slots[slot]]
+        length = min(80, chunk["keys"].shape[1])
+        assert torch.equal(sample.keys.double(), chunk["keys"][:, :length])
+        assert torch.equal(sample.values.double(), chunk["values"][:, :length])
+        assert sample.query_positions.tolist() == list(range(3, length, 4))
+        scaled = sample.queries * statistics.layers[LAYER].scaling
+        assert torch.equal(scaled.double(), chunk["queries"][:, sample.query_positions])
+    assert sorted(slots) == sorted(statistics.layers[LAYER].samples) == [0, 1]
+
+
+def test_every_chunk_has_its_chance_of_a_sample() -> None:
+    kept: dict[int, int] = {}
+    for number in range(2000):
+        slot = sample_slot(number, 100)
+        if slot is not None:
+            kept[slot] = number
+    assert sorted(kept) == list(range(100))
+    assert 800 < sum(kept.values()) / 100 < 1200
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("family", [name for name in tiny_models.FAMILIES if tiny_models.PACKED_LAYERS[name]])
+def test_every_family(family: str) -> None:
+    model = tiny_models.build(family)
+    before, ids = model.config._attn_implementation, tiny_models.prompts(1, 60)
+    # interleaved or partly rotated embeddings would be refused, not counted wrongly
+    found = collect(model, [ids], before_rope=True, **OPTIONS)
+    assert model.config._attn_implementation == before
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    assert len(found.layers) == tiny_models.PACKED_LAYERS[family]
+    for index, layer in found.layers.items():
+        assert_close(layer.keys.mean, cache.layers[index].keys[0, :, SINKS:].double().mean(1), 1e-4)
+        assert_close(layer.values.mean, cache.layers[index].values[0, :, SINKS:].double().mean(1), 1e-4)
+        assert layer.keys_before_rope is not None
+        assert layer.attention is not None
+        queries = 20 * model.config.num_attention_heads
+        # gpt-oss lets a part of the attention go nowhere
+        assert float(layer.attention.mass.sum()) == pytest.approx(queries, rel=0.9 if family == "gpt-oss" else 1e-5)
+    if family == "kv-shared":
+        # layer 3 attends to what layer 1 stored
+        assert int(found.layers[1].queries.count) == 2 * 2 * (60 - SINKS)
+
+
+def test_half_precision_stays_in_samples() -> None:
+    model = tiny_models.build("qwen3").to(torch.bfloat16)
+    found = collect(model, CHUNKS[:1], before_rope=True, **OPTIONS).layers[0]
+    assert found.samples[0].keys.dtype == torch.bfloat16
+    assert found.keys.mean.dtype == torch.float64
+    # undone exactly up to the rounding of cos and sin
+    assert found.keys_before_rope is not None
+    both = (found.keys.second_moment, found.keys_before_rope.second_moment)
+    powers = [x.diagonal(dim1=1, dim2=2).sum(-1) for x in both]
+    assert_close(powers[0], powers[1], 2e-2)
+
+
+def test_models_without_full_attention_are_refused() -> None:
+    with pytest.raises(SkvqError, match="no layer of this mistral model has full attention"):
+        collect(tiny_models.build("mistral-window"), CHUNKS)
+
+
+def test_rows_that_are_not_finite_are_refused() -> None:
+    model = tiny_models.build("llama")
+    model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SkvqError, match="layer 1: values of chunk 0 have NaN or infinity"):
+        collect(model, CHUNKS, **OPTIONS)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("chunk", [torch.ones(SINKS, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64), [1, 2]])
+def test_chunks_are_checked(llama: Any, chunk: Any) -> None:
+    with pytest.raises(SkvqError, match=r"chunk 1: got .*, expected token numbers"):
+        collect(llama, [CHUNKS[0], chunk], **OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"sinks": -1}, {"before_rope": 1}, {"samples": 3}])
+def test_options_are_checked(llama: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(SkvqError, match=f"{next(iter(options))}=.*expected"):
+        collect(llama, CHUNKS, **options)
+
+
+# ---- files, interruptions
+
+
+def test_a_continued_pass_ends_bit_for_bit_the_same(llama: Any, statistics: Statistics, tmp_path: Path) -> None:
+    state, whole = tmp_path / "state.safetensors", tmp_path / "whole.safetensors"
+    options: dict[str, Any] = {"before_rope": True, "texts": {"a.txt": "00"}, "state_path": state, **OPTIONS}
+
+    def interrupted() -> Iterator[torch.Tensor]:
+        yield from CHUNKS[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(llama, interrupted(), save_every=2, **options)
+    assert Statistics.load(state).chunks == 2
+    collect(llama, CHUNKS, save_every=2, **options)
+    statistics.save(whole)
+    assert state.read_bytes() == whole.read_bytes()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["state.safetensors", "whole.safetensors"]
+
+
+def test_files_hold_everything(statistics: Statistics, llama: Any, tmp_path: Path) -> None:
+    statistics.save(tmp_path / "a")
+    loaded = Statistics.load(tmp_path / "a", llama)
+    assert loaded.options == statistics.options
+    assert loaded.texts == {"a.txt": "00"}
+    assert (loaded.chunks, loaded.tokens) == (5, sum(map(len, CHUNKS)))
+    assert torch.equal(loaded.layers[2].keys.comoment, statistics.layers[2].keys.comoment)
+    loaded.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_size_does_not_grow_with_the_text(llama: Any) -> None:
+    few, many = (collect(llama, [CHUNKS[0]] * count, **OPTIONS) for count in (2, 9))
+    assert few.nbytes == many.nbytes
+    assert few.tokens < many.tokens
+
+
+def test_states_of_other_passes_are_refused(llama: Any, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    collect(llama, CHUNKS[:2], state_path=state, **OPTIONS)
+    with pytest.raises(SkvqError, match="the state of other text"):
+        collect(llama, CHUNKS[1:], state_path=state, **OPTIONS)
+    with pytest.raises(SkvqError, match="the state of 2 chunks, but only 1 were given"):
+        collect(llama, CHUNKS[:1], state_path=state, **OPTIONS)
+    with pytest.raises(SkvqError, match="the state of a pass with options"):
+        collect(llama, CHUNKS, state_path=state, **(OPTIONS | {"block": 64}))
+    with pytest.raises(SkvqError, match=r"made for another model: .*model_type: expected 'llama', found 'qwen3'"):
+        collect(tiny_models.build("qwen3"), CHUNKS, state_path=state, **OPTIONS)
+    state.write_bytes(state.read_bytes()[:-8])
+    with pytest.raises(SkvqError, match="damaged or not a safetensors file"):
+        collect(llama, CHUNKS, state_path=state, **OPTIONS)
