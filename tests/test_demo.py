@@ -170,7 +170,7 @@ def test_compare_measures_divergence_from_the_first_cache() -> None:
         "packed": QuantizedDynamicCache(model.config, window=16, sinks=2),
     }
     counted: list[int] = []
-    found = evaluate.compare(model, token_ids, context, caches, chunk=8, report=counted.append)
+    found = evaluate.compare_caches(model, token_ids, context, caches, chunk=8, report=counted.append)
     assert sum(counted) == 39
     assert found["again"] == found["stock"]
     assert (found["stock"].kl_divergence, found["stock"].top1_agreement) == (0.0, 1.0)

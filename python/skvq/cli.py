@@ -1,4 +1,5 @@
-"""The command `skvq`: `skvq demo` and `skvq bench attend | encode | step | growth | generate`.
+"""The command `skvq`: `skvq demo`, `skvq bench attend | encode | step | growth | generate`, and the commands of
+evaluate/cli.py and calibrate/cli.py.
 
 Only parses arguments, calls what does the work, writes JSON and plots, and turns expected errors into one line and
 exit status 1. torch and transformers are imported when a command runs, not before.
@@ -247,6 +248,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_bench(commands)
+    from .calibrate import cli as calibrate_cli
+    from .evaluate import cli as evaluate_cli
+
+    evaluate_cli.add_commands(commands)
+    calibrate_cli.add_commands(commands)
     return parser
 
 

@@ -148,7 +148,7 @@ def _long_context(loaded: Any, makers: dict[str, Callable[[], Any]]) -> dict[str
 
 
 def _scores(loaded: Any, options: DemoOptions, makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    from .evaluate import compare
+    from .evaluate import compare_caches
     from .models import packaged_tokens
 
     count = options.prompt_tokens + options.scored_tokens + 1
@@ -156,7 +156,7 @@ def _scores(loaded: Any, options: DemoOptions, makers: dict[str, Callable[[], An
     _say(f"scoring {options.scored_tokens} tokens of another text after {options.prompt_tokens} of its tokens")
     with _bar("held-out passage", options.scored_tokens, "tokens") as report:
         caches = {name: make() for name, make in makers.items()}
-        scores = compare(loaded.model, passage, options.prompt_tokens, caches, options.chunk, report)
+        scores = compare_caches(loaded.model, passage, options.prompt_tokens, caches, options.chunk, report)
     return {name: asdict(score) for name, score in scores.items()}
 
 

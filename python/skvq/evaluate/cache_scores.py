@@ -71,7 +71,7 @@ def perplexity(model: Any, token_ids: torch.Tensor, context: int, cache: Any, ch
     return math.exp(total / done)
 
 
-def compare(
+def compare_caches(
     model: Any,
     token_ids: torch.Tensor,
     context: int,

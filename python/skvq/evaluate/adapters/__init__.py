@@ -1,0 +1,1 @@
+"""Bridges to evaluations from elsewhere: EleutherAI's lm-eval and LongBench."""

@@ -1,0 +1,159 @@
+"""Caches named on the command line: `dynamic`, `packed:key_bits=2,value_bits=1.5`, `quanto:nbits=2`, ...
+
+Is: the way from such a text to a function that makes empty caches for one model.
+Is not: the caches. A kind whose package is missing, or that refuses the model, fails here, before any model runs.
+
+| kind | cache |
+|---|---|
+| `dynamic` | transformers' DynamicCache: full precision |
+| `packed[:OPTIONS]` | QuantizedDynamicCache; fields of SkvqConfig, `keys.NAME` and `values.NAME` of a stream |
+| `plan:FILE[,OPTIONS]` | the same with a calibrated plan |
+| `method:SPEC` | a method of the comparison, simulated while generating |
+| `quanto[:OPTIONS]`, `hqq[:OPTIONS]`, `fp8` | transformers' QuantizedCache |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models import ExtraNotInstalledError
+from .shared_prefill import MakeCache
+
+STOCK_OPTIONS: dict[str, dict[str, Any]] = {
+    "quanto": {"nbits": 4},
+    # hqq supports only this axis for both in transformers' layer
+    "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},
+    "fp8": {},
+}
+KINDS = ("dynamic", "packed", "plan", "method", *STOCK_OPTIONS)
+
+
+@dataclass(frozen=True)
+class CacheDefaults:
+    """What a cache is given unless its text says otherwise."""
+
+    window: int = 128
+    sinks: int = 5
+    calibration: Sequence[Any] = ()  # chunks of token numbers, int64 [T] each, for methods that are fitted
+
+    def regions(self) -> dict[str, int]:
+        """Window and sinks, as keyword arguments."""
+        return {"window": self.window, "sinks": self.sinks}
+
+
+def _value(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def parse_options(spec: str, text: str) -> dict[str, Any]:
+    """`"a=1,keys.b=x"` as `{"a": 1, "keys": {"b": "x"}}`. Raises ValueError naming `spec`."""
+    options: dict[str, Any] = {}
+    for part in text.split(",") if text else []:
+        name, equals, value = part.partition("=")
+        if not equals or not name or not value:
+            raise ValueError(f"cache {spec!r}: {part!r} is not an option, expected NAME=VALUE")
+        outer, dot, inner = name.partition(".")
+        held = options.setdefault(outer, {}) if dot else options
+        if not isinstance(held, dict) or (inner or outer) in held:
+            raise ValueError(f"cache {spec!r}: {name} is given twice")
+        held[inner or outer] = _value(value)
+    return options
+
+
+def _dynamic(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
+    from transformers import DynamicCache
+
+    if rest:
+        raise ValueError(f"cache {spec!r}: dynamic takes no options")
+    return lambda: DynamicCache(config=model.config)
+
+
+def _packed(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
+    from ..cache import QuantizedDynamicCache
+    from ..config import SkvqConfig
+
+    config = SkvqConfig.from_options(None, **{**given.regions(), **parse_options(spec, rest)})
+    return lambda: QuantizedDynamicCache(model.config, config)
+
+
+def _plan(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
+    from ..cache import QuantizedDynamicCache
+
+    path, _, options = rest.partition(",")
+    if not path:
+        raise ValueError(f"cache {spec!r}: expected plan:FILE or plan:FILE,NAME=VALUE")
+    changes = {**given.regions(), **parse_options(spec, options)}
+    from_plan: Callable[..., Any] | None = getattr(QuantizedDynamicCache, "from_plan", None)
+    if from_plan is None:
+        raise ValueError(f"cache {spec!r}: this version of skvq reads no plans")
+    return lambda: from_plan(model, path, **changes)
+
+
+def _method(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
+    from .calibration_rows import CalibrationRows
+    from .method_cache import MethodCache
+    from .methods import parse_method
+    from .rope import Rotary
+    from .simulation import Simulator
+
+    method = parse_method(rest)
+    if method.needs_calibration:
+        if not given.calibration:
+            raise ValueError(f"{method.name} needs calibration texts, there are none")
+        method.prepare(CalibrationRows(Simulator(model), given.calibration))
+    rotary = Rotary(model) if method.before_rope else None
+    return lambda: MethodCache(model.config, method, given.window, given.sinks, rotary)
+
+
+def _stock(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
+    from transformers import QuantizedCache
+
+    kind = spec.partition(":")[0]
+    options = STOCK_OPTIONS[kind] | parse_options(spec, rest)
+    return lambda: QuantizedCache(kind, model.config, **options)
+
+
+_MAKERS = {"dynamic": _dynamic, "packed": _packed, "plan": _plan, "method": _method} | dict.fromkeys(
+    STOCK_OPTIONS, _stock
+)
+
+
+def parse_cache(spec: str, model: Any, given: CacheDefaults | None = None) -> MakeCache:
+    """The maker of caches that `spec` names, tried once.
+
+    Args:
+        spec: `KIND` or `KIND:OPTIONS`, see the head of this file.
+        model: the model that will run on the caches.
+        given: `window` and `sinks` of the kinds that have them (packed, plan, method), and calibration chunks.
+
+    Raises:
+        ValueError: an unknown kind or option, or a model that the cache refuses.
+        ExtraNotInstalledError: the cache needs a package that is missing.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in _MAKERS:
+        raise ValueError(f"cache {spec!r}: unknown kind {kind!r}, expected one of {', '.join(KINDS)}")
+    try:
+        make = _MAKERS[kind](spec, rest, model, given or CacheDefaults())
+        make()
+    except ImportError as error:
+        raise ExtraNotInstalledError(f"cache {spec!r} cannot be made here: {error}") from error
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(f"cache {spec!r}") else f"cache {spec!r}: {text}") from error
+    return make
+
+
+def parse_caches(specs: Sequence[str], model: Any, given: CacheDefaults | None = None) -> dict[str, MakeCache]:
+    """`parse_cache` for each of `specs`, by its text. Raises ValueError for a repeated one."""
+    repeated = sorted({spec for spec in specs if list(specs).count(spec) > 1})
+    if repeated:
+        raise ValueError(f"cache {repeated[0]!r} is given twice")
+    return {spec: parse_cache(spec, model, given) for spec in specs}

@@ -1,0 +1,98 @@
+"""The command `skvq eval`: arguments of `compare`; those of the tasks are in tasks_cli.py.
+
+Only parses arguments and calls what does the work; torch and transformers are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DEFAULT_METHODS = ("full", "kivi:bits=2", "rotation:bits=2", "ours")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `eval` with its subcommands to the subparsers of the command line."""
+    from . import tasks_cli
+
+    parser = commands.add_parser("eval", help="quality of methods and caches on real text")
+    subcommands = parser.add_subparsers(dest="evaluation", required=True)
+    _add_compare(subcommands)
+    tasks_cli.add_commands(subcommands)
+
+
+def _add_compare(subcommands: Any) -> None:
+    from ..cli import _add_model, _add_output, _count
+
+    parser = subcommands.add_parser(
+        "compare",
+        help="KL divergence, top-1 agreement and perplexity of methods at their counted bits",
+        description="Methods under the same window, sinks, metadata accounting and texts, simulated exactly in one "
+        "forward pass per chunk. Methods: full, rtn, kivi, skvq, skvq-pre-rope, wkvquant, rotation, quarot, kvquant, "
+        "oscar, quanto, hqq, fp8, ours, plan:FILE; options follow a colon, such as 'ours:key_bits=3,keys.clip=1.1'.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--methods", nargs="+", metavar="M", default=list(DEFAULT_METHODS), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--texts", nargs="+", metavar="FILE", default=[], help="or FILE#0.5-1 for a part (default: the package's)"
+    )
+    parser.add_argument(
+        "--calibration-texts", nargs="+", metavar="FILE", default=[], help="for methods that need them; not --texts"
+    )
+    counts = {
+        "--chunks": (1, 2, "evaluated chunks of each length"),
+        "--score-from": (0, 512, "first token whose next token is scored"),
+        "--window": (0, 128, "most recent tokens kept as they are"),
+        "--sinks": (0, 5, "first tokens kept as they are"),
+        "--calibration-chunks": (1, 4, "of --calibration-texts"),
+        "--calibration-tokens": (2, 2048, "of a calibration chunk"),
+    }
+    for option, (least, default, text) in counts.items():
+        parser.add_argument(
+            option, type=_count(least), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--tokens", type=_count(2), nargs="+", default=[2048], metavar="N", help="of a chunk, one or several lengths"
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="JSON lines, appended: a run that was stopped goes on where it was"
+    )
+    _add_output(parser, plot=True)
+    parser.set_defaults(run=_run_compare)
+
+
+def _run_compare(arguments: argparse.Namespace) -> None:
+    from ..bench.machine import describe_machine, set_threads
+    from ..models import load
+    from .comparison import compare
+    from .methods import parse_method
+
+    methods = [parse_method(spec) for spec in arguments.methods]
+    set_threads(arguments.threads)
+    loaded = load(arguments.model, dtype=arguments.dtype)
+    report = compare(
+        loaded.model,
+        loaded.tokenizer,
+        methods,
+        arguments.texts,
+        arguments.calibration_texts,
+        chunks=arguments.chunks,
+        tokens=arguments.tokens,
+        calibration_chunks=arguments.calibration_chunks,
+        calibration_tokens=arguments.calibration_tokens,
+        window=arguments.window,
+        sinks=arguments.sinks,
+        score_from=arguments.score_from,
+        log=arguments.log,
+        progress=True,
+        name=Path(loaded.name).name,
+    )
+    report.settings["machine"] = describe_machine()
+    print(report.table())
+    if arguments.json is not None:
+        report.save_json(arguments.json)
+    if arguments.plot is not None:
+        report.save_plot(arguments.plot)

@@ -1,0 +1,181 @@
+"""`MethodCache`: a transformers cache that quantizes with any `Method`, step by step, and keeps what is read back.
+
+Is: the stepping twin of the parallel simulation, for generation and tasks. A prompt attends to itself in full
+precision; a later call of several tokens attends to them in full precision, and to those before as they are stored.
+Is not: compact (decoded rows are held in the model's dtype), and for methods before RoPE not for left-padded batches,
+whose positions do not start at 0.
+Shapes: keys and values [B, Hkv, n, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..layer import row_numbers
+from .memory_bits import EXACT_BITS
+from .methods.base import Geometry, Method, Where
+from .region_rule import RegionRule
+from .rope import Rotary
+
+
+class MethodLayer(DynamicLayer):
+    """Sinks, packed past and window of one layer; `keys` and `values` hold what a reader sees.
+
+    Rows may be quantized before they leave the window, many at a time, since what a method makes of them is fixed as
+    soon as their unit exists; they are read as quantized only once the rule says so.
+    """
+
+    def __init__(self, method: Method, rule: RegionRule, index: int, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.method, self.rule, self.index = method, rule, index
+        self._rope = rotary(index) if rotary is not None and method.before_rope else None
+        self.packed_tokens = 0
+        self._known = 0  # rows behind the sinks whose quantized form is in `_ahead` or in the store
+        self._ahead: tuple[Tensor, Tensor] | None = None  # quantized rows [packed_tokens, _known)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store n tokens and return what they attend to."""
+        past = self.get_seq_length()
+        count = key_states.shape[2]
+        super().update(key_states, value_states)
+        self._pack(self.rule.packed(past + count))
+        if past == 0 and count > 1:
+            return key_states, value_states
+        if count == 1 or self.rule.sinks + self.packed_tokens <= past:
+            return self._rows()
+        fresh = (key_states, value_states)
+        keys, values = (torch.cat([x[:, :, :past], new], 2) for x, new in zip(self._rows(), fresh, strict=True))
+        return keys, values
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def _pack(self, stop: int) -> None:
+        """Let rows behind the sinks be read as quantized up to `stop`."""
+        if stop <= self.packed_tokens:
+            return
+        if stop > self._known:
+            self._look_ahead()
+        assert self._ahead is not None
+        count, begin = stop - self.packed_tokens, self.rule.sinks + self.packed_tokens
+        rows, ahead = [], []
+        for held, quantized in zip(self._rows(), self._ahead, strict=True):
+            parts = [held[:, :, :begin], quantized[:, :, :count], held[:, :, begin + count :]]
+            rows.append(torch.cat(parts, dim=2))
+            ahead.append(quantized[:, :, count:])
+        self.keys, self.values = rows
+        self._ahead = (ahead[0], ahead[1])
+        self.packed_tokens = stop
+
+    def _look_ahead(self) -> None:
+        known = self.rule.known(self.get_seq_length())
+        begin, end = self.rule.sinks + self._known, self.rule.sinks + known
+        made = []
+        for held, is_key in zip(self._rows(), (True, False), strict=True):
+            rows = held[:, :, begin:end].float()
+            read = self.method.fake_quantize(rows, Where(self.index, is_key, begin, self._rope if is_key else None))
+            if read.shape != rows.shape:
+                raise ValueError(
+                    f"{self.method.name}: fake_quantize returned {tuple(read.shape)}, expected {tuple(rows.shape)}"
+                )
+            made.append(read.to(held.dtype))
+        before = self._ahead if self._ahead is not None else (made[0][:, :, :0], made[1][:, :, :0])
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(before, made, strict=True))
+        self._ahead, self._known = (keys, values), known
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; what was packed stays packed.
+
+        Raises ValueError if that would cut a unit of which rows are packed: its exact rows are gone.
+        """
+        before = self.get_seq_length()
+        length = before + tokens_to_remove if tokens_to_remove <= 0 else min(before, tokens_to_remove)
+        packed = min(self.packed_tokens, max(0, length - self.rule.sinks))
+        known = min(self._known, max(self.rule.known(max(0, length)), packed))
+        if known % self.rule.unit:
+            raise ValueError(
+                f"{self.method.name}: a crop to {length} tokens cuts a unit of {self.rule.unit} packed rows"
+            )
+        super().crop(tokens_to_remove)
+        if self._ahead is not None:
+            self._ahead = (self._ahead[0][:, :, : known - packed], self._ahead[1][:, :, : known - packed])
+        self.packed_tokens, self._known = packed, known
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.is_initialized = False
+        self.keys = self.values = None
+        self.packed_tokens, self._known, self._ahead = 0, 0, None
+
+    def _gather(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.get_seq_length():
+            keys, values = self._rows()
+            self.keys, self.values = change(keys), change(values)
+            if self._ahead is not None:
+                self._ahead = (change(self._ahead[0]), change(self._ahead[1]))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i of the batch becomes row `beam_idx[i]`."""
+        self._gather(lambda x: x.index_select(0, beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times."""
+        self._gather(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        if self.get_seq_length():
+            rows = row_numbers(indices, self._rows()[0].shape[0])
+            self._gather(lambda x: x[rows])
+
+    @property
+    def nbytes(self) -> int:
+        """Counted bytes of the packed store that this layer stands for, sinks and window at 16 bits."""
+        if not self.get_seq_length():
+            return 0
+        bits = 0.0
+        for held, keys in zip(self._rows(), (True, False), strict=True):
+            batch, heads, length, head_dim = held.shape
+            element = self.method.bits(Geometry(self.index, heads, head_dim), keys)
+            tokens = self.packed_tokens * element + (length - self.packed_tokens) * EXACT_BITS
+            bits += batch * heads * head_dim * tokens
+        return round(bits / 8)
+
+
+class MethodCache(Cache):
+    """A cache for `model.generate(past_key_values=...)` whose full-attention layers quantize with `method`.
+
+    Args:
+        config: the configuration of the model.
+        method: prepared, if it needs calibration.
+        window: the most recent tokens, exact.
+        sinks: the first tokens, exact.
+        rotary: `Rotary(model)`, for methods before RoPE.
+
+    Raises:
+        ValueError: a method before RoPE without `rotary`, or a window below 0.
+    """
+
+    def __init__(
+        self, config: Any, method: Method, window: int = 128, sinks: int = 5, rotary: Rotary | None = None
+    ) -> None:
+        if method.before_rope and rotary is None:
+            raise ValueError(f"rotary=None: expected Rotary(model), since {method.name} quantizes keys before RoPE")
+        rule = RegionRule(sinks, window, method.unit, method.waits)
+        stock = DynamicCache(config=config).layers
+        layers: list[Any] = [
+            MethodLayer(method, rule, index, rotary) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(stock)
+        ]
+        super().__init__(layers=layers)
+        self.method = method
+
+    def __repr__(self) -> str:
+        return f"MethodCache({self.method.name}, {self.get_seq_length()} tokens)"

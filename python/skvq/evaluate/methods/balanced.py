@@ -1,0 +1,119 @@
+"""Balanced transforms: keys and values through the linear transform that costs attention least, then one scale a row.
+
+Fitted: a matrix for every layer and kv head (`calibrate.transform`), keys weighted by their queries, values by the
+output projection. Taken from the rows: the mean of every block of tokens, which follows the slow drift of keys after
+RoPE, and one spread. Hence codes of a symmetric Lloyd–Max grid, whose stored scale is Σd² / Σd·C: inner products with
+a row that is read back are right on average, where the scale of least squared error would shrink them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...calibrate.transform import balanced_transform
+from ...config import FORMATS
+from ...reference import LARGEST_SCALE, ReferenceCodec
+from .base import Geometry, Method, Where
+from .quantizers import bits_label
+
+if TYPE_CHECKING:
+    from ..calibration_rows import CalibrationRows
+
+SINKS = 5  # first tokens of a calibration chunk, which are never packed
+
+
+@dataclass(eq=False)
+class Balanced(Method):
+    """Formats of the packed cache at `key_bits` and `value_bits`, behind calibrated matrices.
+
+    `block`: tokens that share a mean. `unbiased`: the stored scale described above, else the one of the codec.
+    """
+
+    key_bits: float = 2
+    value_bits: float = 2
+    block: int = 256
+    damping: float = 1e-3
+    unbiased: bool = True
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for option in ("key_bits", "value_bits"):
+            if getattr(self, option) not in FORMATS or getattr(self, option) in (8, 16):
+                raise ValueError(f"{option}={getattr(self, option)!r}: expected 4, 3, 2, 1.6 or 1.5")
+        self.unit, self.waits, self.needs_calibration = self.block, "exists", True
+        self.name = f"balanced {bits_label(self.key_bits, self.value_bits)}"
+        self.name += "" if self.unbiased else " (norm scale)"
+        self._fitted: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._texts: list[list[int]] = []
+
+    def prepare(self, rows: CalibrationRows) -> None:
+        """Second moments of every layer in float64, and their transforms."""
+        self._texts = [[len(chunk), int(chunk.sum())] for chunk in rows.token_ids]
+        for layer in rows.layers:
+            moments: dict[str, Tensor] = {}
+            for chunk in rows.of_layer(layer):
+                queries = chunk.queries.double().flatten(1, 2)
+                _add(moments, "weight", queries.mT @ queries)
+                _add(moments, "keys", self._block_moment(chunk.keys))
+                _add(moments, "values", self._block_moment(chunk.values))
+            weight = _output_weight(rows.model, layer, *moments["values"].shape[:2])
+            for keys in (True, False):
+                name = "keys" if keys else "values"
+                matrix, inverse = balanced_transform(moments[name], moments["weight"] if keys else weight, self.damping)
+                self._fitted[layer, keys] = matrix.float(), inverse.float()
+
+    def _block_moment(self, rows: Tensor) -> Tensor:
+        """Σ (x - μ)(x - μ)ᵀ over whole blocks of rows [H, T, D], μ the block's mean: [H, D, D]."""
+        rows = rows[:, SINKS:].double()
+        whole = rows.shape[1] // self.block * self.block
+        if not whole:
+            raise ValueError(f"calibration chunk of {rows.shape[1]} tokens behind the sinks, expected {self.block}")
+        blocks = rows[:, :whole].unflatten(1, (-1, self.block))
+        centred = (blocks - blocks.mean(2, keepdim=True)).flatten(1, 2)
+        return centred.mT @ centred
+
+    def _codec(self, keys: bool, head_dim: int) -> ReferenceCodec:
+        name, _ = FORMATS[self.key_bits if keys else self.value_bits]
+        return ReferenceCodec(head_dim=head_dim, format=name, rotation="identity", unbiased=self.unbiased)
+
+    def bits(self, geometry: Geometry, keys: bool) -> float:
+        """Codes, scales, and of every block a mean per channel and one spread, both fp16."""
+        statistics = 16 * (geometry.head_dim + 1) / (self.block * geometry.head_dim)
+        return self._codec(keys, geometry.head_dim).bits_per_element + statistics
+
+    def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
+        """Block by block."""
+        matrix, inverse = self._fitted[where.layer, where.keys]
+        codec = self._codec(where.keys, rows.shape[-1])
+        blocks = rows.unflatten(2, (-1, self.block))
+        mean = blocks.mean(3, keepdim=True).clamp(-LARGEST_SCALE, LARGEST_SCALE).half().float()
+        y = torch.einsum("bhntc,hjc->bhntj", blocks - mean, matrix)
+        spread = y.square().mean((3, 4), keepdim=True).sqrt().clamp(2.0**-14, LARGEST_SCALE).half().float()
+        y = y / spread
+        read = codec.fake_quantize(y) * spread
+        return (torch.einsum("bhntj,hcj->bhntc", read, inverse) + mean).flatten(2, 3)
+
+    def identity(self) -> dict[str, Any]:
+        """Options, and the calibration texts by length and sum of tokens."""
+        return super().identity() | {"calibration": self._texts}
+
+
+def _add(moments: dict[str, Tensor], name: str, moment: Tensor) -> None:
+    moments[name] = moments[name] + moment if name in moments else moment
+
+
+def _output_weight(model: Any, layer: int, heads: int, head_dim: int) -> Tensor:
+    """Σ Wₒᵀ Wₒ over the query heads of each kv head, float64 [Hkv, Dv, Dv].
+
+    Raises ValueError if the layer has no `self_attn.o_proj` to read it from.
+    """
+    try:
+        projection = model.base_model.layers[layer].self_attn.o_proj.weight.detach().double()
+    except AttributeError as error:
+        raise ValueError(f"layer {layer} has no self_attn.o_proj: expected a Llama-like model ({error})") from None
+    per_head = projection.unflatten(1, (heads, -1, head_dim))  # [hidden, Hkv, group, Dv]
+    return torch.einsum("ohgd,ohge->hde", per_head, per_head)

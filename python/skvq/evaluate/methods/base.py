@@ -1,0 +1,81 @@
+"""`Method`: what a way of quantizing keys and values must say to be compared.
+
+A method is a subclass with a name, its counted bits, and `fake_quantize`; everything else has a default. It never sees
+sinks, window or attention: the harness gives it rows to pack and reads back what it returns.
+Shapes: rows float32 [B, Hkv, n, D].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..region_rule import Waits
+
+if TYPE_CHECKING:
+    from ..calibration_rows import CalibrationRows
+    from ..rope import Rope
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one stream of one layer, for counting bits."""
+
+    layer: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a token in all heads."""
+        return self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where rows come from: layer, keys or values, the position of the first row, the layer's rotation (if known)."""
+
+    layer: int
+    keys: bool
+    start: int
+    rope: Rope | None = None
+
+
+class Method(ABC):
+    """A way of quantizing keys and values.
+
+    Attributes:
+        name: as printed in tables; two methods of one comparison have two names.
+        unit: rows that need each other to be packed, 1 for methods that treat every row alone. Units begin behind the
+            sinks; `fake_quantize` gets whole units.
+        waits: when a unit is packed, see `RegionRule`.
+        needs_calibration: whether `prepare` must have run.
+        before_rope: whether `fake_quantize` needs `where.rope` for keys.
+    """
+
+    name: str
+    unit: int = 1
+    waits: Waits = "left"
+    needs_calibration: bool = False
+    before_rope: bool = False
+
+    @abstractmethod
+    def bits(self, geometry: Geometry, keys: bool) -> float:
+        """Bits of one packed element, everything counted that grows with the tokens: codes, scales, zero points,
+        statistics of units, sparse outliers. Data fixed by calibration is not counted, as weights are not.
+        """
+
+    @abstractmethod
+    def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
+        """Rows as they would be read back from the packed store, in their shape and dtype."""
+
+    def prepare(self, rows: CalibrationRows) -> None:  # noqa: B027 - most methods have nothing to fit
+        """Fit to keys, values and queries of calibration texts."""
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes this method from others in stored results, JSON-ready."""
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"class": type(self).__name__, **{name: repr(value) for name, value in sorted(options.items())}}

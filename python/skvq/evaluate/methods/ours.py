@@ -1,0 +1,149 @@
+"""This package's own codec, through its twin in plain torch: with the options of `SkvqConfig`, or with a plan file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import SkvqConfig, StreamOptions
+from ...plan import LayerPlan, StreamPlan
+from ...reference import ReferenceCodec
+from .base import Geometry, Method, Where
+from .quantizers import bits_label
+
+
+def reference_codec(plan: StreamPlan, head_dim: int) -> ReferenceCodec:
+    """The codec of a stream, in plain torch: its options and static data under the same names."""
+    options = plan.options.resolved()
+    if not options.is_packed:
+        return ReferenceCodec(head_dim=head_dim, format=options.format)
+    chosen = {item.name: getattr(options, item.name) for item in dataclasses.fields(StreamOptions)}
+    del chosen["bits"]
+    static = {item.name: getattr(plan, item.name) for item in dataclasses.fields(StreamPlan) if item.name != "options"}
+    chosen |= {name: value for name, value in static.items() if value is not None}
+    return ReferenceCodec(head_dim=head_dim, format=options.format, **chosen)
+
+
+def has_static_data(plan: StreamPlan) -> bool:
+    """Whether heads differ, so that each must be coded by itself."""
+    return any(
+        getattr(plan, item.name) is not None for item in dataclasses.fields(StreamPlan) if item.name != "options"
+    )
+
+
+class _Codecs:
+    """Codecs of layers and streams, made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, bool, int], ReferenceCodec] = {}
+
+    def get(self, plan: LayerPlan, layer: int, keys: bool, head_dim: int) -> ReferenceCodec:
+        key = (layer, keys, head_dim)
+        if key not in self._made:
+            self._made[key] = reference_codec(plan.keys if keys else plan.values, head_dim)
+        return self._made[key]
+
+
+class _PackedRows(Method):
+    """Rows coded by `ReferenceCodec` as the plan of their layer says."""
+
+    _codecs: _Codecs
+
+    def layer_plan(self, layer: int) -> LayerPlan:
+        """The plan of one layer."""
+        raise NotImplementedError
+
+    def _use_blocks(self, plans: list[LayerPlan]) -> None:
+        streams = [stream.options for plan in plans for stream in (plan.keys, plan.values)]
+        self.unit = math.lcm(*(max(1, options.block if options.is_packed else 1) for options in streams))
+        self.waits = "exists"
+
+    def bits(self, geometry: Geometry, keys: bool) -> float:
+        """Codes, metadata and statistics of blocks, as the codec counts them."""
+        plan = self.layer_plan(geometry.layer)
+        codec = self._codecs.get(plan, geometry.layer, keys, geometry.head_dim)
+        return 16.0 if codec.format == "raw" else codec.bits_per_element
+
+    def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
+        """Encoded and decoded."""
+        plan = self.layer_plan(where.layer)
+        codec = self._codecs.get(plan, where.layer, where.keys, rows.shape[-1])
+        if not has_static_data(plan.keys if where.keys else plan.values):
+            return codec.fake_quantize(rows)
+        heads = [codec.fake_quantize(rows[:, head], head) for head in range(rows.shape[1])]
+        return torch.stack(heads, dim=1)
+
+
+@dataclass(eq=False)
+class Ours(_PackedRows):
+    """The packed cache without a plan; `options` are fields of `SkvqConfig` (not window and sinks)."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    config: SkvqConfig | None = None
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sinks", "nonfinite"):
+            if name in self.options:
+                raise ValueError(f"ours: {name} is the comparison's, not a method's")
+        self.config = SkvqConfig.from_options(self.config, **self.options)
+        self._plan = LayerPlan.from_config(self.config)
+        self._codecs = _Codecs()
+        self._use_blocks([self._plan])
+        self.name = f"skvq {bits_label(self.config.key_bits, self.config.value_bits)}"
+        others = {name: value for name, value in self.options.items() if name not in ("key_bits", "value_bits")}
+        if others:
+            self.name += f" ({', '.join(_flat(others))})"
+
+    def layer_plan(self, layer: int) -> LayerPlan:
+        """One plan for all."""
+        return self._plan
+
+    def identity(self) -> dict[str, Any]:
+        """The complete configuration, so that a changed default is another method."""
+        assert self.config is not None
+        return {"class": "Ours", "config": self.config.to_dict()}
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> list[str]:
+    parts = []
+    for name, value in options.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}={value}"]
+        parts += inner
+    return parts
+
+
+@dataclass(eq=False)
+class Planned(_PackedRows):
+    """The packed cache with a calibrated plan, read from `path`."""
+
+    path: Path
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        from ...plan_file import QuantizationPlan
+
+        self.path = Path(self.path)
+        plan = QuantizationPlan.load(self.path)
+        self._layers: dict[int, LayerPlan] = dict(plan.layers)
+        self._codecs = _Codecs()
+        self._use_blocks(list(self._layers.values()))
+        self.name = f"plan {self.path.stem}"
+
+    def layer_plan(self, layer: int) -> LayerPlan:
+        """The plan of one layer. Raises ValueError if the file has none."""
+        if layer not in self._layers:
+            raise ValueError(f"plan {str(self.path)!r}: nothing for layer {layer}, expected all packed layers")
+        return self._layers[layer]
+
+    def identity(self) -> dict[str, Any]:
+        """The file's contents."""
+        import hashlib
+
+        return {"class": "Planned", "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}

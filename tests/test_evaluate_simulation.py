@@ -1,0 +1,214 @@
+"""One forward pass of the simulation gives what decoding token by token gives, through both kinds of stepping cache.
+
+Codes are decisions: a row on the edge between two of them may fall either way by float noise, and every later token
+sees it. So most hidden states must agree within noise, and none may differ as much as by a window one token longer.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import skvq
+from skvq.evaluate.method_cache import MethodCache, MethodLayer
+from skvq.evaluate.methods import Method, parse_method
+from skvq.evaluate.region_rule import RegionRule
+from skvq.evaluate.rope import Rotary
+from skvq.evaluate.simulation import Simulator
+from tiny_models import build, prompts
+
+SINKS, WINDOW = 3, 24
+# Of hidden states relative to their largest element. Float32 sums in another order differ by about 1e-6, a code that
+# fell the other way by up to 1e-3, a window longer by one token by 1e-2 to 1e-1 in nearly all tokens.
+MEDIAN, LARGEST = 1e-4, 1e-2
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt-oss", "kv-shared")
+METHODS = ("full", "rtn:bits=2", "kivi:bits=2,group=16", "rotation:bits=2", "ours:keys.block=128")
+
+
+@functools.cache
+def model(family: str) -> Any:
+    return build(family)
+
+
+def simulated(family: str, method: Method, token_ids: torch.Tensor, window: int = WINDOW) -> torch.Tensor:
+    simulator = Simulator(model(family))
+    with simulator.attached():
+        return simulator.run(token_ids, simulator.method_pass(method, window, SINKS))
+
+
+def stepped(family: str, cache: Any, token_ids: torch.Tensor, prompt: int = 1) -> torch.Tensor:
+    """Last hidden states [T, hidden]: a prompt in one call, then token by token."""
+    base = model(family).base_model
+    pieces = [token_ids[:prompt], *token_ids[prompt:].split(1)]
+    return torch.cat([base(x[None], past_key_values=cache, use_cache=True).last_hidden_state[0] for x in pieces])
+
+
+def distances(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (found - expected).abs().amax(-1) / expected.abs().amax()
+
+
+def assert_agree(found: torch.Tensor, expected: torch.Tensor) -> None:
+    distance = distances(found, expected)
+    assert float(distance.median()) < MEDIAN
+    assert float(distance.max()) < LARGEST
+
+
+CASES = [("llama", spec) for spec in METHODS] + [
+    (family, spec) for family in FAMILIES[1:] for spec in ("kivi:bits=2,group=16", "ours:keys.block=128")
+]
+
+
+@pytest.mark.parametrize(("family", "spec"), CASES)
+def test_simulation_is_stepping(family: str, spec: str) -> None:
+    length = 150
+    token_ids, method = prompts(1, length)[0], parse_method(spec)
+    cache = MethodCache(model(family).config, method, WINDOW, SINKS)
+    expected = stepped(family, cache, token_ids)
+    assert_agree(simulated(family, method, token_ids), expected)
+    packed = [layer.packed_tokens for layer in cache.layers if isinstance(layer, MethodLayer)]
+    assert packed
+    assert set(packed) == {RegionRule(SINKS, WINDOW, method.unit, method.waits).packed(length)} - {0}
+    if spec != "full":
+        assert float(distances(simulated(family, parse_method("full"), token_ids), expected)[120:].median()) > LARGEST
+    if spec == "rtn:bits=2":
+        wrong = simulated(family, method, token_ids, WINDOW + 1)
+        assert float(distances(wrong, expected)[50:].median()) > 10 * MEDIAN
+
+
+@pytest.mark.parametrize("window", [0, 1, 150])
+def test_other_windows(window: int) -> None:
+    token_ids, method = prompts(1, 90, 1)[0], parse_method("rotation:bits=2")
+    cache = MethodCache(model("qwen3").config, method, window, SINKS)
+    assert_agree(simulated("qwen3", method, token_ids, window), stepped("qwen3", cache, token_ids))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "ours:key_bits=4,value_bits=2,keys.block=0,values.block=0",
+        "ours:key_bits=3,value_bits=1.6,keys.block=128",
+        "ours:key_bits=2,value_bits=1.5,keys.block=128",
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_simulation_is_the_packed_cache(family: str, spec: str) -> None:
+    method: Any = parse_method(spec)
+    token_ids = prompts(1, 300, 2)[0]
+    cache = skvq.QuantizedDynamicCache(model(family).config, method.config, window=WINDOW, sinks=SINKS)
+    expected = stepped(family, cache, token_ids)
+    assert cache.stats()["decoded"] == {}
+    assert_agree(simulated(family, method, token_ids), expected)
+
+
+@pytest.mark.parametrize("prompt", [2, 60])
+def test_a_prompt_attends_to_itself_exactly_and_packs_the_same(prompt: int) -> None:
+    method: Any = parse_method("ours:keys.block=128")
+    config, token_ids = model("qwen3").config, prompts(1, 200, 3)[0]
+    caches = [
+        MethodCache(config, method, WINDOW, SINKS),
+        skvq.QuantizedDynamicCache(config, method.config, window=WINDOW, sinks=SINKS),
+    ]
+    first, second = (stepped("qwen3", cache, token_ids, prompt) for cache in caches)
+    assert_agree(first, second)
+    exact = model("qwen3").base_model(token_ids[None, :prompt], use_cache=False).last_hidden_state[0]
+    assert torch.allclose(first[:prompt], exact, atol=1e-4)
+
+
+def test_a_method_before_rope_gets_the_models_rotation() -> None:
+    """Keys before RoPE do not depend on the position: `back` finds them, and simulation and stepping agree on them."""
+    llama = model("llama")
+    rope = Rotary(llama)(0)
+    rows = torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(rope.back(rope.forward(rows, 31), 31), rows, atol=1e-5)
+    assert not torch.allclose(rope.forward(rows, 31), rope.forward(rows, 30), atol=1e-2)
+    hidden = llama.base_model.embed_tokens(prompts(1, 5))
+    layer = llama.base_model.layers[0]
+    before = layer.self_attn.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (2, 16)).transpose(1, 2)
+    cache: Any = MethodCache(llama.config, parse_method("full"))
+    llama(prompts(1, 5), past_key_values=cache)
+    assert torch.allclose(rope.back(cache.layers[0].keys, 0), before, atol=1e-4)
+    method = parse_method("skvq:bits=4,pre_rope=true,reorder=false,clip=1")
+    token_ids = prompts(1, 120)[0]
+    cache = MethodCache(llama.config, method, WINDOW, SINKS, Rotary(llama))
+    assert_agree(simulated("llama", method, token_ids), stepped("llama", cache, token_ids))
+    with pytest.raises(ValueError, match="expected Rotary"):
+        MethodCache(llama.config, method)
+
+
+def test_the_rule_is_the_native_stores() -> None:
+    config = model("llama").config
+    for block, (sinks, window) in itertools.product((0, 128, 256), ((0, 1), (5, 40), (3, 200))):
+        cache: Any = skvq.QuantizedDynamicCache(config, keys={"block": block}, window=window, sinks=sinks)
+        rule = RegionRule(sinks, window, max(1, block), "exists")
+        for length in range(1, 600, 7):
+            count = length - cache.get_seq_length()
+            cache.update(torch.randn(1, 2, count, 16), torch.randn(1, 2, count, 16), 0)
+            assert cache.layers[0].native.packed_tokens == rule.packed(length), (block, sinks, window, length)
+
+
+@pytest.mark.parametrize("waits", ["left", "exists"])
+def test_the_rule_of_a_query_by_its_definition(waits: Any) -> None:
+    sinks, window, unit = 2, 5, 4
+    rule = RegionRule(sinks, window, unit, waits)
+    lengths = torch.arange(1, 60)
+    for length, packed in zip(lengths.tolist(), rule.packed(lengths).tolist(), strict=True):
+        expected = 0
+        for row in range(max(0, length - sinks)):
+            last = row // unit * unit + unit - 1  # of its unit
+            left = length - sinks - window
+            expected += row < left and (last < left if waits == "left" else last < length - sinks)
+        assert packed == expected == rule.packed(length)
+
+
+def test_beams_and_crops_of_the_stepping_cache() -> None:
+    llama, method = model("llama"), parse_method("rotation:bits=2")
+    token_ids = prompts(2, 60)
+    make = functools.partial(MethodCache, llama.config, method, 8, 2)
+    kwargs: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+    beams = llama.generate(token_ids, past_key_values=make(), num_beams=3, **kwargs)
+    alone = llama.generate(token_ids[1:], past_key_values=make(), num_beams=3, **kwargs)
+    assert torch.equal(beams[1:], alone)
+    cache: Any = make()
+    stepped("llama", cache, token_ids[0])
+    before = cache.layers[0].keys
+    cache.crop(-6)
+    # six rows came back into the window and stay packed
+    assert (cache.get_seq_length(), cache.layers[0].packed_tokens) == (54, 50)
+    assert torch.equal(cache.layers[0].keys, before[:, :, :54])
+    llama(token_ids[:1, 54:], past_key_values=cache)
+    assert cache.layers[0].packed_tokens == 50
+    assert torch.allclose(cache.layers[0].keys, before, atol=1e-5)
+    kivi: Any = MethodCache(llama.config, parse_method("kivi:group=32"), 8, 2)
+    llama(token_ids, past_key_values=kivi)
+    with pytest.raises(ValueError, match="cuts a unit of 32"):
+        kivi.crop(-40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((-1, 2), "sinks=-1"), ((1, -2), "window=-2"), ((1, 2, 0), "unit=0"), ((1, 2, 3, "x"), "waits='x'")],
+)
+def test_bad_rules_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegionRule(*arguments)
+
+
+def test_what_cannot_be_simulated_is_refused() -> None:
+    simulator = Simulator(model("llama"))
+    attention = simulator.method_pass(None, WINDOW, SINKS)
+    with pytest.raises(ValueError, match="attached"):
+        simulator.run(prompts(1, 9)[0], attention)
+    with pytest.raises(ValueError, match="no layer with full attention"):
+        Simulator(build("mistral-window"))
+
+    class Wrong(type(parse_method("full"))):  # type: ignore[misc]
+        def fake_quantize(self, rows: torch.Tensor, where: Any) -> torch.Tensor:
+            return rows[:, :, 1:]
+
+    with pytest.raises(ValueError, match="fake_quantize returned"):
+        simulated("llama", Wrong(), prompts(1, 60)[0])
+    assert model("llama").config._attn_implementation == "sdpa"
