@@ -101,6 +101,18 @@ pub struct Head {
     pub values: Stream,
 }
 
+impl Head {
+    /// Calls for what appending a row touches: since the last step other layers have taken the processor's cache.
+    fn prefetch(&self, spec: &LayerSpec, packs: bool) {
+        for (stream, codec) in [(&self.keys, &spec.keys), (&self.values, &spec.values)] {
+            stream.window.prefetch_ends();
+            if packs {
+                stream.past.prefetch_next(codec);
+            }
+        }
+    }
+}
+
 /// Tokens in each region, in order of their positions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Regions {
@@ -218,6 +230,7 @@ impl Layer {
             let heads = &mut self.heads;
             threads::install(|| heads.par_iter_mut().enumerate().for_each_init(Scratch::default, append_head));
         } else {
+            self.heads.iter().for_each(|head| head.prefetch(&self.spec, plan.to_pack > 0));
             let mut scratch = Scratch::default();
             self.heads.iter_mut().enumerate().for_each(|head| append_head(&mut scratch, head));
         }

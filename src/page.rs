@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use crate::backend::simd::prefetch;
 use crate::codec::Codec;
 use crate::format::{PAGE_ROWS, RowLayout};
 use crate::tensor::Dtype;
@@ -87,6 +88,23 @@ impl PackedRows {
         (index, Arc::make_mut(&mut self.pages[last]))
     }
 
+    /// Calls for what encoding the next row takes: its block's statistics and its place.
+    pub fn prefetch_next(&self, codec: &Codec) {
+        let block_rows = codec.block_rows();
+        if block_rows > 0
+            && let Some(block) = self.blocks.get(self.len / block_rows)
+        {
+            block.prefetch();
+        }
+        let (index, layout) = (self.len % PAGE_ROWS, &codec.layout);
+        if index > 0
+            && let Some(page) = self.pages.last()
+        {
+            prefetch(&page.codes(layout)[index * layout.code_bytes..][..layout.code_bytes]);
+            prefetch(&page.metadata(layout)[index * layout.metadata_bytes..][..layout.metadata_bytes]);
+        }
+    }
+
     /// Forgets the rows from `len` on, and the statistics of the blocks from `blocks` on.
     pub fn truncate(&mut self, len: usize, blocks: usize) {
         debug_assert!(len <= self.len);
@@ -134,6 +152,14 @@ impl PlainRows {
     /// The bytes of `count` rows from row `first` on.
     pub fn rows(&self, first: usize, count: usize) -> &[u8] {
         &self.bytes[(self.start + first) * self.row_bytes..][..count * self.row_bytes]
+    }
+
+    /// Calls for the first row and for the last, which the next one follows.
+    pub fn prefetch_ends(&self) {
+        if !self.is_empty() {
+            prefetch(self.rows(0, 1));
+            prefetch(self.rows(self.len() - 1, 1));
+        }
     }
 
     /// The bytes of row `index`, ours alone, to write.

@@ -6,6 +6,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use crate::backend::simd::prefetch;
 use crate::error::{Error, Result};
 use crate::format::{PAGE_ROWS, fp16_saturating};
 
@@ -236,6 +237,11 @@ impl BlockStatistics {
         }
         self.expand_into(&mut affine.shift, &mut affine.scale);
         affine.inverse.iter_mut().zip(&affine.scale).for_each(|(inverse, scale)| *inverse = 1.0 / scale);
+    }
+
+    pub fn prefetch(&self) {
+        prefetch(&self.shift);
+        prefetch(&self.scale);
     }
 
     pub fn bytes(&self) -> usize {

@@ -63,6 +63,7 @@ SINKS = [None, random(HEADS * GROUPS, seed=5)]
 @pytest.mark.parametrize("sinks", SINKS, ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.filterwarnings("ignore:the batch is padded on the left")
 def test_handles_are_attended_as_their_decoded_rows(
     softcap: float | None, sinks: torch.Tensor | None, tokens: int, masked: bool
 ) -> None:

@@ -94,6 +94,7 @@ def test_attention_on_packed_bytes_is_that_on_decoded_rows(dtype: torch.dtype, b
     assert (got.float() - wanted).abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.filterwarnings("ignore:the batch is padded on the left")
 def test_new_tokens_are_attended_unrounded() -> None:
     made = layer(window=1, keys={"block": 0}, sinks=0)
     fresh = states(5, seed=1)

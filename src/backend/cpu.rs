@@ -22,17 +22,18 @@ pub fn plain_row(isa: Isa, bytes: &[u8], dtype: Dtype, row: &mut [f32]) {
 /// Refuses a NaN or an infinity, naming its place.
 pub fn check_finite(isa: Isa, name: &str, tensor: &TensorView) -> Result<()> {
     let [batch, heads, tokens, width] = tensor.shape();
-    let first_bad = |index: usize| {
+    let first_bad = |row: &mut [f32], index: usize| {
         let (batch, head) = (index / heads, index % heads);
-        let mut row = vec![0.0; width];
         (0..tokens).find_map(|token| {
-            tensor.read_row_f32(batch, head, token, &mut row);
-            (!levels::all_finite(isa, &row)).then(|| Error::NonFinite { name: name.into(), batch, head, token })
+            tensor.read_row_f32(batch, head, token, row);
+            (!levels::all_finite(isa, row)).then(|| Error::NonFinite { name: name.into(), batch, head, token })
         })
     };
     let found = if tokens < 64 {
-        (0..batch * heads).find_map(first_bad)
+        let mut row = vec![0.0; width];
+        (0..batch * heads).find_map(|index| first_bad(&mut row, index))
     } else {
+        let first_bad = |index| first_bad(&mut vec![0.0; width], index);
         threads::install(|| (0..batch * heads).into_par_iter().find_map_first(first_bad))
     };
     found.map_or(Ok(()), Err)

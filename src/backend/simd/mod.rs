@@ -47,16 +47,16 @@ use std::fmt;
 /// The lanes of every vector.
 pub(crate) const LANES: usize = 16;
 
-/// Asks for the cache lines of `bytes`, which will be read soon. Nothing where the language has no stable way to ask.
-pub(crate) fn prefetch(bytes: &[u8]) {
+/// Asks for the cache lines of `data`, which will be read soon. Nothing where the language has no stable way to ask.
+pub(crate) fn prefetch<T>(data: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
+    for line in data.chunks(64 / size_of::<T>()) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a hint about memory that the slice borrows; SSE is part of x86-64.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
+    let _ = data;
 }
 
 /// The instruction sets that this target can be compiled for, best first.
