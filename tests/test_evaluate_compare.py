@@ -68,6 +68,7 @@ def test_measures_are_those_of_decoding(family: str) -> None:
     method = parse_method("rotation:bits=2")
     report = measure(model, ["full", method], [token_ids], settings=SETTINGS)
     exact, row = report.rows
+    assert (exact["bits"], exact["bits_at_length"]) == (16.0, 16.0)
     full = stepped_logits(model, parse_method("full"), token_ids)[40:-1].double().log_softmax(-1)
     this = stepped_logits(model, method, token_ids)[40:-1].double().log_softmax(-1)
     targets = token_ids[41:, None]
@@ -293,3 +294,19 @@ def test_names_are_imported_when_used() -> None:
     assert evaluate.compare is compare
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         evaluate.nothing  # noqa: B018
+
+
+def test_the_notebook_and_the_docs_run() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    notebook = json.loads((docs / "evaluate.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    names: dict[str, Any] = {}
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for source in code:
+        exec(compile(source, "evaluate.ipynb", "exec"), names)
+    kept = {summary.method: summary.kl.mean for summary in names["report"].summaries()}
+    assert kept["1-bit, two means, centred"] < kept["1-bit, two means"]
+    # the class of the page is that of the notebook
+    page = (docs / "evaluate.md").read_text(encoding="utf-8")
+    [method] = [source.partition("class TwoMeans")[2] for source in code if "class TwoMeans(Method)" in source]
+    assert method.strip() in page

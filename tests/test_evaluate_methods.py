@@ -245,7 +245,7 @@ def test_calibration_rows_are_what_the_model_attends_to() -> None:
 def test_ours_follows_its_options_and_static_data() -> None:
     method: Any = parse_method("ours:key_bits=3,value_bits=2,keys.clip=1.2,values.block=128,keys.block=128")
     assert (method.config.keys.bits, method.config.keys.clip, method.config.values.block) == (3, 1.2, 128)
-    assert (method.unit, method.waits) == (128, "exists")
+    assert (method.unit, method.unit_of(1), method.waits) == (128, 128, "exists")
     codec = LayerPlan.from_config(method.config).keys.codec("keys", WIDTH)
     assert method.bits(GEOMETRY, True) == pytest.approx(codec.bits_per_element)
     assert method.identity() != parse_method("ours").identity()

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import skvq
+from skvq import SkvqConfig, StreamOptions
 from skvq.evaluate.method_cache import MethodCache, MethodLayer
-from skvq.evaluate.methods import Method, parse_method
+from skvq.evaluate.methods import Geometry, Method, parse_method
 from skvq.evaluate.region_rule import RegionRule
 from skvq.evaluate.rope import Rotary
 from skvq.evaluate.simulation import Simulator
+from skvq.plan import StreamPlan
+from skvq.plan_file import QuantizationPlan
 from tiny_models import build, prompts
 
 SINKS, WINDOW = 3, 24
@@ -102,6 +106,31 @@ def test_simulation_is_the_packed_cache(family: str, spec: str) -> None:
     expected = stepped(family, cache, token_ids)
     assert cache.stats()["decoded"] == {}
     assert_agree(simulated(family, method, token_ids), expected)
+
+
+def test_simulation_is_the_packed_cache_of_a_plan(tmp_path: Path) -> None:
+    """Layers differ: blocks, static data with a permutation of every head, values kept as they are."""
+    llama, generator = model("llama"), torch.Generator().manual_seed(1)
+    order = tuple(tuple(torch.randperm(16, generator=generator).tolist()) for _ in range(2))
+    shift, scale = torch.randn(2, 16, generator=generator), torch.rand(2, 16, generator=generator) + 0.5
+    static = StreamPlan(StreamOptions(bits=4), shift=shift, scale=scale, permutation=order)
+    block = StreamPlan(StreamOptions(bits=3, block=128))
+    streams = {0: (block, block), 1: (static, block), 2: (static, StreamPlan(StreamOptions(bits=16)))}
+    path = tmp_path / "mixed.safetensors"
+    config = SkvqConfig(window=WINDOW, sinks=SINKS)
+    QuantizationPlan.for_model(llama, config, streams, method="test").save(path)
+    method, token_ids = parse_method(f"plan:{path}"), prompts(1, 200, 4)[0]
+    assert [method.unit_of(layer) for layer in range(3)] == [128, 128, 1]
+    cache = skvq.QuantizedDynamicCache.from_plan(llama, path)
+    found = simulated("llama", method, token_ids)
+    assert_agree(found, stepped("llama", cache, token_ids))
+    assert_agree(found, stepped("llama", MethodCache(llama.config, method, WINDOW, SINKS), token_ids))
+    geometry = Geometry(layer=1, num_key_value_heads=2, head_dim=16)
+    counted = QuantizationPlan.load(path).bits[1]["keys"].bits
+    assert method.bits(geometry, True) == pytest.approx(counted)
+    method.check_model(llama)
+    with pytest.raises(ValueError, match="made for another model"):
+        method.check_model(model("qwen3"))
 
 
 @pytest.mark.parametrize("prompt", [2, 60])

@@ -225,6 +225,7 @@ def test_the_first_number_of_an_answer_counts() -> None:
     assert retrieval.is_right("is 12345, not 99999", "12345")
     assert not retrieval.is_right("99999, not 12345", "12345")
     assert not retrieval.is_right(" 123456", "12345")
+    assert not retrieval.is_right(" 1234", "12345")
     assert not retrieval.is_right("", "12345")
 
 

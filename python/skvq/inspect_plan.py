@@ -56,8 +56,7 @@ def plan_table(plan: QuantizationPlan) -> str:
         cells = [(index, _cells(plan, index, name)) for index in plan.layers]
         for figures, members in groupby(cells, key=lambda pair: pair[1]):
             indices = [index for index, _ in members]
-            layer = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
-            rows.append((layer, name, *figures))
+            rows.append((_layer_numbers(indices), name, *figures))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     fingerprint, averages = plan.header.fingerprint, [plan.average_bits(x) for x in (("keys",), ("values",))]
@@ -73,6 +72,15 @@ def plan_table(plan: QuantizationPlan) -> str:
             f"static data {human_bytes(static)}",
         ]
     )
+
+
+def _layer_numbers(indices: list[int]) -> str:
+    """Such as "0-23", or "5, 11, 17" where layers between are not packed."""
+    if len(indices) > 2 and indices == list(range(indices[0], indices[-1] + 1)):
+        return f"{indices[0]}-{indices[-1]}"
+    if len(indices) > 4:
+        return f"{indices[0]}, {indices[1]} … {indices[-1]}"
+    return ", ".join(map(str, indices))
 
 
 def _cells(plan: QuantizationPlan, index: int, name: str) -> tuple[str, ...]:

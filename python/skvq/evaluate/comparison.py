@@ -24,6 +24,7 @@ from .calibration_rows import CalibrationRows
 from .divergence import ChunkReference, OutputHead
 from .memory_bits import counted_bits
 from .methods import Method, parse_method
+from .region_rule import RegionRule
 from .report import Report, Row, _without_nan
 from .simulation import Simulator, rule_of
 from .texts import (
@@ -84,6 +85,7 @@ def measure(
     _check_names(chosen)
     pieces, fitted = _chunks(chunks, "chunk"), _chunks(calibration, "calibration")
     for method in chosen:
+        method.check_model(model)
         if method.needs_calibration and not fitted:
             raise ValueError(f"{method.name} needs calibration: expected calibration texts")
     for piece in pieces:
@@ -166,8 +168,7 @@ class _Run:
         start = time.perf_counter()
         measured = reference.measure(method).summary()
         length = piece.token_ids.numel()
-        rule = rule_of(method, self.settings.window, self.settings.sinks)
-        bits = counted_bits(method, rule, self.layers, length)
+        bits = counted_bits(method, lambda layer: self._rule(method, layer), self.layers, length)
         row = {
             "method": method.name,
             "identity": self._identities[method.name],
@@ -181,6 +182,9 @@ class _Run:
         }
         found: Row = _without_nan(row)
         return found
+
+    def _rule(self, method: Method, layer: int) -> RegionRule:
+        return rule_of(method, layer, self.settings.window, self.settings.sinks)
 
     def _key(self, piece: Chunk, method: Method) -> str:
         parts: dict[str, Any] = dict(self.common) | {"chunk": piece.sha256, "method": self._identities[method.name]}

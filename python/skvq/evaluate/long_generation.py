@@ -6,8 +6,9 @@ Two measures, for each prompt and cache, the first cache being the reference (fu
   so equality says little; how the text itself fares is told by its perplexity under full precision and its repetitions.
 - forced: the cache is led along one text, which full precision wrote, and its predictions are compared with full
   precision's at every token: KL divergence and agreement of the likeliest token by position, in buckets. Does the error
-  grow with what is packed? This is the robust figure. The text is sampled with a seed by default: greedy text of small
-  models falls into loops, in which every token is easy.
+  grow with what is packed? This is the robust figure. The text is sampled with a seed, by default from the model's own
+  distribution: greedy text, and that of a low temperature, falls into loops in which every token is easy and the error
+  seems to shrink. The text's repetitions and its nll in each bucket say whether it did.
 
 A forced step takes `chunk` tokens in one call; up to chunk - 1 tokens more than in decoding one by one are packed when
 a token is scored. Not here: pictures (task_plots.py), timing (generation.py).
@@ -48,8 +49,8 @@ class LongGenerationOptions:
     new_tokens: int = 1024
     bucket: int = 100  # positions that one figure of the drift stands for
     chunk: int = 8  # tokens of a forced step
-    temperature: float = 0.8  # of the forced text; 0: greedy
-    top_p: float = 0.95
+    temperature: float = 1.0  # of the forced text; 0: greedy
+    top_p: float = 1.0
     free: bool = True  # also generate freely with every cache
     seed: int = 0
 
@@ -251,7 +252,7 @@ class _Prompt:
 
 
 def drift(records: Sequence[dict[str, Any]], bucket: int) -> list[dict[str, Any]]:
-    """Mean KL divergence and agreement of each cache in each bucket of positions, over all prompts.
+    """Mean KL divergence, agreement and nll of each cache in each bucket of positions, over all prompts.
 
     A bucket that is less than half full joins the one before it.
     """
@@ -265,8 +266,9 @@ def drift(records: Sequence[dict[str, Any]], bucket: int) -> list[dict[str, Any]
             kl = [x for record in own for x in record["kl"][begin:end]]
             same = [x for record in own for x in record["same"][begin:end]]
             mean, error = mean_and_error(kl)
+            nll = [x for record in own for x in record["nll"][begin:end]]
             row = {"cache": name, "from": begin + 1, "to": end, "kl": mean, "kl_error": error}
-            rows.append(row | {"top1_agreement": sum(same) / len(same)})
+            rows.append(row | {"top1_agreement": sum(same) / len(same), "nll": sum(nll) / len(nll)})
     return rows
 
 
@@ -364,6 +366,11 @@ def table(records: Sequence[dict[str, Any]], bucket: int) -> str:
         lines += ["", f"{'KL up to token':<{width}}{ends}"]
         for name in dict.fromkeys(row["cache"] for row in found):
             lines.append(f"{name:<{width}}" + "".join(f"{x['kl']:>8.4f}" for x in found if x["cache"] == name))
+        lines.append(
+            f"{'nll of the text':<{width}}" + "".join(f"{x['nll']:>8.2f}" for x in found if x["cache"] == first)
+        )
+        repeated = [record["repetition"] for record in records if record["measure"] == TEXT]
+        lines.append(f"share of the text's {_RUN}-token runs that repeat: {sum(repeated) / len(repeated):.2f}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .methods.base import Geometry, Method
@@ -19,17 +19,20 @@ class CountedBits:
     value_bits: float
     bits: float  # of both
     bits_at_length: float  # of a stored element at the measured length: sinks, window and waiting rows at 16 bits
-    packed_tokens: int  # at that length
+    packed_tokens: int  # at that length, of the layer with fewest
 
 
-def counted_bits(method: Method, rule: RegionRule, layers: Sequence[Geometry], length: int) -> CountedBits:
-    """The bits of a store of `length` tokens."""
-    elements = [layer.width for layer in layers]
-    keys, values = (
-        sum(method.bits(layer, stream) * count for layer, count in zip(layers, elements, strict=True)) / sum(elements)
-        for stream in (True, False)
-    )
-    packed = rule.packed(length)
-    both = (keys + values) / 2
-    at_length = (packed * both + (length - packed) * EXACT_BITS) / length
-    return CountedBits(keys, values, both, at_length, packed)
+def counted_bits(
+    method: Method, rule: Callable[[int], RegionRule], layers: Sequence[Geometry], length: int
+) -> CountedBits:
+    """The bits of stores of `length` tokens; `rule` gives the regions of a layer."""
+    elements = sum(layer.width for layer in layers)
+    keys = values = at_length = 0.0
+    for layer in layers:
+        packed, own = rule(layer.layer).packed(length), [method.bits(layer, stream) for stream in (True, False)]
+        keys += layer.width * own[0]
+        values += layer.width * own[1]
+        at_length += layer.width * (packed * sum(own) / 2 + (length - packed) * EXACT_BITS) / length
+    keys, values, at_length = keys / elements, values / elements, at_length / elements
+    fewest = min(rule(layer.layer).packed(length) for layer in layers)
+    return CountedBits(keys, values, (keys + values) / 2, at_length, fewest)

@@ -21,6 +21,7 @@ from .memory_bits import EXACT_BITS
 from .methods.base import Geometry, Method, Where
 from .region_rule import RegionRule
 from .rope import Rotary
+from .simulation import rule_of
 
 
 class MethodLayer(DynamicLayer):
@@ -168,10 +169,11 @@ class MethodCache(Cache):
     ) -> None:
         if method.before_rope and rotary is None:
             raise ValueError(f"rotary=None: expected Rotary(model), since {method.name} quantizes keys before RoPE")
-        rule = RegionRule(sinks, window, method.unit, method.waits)
         stock = DynamicCache(config=config).layers
         layers: list[Any] = [
-            MethodLayer(method, rule, index, rotary) if type(layer) is DynamicLayer else layer
+            MethodLayer(method, rule_of(method, index, window, sinks), index, rotary)
+            if type(layer) is DynamicLayer
+            else layer
             for index, layer in enumerate(stock)
         ]
         super().__init__(layers=layers)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..models import ExtraNotInstalledError
+from .memory_bits import EXACT_BITS
 
+_MARKERS = "os^vDPX*<>"
 Row = dict[str, Any]  # a JSON object: see `comparison.measure`
 _COLUMNS = ("method", "bits", "K", "V", "bits at length", "KL (nats)", "top-1 %", "perplexity %", "chunks")
 
@@ -200,20 +202,23 @@ class Report:
 
 
 def _draw(axis: Any, members: Sequence[Summary]) -> None:
-    families = list(dict.fromkeys(member.method.split()[0] for member in members))
+    """Unpacked rows, at 16 bits, are what rounding alone does: a line."""
     for member in members:
+        if member.bits >= EXACT_BITS:
+            axis.axhline(member.kl.mean, color="0.6", lw=0.8, ls="--", label=member.method)
+            axis.legend(fontsize=7, loc="lower right")
+    packed = [member for member in members if member.bits < EXACT_BITS]
+    families = list(dict.fromkeys(member.method.split()[0] for member in packed))
+    for member in packed:
         family = families.index(member.method.split()[0])
         spread = member.kl.block_error if math.isnan(member.kl.half_width) else member.kl.half_width
-        low = min(spread, 0.9 * member.kl.mean)
-        error = None if math.isnan(spread) else [[low], [spread]]
-        marker = "os^vDPX*<>"[family % 10]
-        axis.errorbar(
-            member.bits, member.kl.mean, yerr=error, fmt=marker, color=f"C{family % 10}", markersize=5, lw=0.8
-        )
-        axis.annotate(
-            member.method, (member.bits, member.kl.mean), fontsize=6, xytext=(4, 3), textcoords="offset points"
-        )
+        error = None if math.isnan(spread) else [[min(spread, 0.9 * member.kl.mean)], [spread]]
+        marker, colour = _MARKERS[(family + family // 10) % len(_MARKERS)], f"C{family % 10}"
+        axis.errorbar(member.bits, member.kl.mean, yerr=error, fmt=marker, color=colour, markersize=5, lw=0.8)
+        place = (member.bits, member.kl.mean)
+        axis.annotate(member.method, place, fontsize=6, xytext=(4, 3), textcoords="offset points")
     axis.set_yscale("log")
+    axis.margins(x=0.15)
     axis.set_xlabel("bits of a packed element, everything counted")
     axis.grid(alpha=0.3)
 

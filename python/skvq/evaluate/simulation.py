@@ -49,9 +49,9 @@ class AttentionPass(Protocol):
         """The output [Hkv, group, T, Dv], float32."""
 
 
-def rule_of(method: Method, window: int, sinks: int) -> RegionRule:
-    """The regions of a store that packs with `method`."""
-    return RegionRule(sinks, window, method.unit, method.waits)
+def rule_of(method: Method, layer: int, window: int, sinks: int) -> RegionRule:
+    """The regions of one layer's store that packs with `method`."""
+    return RegionRule(sinks, window, method.unit_of(layer), method.waits)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MethodPass:
         exact = (call.keys, call.values)
         packed, rule = exact, None
         if self.method is not None and call.layer in self.owners:
-            rule = rule_of(self.method, self.window, self.sinks)
+            rule = rule_of(self.method, self.owners[call.layer], self.window, self.sinks)
             stop = self.sinks + rule.known(length)
             if rule.packed(length):
                 packed = (self._packed(call, True, stop), self._packed(call, False, stop))

@@ -113,9 +113,9 @@ def _add_generation(subcommands: Any) -> None:
         },
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="of the forced text, 0: greedy (default: 0.8)"
+        "--temperature", type=float, default=1.0, metavar="X", help="of the forced text, 0: greedy (default: 1)"
     )
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="X", help="likewise (default: 0.95)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="likewise (default: 1)")
     parser.add_argument(
         "--forced-only", dest="free", action="store_false", help="leave out the free generation of every cache"
     )

@@ -75,6 +75,13 @@ class Method(ABC):
     def prepare(self, rows: CalibrationRows) -> None:  # noqa: B027 - most methods have nothing to fit
         """Fit to keys, values and queries of calibration texts."""
 
+    def unit_of(self, layer: int) -> int:
+        """`unit`, where layers differ."""
+        return self.unit
+
+    def check_model(self, model: Any) -> None:  # noqa: B027 - most methods serve any model
+        """Raise ValueError if the method was made for another model."""
+
     def identity(self) -> dict[str, Any]:
         """What distinguishes this method from others in stored results, JSON-ready."""
         options = {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -53,16 +53,18 @@ class _Codecs:
 class _PackedRows(Method):
     """Rows coded by `ReferenceCodec` as the plan of their layer says."""
 
+    waits = "exists"
     _codecs: _Codecs
 
     def layer_plan(self, layer: int) -> LayerPlan:
         """The plan of one layer."""
         raise NotImplementedError
 
-    def _use_blocks(self, plans: list[LayerPlan]) -> None:
-        streams = [stream.options for plan in plans for stream in (plan.keys, plan.values)]
-        self.unit = math.lcm(*(max(1, options.block if options.is_packed else 1) for options in streams))
-        self.waits = "exists"
+    def unit_of(self, layer: int) -> int:
+        """The block of the layer's streams, 1 without."""
+        plan = self.layer_plan(layer)
+        blocks = (x.options.block for x in (plan.keys, plan.values) if x.options.is_packed)
+        return math.lcm(*(max(1, block) for block in blocks))
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
         """Codes, metadata and statistics of blocks, as the codec counts them."""
@@ -95,7 +97,7 @@ class Ours(_PackedRows):
         self.config = SkvqConfig.from_options(self.config, **self.options)
         self._plan = LayerPlan.from_config(self.config)
         self._codecs = _Codecs()
-        self._use_blocks([self._plan])
+        self.unit = self.unit_of(0)
         self.name = f"skvq {bits_label(self.config.key_bits, self.config.value_bits)}"
         others = {name: value for name, value in self.options.items() if name not in ("key_bits", "value_bits")}
         if others:
@@ -130,10 +132,10 @@ class Planned(_PackedRows):
         from ...plan_file import QuantizationPlan
 
         self.path = Path(self.path)
-        plan = QuantizationPlan.load(self.path)
-        self._layers: dict[int, LayerPlan] = dict(plan.layers)
+        self._file = QuantizationPlan.load(self.path)
+        self._layers: dict[int, LayerPlan] = dict(self._file.layers)
         self._codecs = _Codecs()
-        self._use_blocks(list(self._layers.values()))
+        self.unit = math.lcm(*(self.unit_of(layer) for layer in self._layers))
         self.name = f"plan {self.path.stem}"
 
     def layer_plan(self, layer: int) -> LayerPlan:
@@ -141,6 +143,10 @@ class Planned(_PackedRows):
         if layer not in self._layers:
             raise ValueError(f"plan {str(self.path)!r}: nothing for layer {layer}, expected all packed layers")
         return self._layers[layer]
+
+    def check_model(self, model: Any) -> None:
+        """Raise SkvqError, naming what differs."""
+        self._file.check(model, f"plan {str(self.path)!r}")
 
     def identity(self) -> dict[str, Any]:
         """The file's contents."""

@@ -1,0 +1,137 @@
+"""`skvq calibrate` and `skvq inspect`, from the command line to the files, on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_directory
+from skvq import QuantizedDynamicCache, SkvqConfig, StreamOptions, cli
+from skvq.calibrate import Statistics
+from skvq.calibrate.static import static_plan
+from skvq.inspect_plan import plan_report, plan_table
+from skvq.models import load
+from skvq.plan import StreamPlan
+from skvq.plan_file import QuantizationPlan
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, two texts, and a plan that `skvq calibrate` made from one of them."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    tiny_directory.save(folder / "model", "gemma3")
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    line = f"calibrate {folder}/model --texts {folder}/a.txt#0-0.9 -o {folder}/plan --chunks 2 --tokens 300"
+    line += f" --state {folder}/state --key-bits 3 --window 16 --dtype float32"
+    assert cli.main(line.split()) == 0
+    return folder
+
+
+def test_calibrate_writes_a_plan_for_the_model(folder: Path) -> None:
+    model = load(str(folder / "model"), dtype="float32").model
+    plan = QuantizationPlan.load(folder / "plan", model)
+    assert list(plan.layers) == [1, 2]
+    assert (plan.config.key_bits, plan.config.value_bits, plan.config.window) == (3, 1.6, 16)
+    assert list(plan.header.texts) == ["a.txt#0-0.9"]
+    assert plan.header.notes["tokens"] == 600
+    statistics = Statistics.load(folder / "state", model)
+    assert (statistics.options.window, statistics.chunks) == (16, 2)
+    shift = plan.layers[2].keys.shift
+    assert shift is not None
+    assert torch.equal(shift, statistics.layers[2].keys.mean.float())
+    cache = QuantizedDynamicCache.from_plan(model, folder / "plan")
+    ids = torch.arange(200)[None] % 60 + 2
+    model(ids[:, :-1], past_key_values=cache)
+    assert torch.isfinite(model(ids[:, -1:], past_key_values=cache).logits).all()
+
+
+def test_static_scales_give_every_channel_the_same_spread(folder: Path) -> None:
+    statistics = Statistics.load(folder / "state")
+    given = SkvqConfig(keys={"scale_exponent": 1.0}, values={"scale_exponent": 0.0, "bits": 2})
+    for index, (keys, values) in static_plan(statistics, given).items():
+        layer = statistics.layers[index]
+        assert keys.scale is not None
+        assert values.scale is not None
+        assert keys.options.block == 0
+        torch.testing.assert_close(layer.keys.variance.sqrt().float() / keys.scale, torch.ones_like(keys.scale))
+        common = layer.values.variance.mean(-1, keepdim=True).sqrt().float()
+        torch.testing.assert_close(values.scale, common.expand_as(values.scale))
+    raw = static_plan(statistics, SkvqConfig(value_bits=16))
+    assert all(values.scale is None and not values.options.is_packed for _, values in raw.values())
+
+
+def test_inspect_prints_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(folder / "plan"), "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "static for gemma3_text" in printed
+    assert "3 layers, 2 packed; sinks 5, window 16" in printed
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert "1, 2 keys 3 3.500 auto e4m3 lloyd-max norm 1.1 shift + scale + hadamard 0" in lines
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["counted_bits"]["keys"] == 3.5
+    # 16 channels in two heads, a shift and a scale each, float32
+    assert report["layers"]["2"]["values"]["static_bytes"] == 2 * 2 * 16 * 4
+    assert report["layers"]["2"]["keys"]["static"] == ["shift", "scale"]
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_inspect_draws(folder: Path, tmp_path: Path, with_rows: bool) -> None:
+    line = f"inspect {folder}/plan --plot {tmp_path}/plan.png --layer 2 --head 1"
+    line += f" --model {folder}/model --texts {folder}/a.txt --tokens 200 --dtype float32" if with_rows else ""
+    assert cli.main(line.split()) == 0
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_every_kind_of_stream_can_be_drawn(folder: Path, tmp_path: Path) -> None:
+    """Blocks, pairs, orders of channels, rows kept as they are; with and without a complete block."""
+    from skvq.calibrate.statistics import Sample
+    from skvq.inspect_plot import save_picture
+
+    model = load(str(folder / "model")).model
+    order = tuple(range(16))[::-1]
+    pairs = {
+        1: (StreamPlan(StreamOptions(bits=2, block=128)), StreamPlan(StreamOptions(bits=16))),
+        2: (StreamPlan(StreamOptions(bits=1.5), permutation=order), StreamPlan(StreamOptions(bits=8))),
+    }
+    plan = QuantizationPlan.for_model(model, SkvqConfig(), pairs, method="all kinds")
+    rows = {length: torch.randn(2, length, 16) for length in (300, 60)}
+    for layer in pairs:
+        for length, x in rows.items():
+            sample = Sample(x, x, x, torch.arange(length))
+            save_picture(plan, layer, tmp_path / f"{layer}_{length}.png", sample=sample)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert " 1 values 16 16.000 - -" in " ".join(plan_table(plan).split())
+    assert plan_report(plan)["layers"][2]["keys"]["static_bytes"] == 64
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("inspect {}/none", "no such file, expected a skvq quantization plan"),
+        ("inspect {}/state", "kind 'calibration statistics', expected 'quantization plan'"),
+        ("inspect {}/plan --layer 0 --plot x.png", "--layer 0: expected one of 1, 2"),
+        ("inspect {}/plan --head 2 --plot x.png", "head=2: expected 0 to 1"),
+        ("inspect {}/plan --texts {}/a.txt", "expected --plot FILE with them"),
+        ("calibrate {}/model -o {}/none/plan", "expected a file in an existing directory"),
+        ("calibrate {}/model --texts {}/a.txt -o {}/p --tokens 9000", "has no 9000 tokens left for its chunk 1"),
+        (
+            "calibrate {}/model --texts {}/a.txt -o {}/p --tokens 300 --chunks 2 --window 16 --state {}/state",
+            "the state of a pass with texts",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.replace("{}", str(folder)).split()) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len([x for x in error.splitlines() if x.startswith("skvq: ")]) == 1
+
+
+def test_the_command_line_loads_no_torch_for_its_help() -> None:
+    code = "import sys; from skvq import cli; cli.build_parser(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
