@@ -10,34 +10,10 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-BITS = (16.0, 8.0, 4.0, 3.0, 2.0, 1.6, 1.5)
-
-
-def _bits(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if value not in BITS:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected one of {', '.join(f'{bits:g}' for bits in BITS)}")
-    return value
-
-
-def _count(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}")
-        return value
-
-    return parse
+from .arguments import add_attention, add_model, add_output, parse_bits, whole_number
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -57,63 +33,38 @@ def _format(text: str) -> str:
     return text
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="PATH_OR_ID", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32", "float16"),
-        default="bfloat16",
-        help="of the model (default: %(default)s)",
-    )
-
-
-def _add_attention(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--attn",
-        dest="attention",
-        choices=("sdpa", "skvq", "eager"),
-        default="sdpa",
-        help="attention implementation (default: %(default)s)",
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser, *, plot: bool) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--threads", type=_count(1), metavar="N", help="of torch and skvq (default: torch's)")
-    if plot:
-        parser.add_argument(
-            "--plot", type=Path, metavar="FILE", help="save a plot there (.png, .svg; needs matplotlib)"
-        )
-
-
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="a real model with the stock and with the packed cache, side by side")
-    _add_model(parser)
-    _add_attention(parser)
+    add_model(parser)
+    add_attention(parser)
     parser.add_argument(
-        "--key-bits", type=_bits, default=2.0, metavar="BITS", help="16, 8, 4, 3, 2, 1.6 or 1.5 (default: 2)"
+        "--key-bits", type=parse_bits, default=2.0, metavar="BITS", help="16, 8, 4, 3, 2, 1.6 or 1.5 (default: 2)"
     )
     parser.add_argument(
-        "--value-bits", type=_bits, default=1.6, metavar="BITS", help="likewise (default: 1.6, ternary)"
+        "--value-bits", type=parse_bits, default=1.6, metavar="BITS", help="likewise (default: 1.6, ternary)"
     )
     parser.add_argument(
-        "--window", type=_count(1), default=128, metavar="N", help="most recent tokens kept as they are (default: 128)"
+        "--window",
+        type=whole_number(1),
+        default=128,
+        metavar="N",
+        help="most recent tokens kept as they are (default: 128)",
     )
     parser.add_argument(
-        "--sinks", type=_count(0), default=5, metavar="N", help="first tokens kept as they are (default: 5)"
+        "--sinks", type=whole_number(0), default=5, metavar="N", help="first tokens kept as they are (default: 5)"
     )
-    parser.add_argument("--prompt-tokens", type=_count(1), default=4096, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--new-tokens", type=_count(2), default=96, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--prompt-tokens", type=whole_number(1), default=4096, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--new-tokens", type=whole_number(2), default=96, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--scored-tokens",
-        type=_count(1),
+        type=whole_number(1),
         default=768,
         metavar="N",
         help="of the held-out passage (default: %(default)s)",
     )
-    _add_output(parser, plot=False)
+    add_output(parser, plot=False)
     parser.set_defaults(run=_run_demo)
 
 
@@ -136,10 +87,10 @@ def _add_bench(commands: Any) -> None:
     attend.add_argument("--quick", action="store_true", help="8:32 heads, batch 1, 4K and 32K tokens only")
     attend.add_argument("--formats", type=_format, nargs="+", metavar="F", help="such as K2V1.6 K4V4 raw")
     attend.add_argument("--heads", type=_heads, nargs="+", metavar="KV:QUERY", help="(default: 8:32 32:32)")
-    attend.add_argument("--batches", type=_count(1), nargs="+", metavar="N", help="(default: 1 8)")
-    attend.add_argument("--tokens", type=_count(1), nargs="+", metavar="N", help="(default: 4096 … 131072)")
-    attend.add_argument("--head-dim", type=_count(16), metavar="D", help="(default: 128)")
-    attend.add_argument("--rounds", type=_count(1), metavar="N", help="(default: 9)")
+    attend.add_argument("--batches", type=whole_number(1), nargs="+", metavar="N", help="(default: 1 8)")
+    attend.add_argument("--tokens", type=whole_number(1), nargs="+", metavar="N", help="(default: 4096 … 131072)")
+    attend.add_argument("--head-dim", type=whole_number(16), metavar="D", help="(default: 128)")
+    attend.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 9)")
     attend.add_argument(
         "--no-static", dest="static", action="store_false", default=None, help="leave out formats without statistics"
     )
@@ -149,43 +100,43 @@ def _add_bench(commands: Any) -> None:
     attend.add_argument(
         "--memory-share", type=float, metavar="X", help="of the available memory one shape may take (default: 0.6)"
     )
-    _add_output(attend, plot=True)
+    add_output(attend, plot=True)
     attend.set_defaults(run=_run_attend)
 
     encode = bench.add_parser("encode", help="encoding of rows, and its share of a model's prefill")
     encode.add_argument("--formats", type=_format, nargs="+", metavar="F")
-    encode.add_argument("--head-dims", type=_count(16), nargs="+", metavar="D", help="(default: 64 128 256)")
-    encode.add_argument("--tokens", type=_count(256), metavar="N", help="(default: 8192)")
+    encode.add_argument("--head-dims", type=whole_number(16), nargs="+", metavar="D", help="(default: 64 128 256)")
+    encode.add_argument("--tokens", type=whole_number(256), metavar="N", help="(default: 8192)")
     encode.add_argument(
         "--with-model",
         action="store_true",
         default=None,
         help="also time a model's prefill (--model, or the packaged one)",
     )
-    _add_model(encode)
-    _add_output(encode, plot=False)
+    add_model(encode)
+    add_output(encode, plot=False)
     encode.set_defaults(run=_run_simple, benchmark_name="encode", options_name="EncodeOptions")
 
     step = bench.add_parser("step", help="one decode step of a layer beyond the attention kernel")
     step.add_argument("--format", type=_format, metavar="F", help="(default: K2V1.6)")
-    step.add_argument("--tokens", type=_count(256), nargs="+", metavar="N", help="(default: 256 1024 4096)")
-    step.add_argument("--steps", type=_count(2), metavar="N", help="(default: 25)")
-    _add_output(step, plot=False)
+    step.add_argument("--tokens", type=whole_number(256), nargs="+", metavar="N", help="(default: 256 1024 4096)")
+    step.add_argument("--steps", type=whole_number(2), metavar="N", help="(default: 25)")
+    add_output(step, plot=False)
     step.set_defaults(run=_run_simple, benchmark_name="step", options_name="StepOptions")
 
     growth = bench.add_parser("growth", help="one layer grows token by token: time of an append, peak memory")
     growth.add_argument("--format", type=_format, metavar="F", help="(default: K2V1.6)")
-    growth.add_argument("--tokens", type=_count(256), metavar="N", help="(default: 131072)")
-    _add_output(growth, plot=True)
+    growth.add_argument("--tokens", type=whole_number(256), metavar="N", help="(default: 131072)")
+    add_output(growth, plot=True)
     growth.set_defaults(run=_run_simple, benchmark_name="growth", options_name="GrowthOptions")
 
     generate = bench.add_parser("generate", help="a model's generation with every kind of cache")
-    _add_model(generate)
-    _add_attention(generate)
-    generate.add_argument("--prompt-tokens", type=_count(1), metavar="N", help="(default: 4096)")
-    generate.add_argument("--new-tokens", type=_count(2), metavar="N", help="(default: 48)")
-    generate.add_argument("--rounds", type=_count(1), metavar="N", help="(default: 2)")
-    _add_output(generate, plot=True)
+    add_model(generate)
+    add_attention(generate)
+    generate.add_argument("--prompt-tokens", type=whole_number(1), metavar="N", help="(default: 4096)")
+    generate.add_argument("--new-tokens", type=whole_number(2), metavar="N", help="(default: 48)")
+    generate.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 2)")
+    add_output(generate, plot=True)
     generate.set_defaults(run=_run_simple, benchmark_name="generate", options_name="GenerateOptions")
 
 

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import add_counts, add_dtype, add_model, add_texts, parse_bits, whole_number
+
 if TYPE_CHECKING:
     from ..plan_file import QuantizationPlan
 
@@ -25,8 +27,6 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any) -> None:
-    from ..cli import _bits, _count
-
     parser = commands.add_parser(
         "calibrate",
         help="fit a plan to a model on texts",
@@ -37,33 +37,26 @@ def _add_calibrate(commands: Any) -> None:
         "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the plan, .safetensors")
-    parser.add_argument(
-        "--texts", nargs="+", metavar="FILE", default=[], help="or FILE#0.5-1 for a part (default: the package's)"
-    )
+    add_texts(parser)
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="(default: %(default)s)")
-    parser.add_argument("--key-bits", type=_bits, metavar="BITS", help="16, 8, 4, 3, 2, 1.6 or 1.5 (default: 2)")
-    parser.add_argument("--value-bits", type=_bits, metavar="BITS", help="likewise (default: 1.6, ternary)")
+    parser.add_argument("--key-bits", type=parse_bits, metavar="BITS", help="16, 8, 4, 3, 2, 1.6 or 1.5 (default: 2)")
+    parser.add_argument("--value-bits", type=parse_bits, metavar="BITS", help="likewise (default: 1.6, ternary)")
     counts = {
         "--window": (1, 128, "most recent tokens kept as they are"),
         "--sinks": (0, 5, "first tokens kept as they are"),
         "--chunks": (1, 16, "pieces of text that are read"),
         "--tokens": (2, 2048, "of a piece"),
     }
-    for option, (least, default, text) in counts.items():
-        parser.add_argument(
-            option, type=_count(least), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(parser, counts)
     parser.add_argument(
         "--state",
         type=Path,
         metavar="FILE",
         help="keep statistics there: a run that was stopped goes on, others reuse it",
     )
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="(default: %(default)s)"
-    )
+    add_dtype(parser)
     parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
-    parser.add_argument("--threads", type=_count(1), metavar="N", help="of torch (default: torch's)")
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch (default: torch's)")
     parser.set_defaults(run=_run_calibrate)
 
 
@@ -111,8 +104,6 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    from ..cli import _add_model, _count
-
     parser = commands.add_parser(
         "inspect",
         help="what a plan holds, as a table and as a picture of a layer",
@@ -120,13 +111,15 @@ def _add_inspect(commands: Any) -> None:
         "values before and after the plan's transform.",
     )
     parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan file, or a directory that has one")
-    parser.add_argument("--layer", type=_count(0), metavar="N", help="of the picture (default: the first packed one)")
-    parser.add_argument("--head", type=_count(0), default=0, metavar="N", help="of the picture (default: 0)")
+    parser.add_argument(
+        "--layer", type=whole_number(0), metavar="N", help="of the picture (default: the first packed one)"
+    )
+    parser.add_argument("--head", type=whole_number(0), default=0, metavar="N", help="of the picture (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture there (.png, .svg; needs matplotlib)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--texts", nargs="+", metavar="FILE", help="read the beginning of the first, for the picture")
-    parser.add_argument("--tokens", type=_count(2), default=1024, metavar="N", help="read (default: %(default)s)")
-    _add_model(parser)
+    parser.add_argument("--tokens", type=whole_number(2), default=1024, metavar="N", help="read (default: %(default)s)")
+    add_model(parser)
     parser.set_defaults(run=_run_inspect)
 
 

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..arguments import add_counts, add_model, add_output, add_texts, whole_number
+
 DEFAULT_METHODS = ("full", "kivi:bits=2", "rotation:bits=2", "ours")
 
 
@@ -23,22 +25,19 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_compare(subcommands: Any) -> None:
-    from ..cli import _add_model, _add_output, _count
-
     parser = subcommands.add_parser(
         "compare",
         help="KL divergence, top-1 agreement and perplexity of methods at their counted bits",
         description="Methods under the same window, sinks, metadata accounting and texts, simulated exactly in one "
         "forward pass per chunk. Methods: full, rtn, kivi, skvq, skvq-pre-rope, wkvquant, rotation, quarot, kvquant, "
-        "oscar, quanto, hqq, fp8, ours, plan:FILE; options follow a colon, such as 'ours:key_bits=3,keys.clip=1.1'.",
+        "oscar, quanto, hqq, fp8, balanced, ours, plan:FILE; options follow a colon, such as "
+        "'ours:key_bits=3,keys.clip=1.1'.",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--methods", nargs="+", metavar="M", default=list(DEFAULT_METHODS), help="(default: %(default)s)"
     )
-    parser.add_argument(
-        "--texts", nargs="+", metavar="FILE", default=[], help="or FILE#0.5-1 for a part (default: the package's)"
-    )
+    add_texts(parser)
     parser.add_argument(
         "--calibration-texts", nargs="+", metavar="FILE", default=[], help="for methods that need them; not --texts"
     )
@@ -50,17 +49,19 @@ def _add_compare(subcommands: Any) -> None:
         "--calibration-chunks": (1, 4, "of --calibration-texts"),
         "--calibration-tokens": (2, 2048, "of a calibration chunk"),
     }
-    for option, (least, default, text) in counts.items():
-        parser.add_argument(
-            option, type=_count(least), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(parser, counts)
     parser.add_argument(
-        "--tokens", type=_count(2), nargs="+", default=[2048], metavar="N", help="of a chunk, one or several lengths"
+        "--tokens",
+        type=whole_number(2),
+        nargs="+",
+        default=[2048],
+        metavar="N",
+        help="of a chunk, one or several lengths",
     )
     parser.add_argument(
         "--log", type=Path, metavar="FILE", help="JSON lines, appended: a run that was stopped goes on where it was"
     )
-    _add_output(parser, plot=True)
+    add_output(parser, plot=True)
     parser.set_defaults(run=_run_compare)
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..arguments import add_attention, add_counts, add_model, add_output, add_texts, whole_number
+
 _CACHES = (
     "dynamic (full precision, best given first), packed[:OPTIONS], plan:FILE, method:SPEC, quanto[:OPTIONS], "
     "hqq[:OPTIONS], fp8; options as in packed:key_bits=2,value_bits=1.5 (default: %(default)s)"
@@ -28,40 +30,29 @@ def add_commands(subcommands: Any) -> None:
     _add_lm_eval(subcommands)
 
 
-def _add_common(parser: argparse.ArgumentParser, *, plot: bool, texts: bool) -> None:
-    from ..cli import _add_attention, _add_model, _add_output, _count
-
-    _add_model(parser)
-    _add_attention(parser)
+def _add_caches(parser: argparse.ArgumentParser) -> None:
+    """The model and the caches that it runs with."""
+    add_model(parser)
+    add_attention(parser)
     parser.add_argument("--caches", nargs="+", metavar="CACHE", default=["dynamic", "packed"], help=_CACHES)
-    parser.add_argument("--window", type=_count(1), default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--sinks", type=_count(0), default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--window", type=whole_number(1), default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--sinks", type=whole_number(0), default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--calibration-texts", nargs="+", metavar="FILE", default=[], help="for methods that are fitted to texts"
     )
+
+
+def _add_common(parser: argparse.ArgumentParser, *, plot: bool, texts: bool) -> None:
+    _add_caches(parser)
     if texts:
-        parser.add_argument(
-            "--texts", nargs="+", metavar="FILE", default=[], help="or FILE#0.5-1 for a part (default: the package's)"
-        )
+        add_texts(parser)
     parser.add_argument(
         "--records", type=Path, metavar="FILE", help="JSON lines, kept up to date: a run that was stopped goes on there"
     )
-    _add_output(parser, plot=plot)
-
-
-def _counts(parser: argparse.ArgumentParser, counts: dict[str, tuple[int, int, str]]) -> None:
-    """Options that are whole numbers: name -> (least, default, what it is)."""
-    from ..cli import _count
-
-    for option, (least, default, text) in counts.items():
-        parser.add_argument(
-            option, type=_count(least), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_output(parser, plot=plot)
 
 
 def _add_retrieval(subcommands: Any) -> None:
-    from ..cli import _count
-
     parser = subcommands.add_parser("retrieval", help="is a number that stands in a long context still found?")
     parser.add_argument(
         "--tasks",
@@ -72,13 +63,13 @@ def _add_retrieval(subcommands: Any) -> None:
     )
     parser.add_argument(
         "--lengths",
-        type=_count(1),
+        type=whole_number(1),
         nargs="+",
         default=[1024, 2048, 4096, 8192],
         metavar="N",
         help="tokens of a prompt (default: 1024 2048 4096 8192)",
     )
-    _counts(
+    add_counts(
         parser,
         {
             "--depths": (1, 5, "places in a context that are asked for"),
@@ -101,7 +92,7 @@ def _add_retrieval(subcommands: Any) -> None:
 
 def _add_generation(subcommands: Any) -> None:
     parser = subcommands.add_parser("generation", help="long generation beside full precision: drift and agreement")
-    _counts(
+    add_counts(
         parser,
         {
             "--prompts": (1, 2, "passages of the texts to go on from"),
@@ -124,14 +115,12 @@ def _add_generation(subcommands: Any) -> None:
 
 
 def _add_longbench(subcommands: Any) -> None:
-    from ..cli import _count
-
     parser = subcommands.add_parser("longbench", help="LongBench's English tasks, where their data is present")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with one TASK.jsonl for each task")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", default=[], help="(default: those that are there)")
-    parser.add_argument("--limit", type=_count(1), metavar="N", help="examples of a task (default: all)")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="examples of a task (default: all)")
     parser.add_argument(
-        "--max-tokens", type=_count(4), default=8192, metavar="N", help="of a prompt (default: %(default)s)"
+        "--max-tokens", type=whole_number(4), default=8192, metavar="N", help="of a prompt (default: %(default)s)"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="LongBench's dataset2prompt.json")
     parser.add_argument("--prefill", choices=("chunk", "whole"), default="chunk", help="see retrieval")
@@ -140,26 +129,19 @@ def _add_longbench(subcommands: Any) -> None:
 
 
 def _add_lm_eval(subcommands: Any) -> None:
-    from ..cli import _add_attention, _add_model, _add_output, _count
-
     parser = subcommands.add_parser("lm-eval", help="tasks of EleutherAI's lm-eval through a cache")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", required=True, help="names that lm-eval knows")
     parser.add_argument(
         "--include-path", type=Path, metavar="FOLDER", help="with configurations (YAML) of further tasks"
     )
-    _add_model(parser)
-    _add_attention(parser)
-    parser.add_argument("--caches", nargs="+", metavar="CACHE", default=["dynamic", "packed"], help=_CACHES)
-    parser.add_argument("--window", type=_count(1), default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--sinks", type=_count(0), default=5, metavar="N", help="(default: %(default)s)")
+    _add_caches(parser)
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="examples of a task (default: all)")
     parser.add_argument(
-        "--calibration-texts", nargs="+", metavar="FILE", default=[], help="for methods that are fitted to texts"
+        "--few-shot", type=whole_number(0), metavar="N", help="examples in a prompt (default: the task's)"
     )
-    parser.add_argument("--limit", type=_count(1), metavar="N", help="examples of a task (default: all)")
-    parser.add_argument("--few-shot", type=_count(0), metavar="N", help="examples in a prompt (default: the task's)")
     parser.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
-    _counts(parser, {"--chunk": (1, 8, "tokens of a continuation that one call scores")})
-    _add_output(parser, plot=False)
+    add_counts(parser, {"--chunk": (1, 8, "tokens of a continuation that one call scores")})
+    add_output(parser, plot=False)
     parser.set_defaults(run=_run_lm_eval)
 
 

@@ -1,0 +1,89 @@
+"""Arguments that several commands of `skvq` share: whole numbers, bits, the model, the regions, texts and outputs.
+
+Only argparse; torch and transformers are not imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .config import BITS
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def parse_bits(text: str) -> float:
+    """Bits of a packed element."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value not in BITS:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected one of {', '.join(f'{bits:g}' for bits in BITS)}")
+    return value
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """What parses a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}")
+        return value
+
+    return parse
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--dtype`."""
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
+    )
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`."""
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the model (default: %(default)s)")
+
+
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """`--attn`."""
+    parser.add_argument(
+        "--attn",
+        dest="attention",
+        choices=("sdpa", "skvq", "eager"),
+        default="sdpa",
+        help="attention implementation (default: %(default)s)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, *, plot: bool) -> None:
+    """`--json`, `--threads` and, if wanted, `--plot`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch and skvq (default: torch's)")
+    if plot:
+        parser.add_argument(
+            "--plot", type=Path, metavar="FILE", help="save a plot there (.png, .svg; needs matplotlib)"
+        )
+
+
+def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, int, str]]) -> None:
+    """Options that are whole numbers: name -> (least, default, what it is)."""
+    for option, (least, default, text) in counts.items():
+        parser.add_argument(
+            option, type=whole_number(least), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """`--texts`."""
+    parser.add_argument(
+        "--texts", nargs="+", metavar="FILE", default=[], help="or FILE#0.5-1 for a part (default: the package's)"
+    )
