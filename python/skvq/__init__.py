@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._native import SkvqError
 from .config import SkvqConfig, StreamOptions
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .attention import register_attention
@@ -20,21 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizedDynamicCache", "SkvqConfig", "SkvqError", "StreamOptions", "register_attention"]
 
-_LAZY = {"QuantizedDynamicCache": "cache", "register_attention": "attention"}
+_lazy_name, __dir__ = lazy_names(__name__, {"cache": ("QuantizedDynamicCache",), "attention": ("register_attention",)})
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need transformers, imported on first use."""
-    from importlib import import_module, metadata
-
+    """Names that need transformers, imported on first use, and the version."""
     if name == "__version__":
-        return metadata.version("skvq")
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = value
-    return value
+        from importlib.metadata import version
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+        return version("skvq")
+    return _lazy_name(name)

@@ -6,7 +6,9 @@ imported when first used: the command line lists its commands without loading to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .collect import collect
@@ -23,23 +25,11 @@ __all__ = [
     "collect",
 ]
 
-_MODULES = {
-    "collect": ("collect",),
-    "moments": ("AttentionMoments", "StreamMoments"),
-    "statistics": ("CollectOptions", "LayerStatistics", "Sample", "Statistics"),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "collect": ("collect",),
+        "moments": ("AttentionMoments", "StreamMoments"),
+        "statistics": ("CollectOptions", "LayerStatistics", "Sample", "Statistics"),
+    },
+)

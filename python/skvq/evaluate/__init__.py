@@ -8,7 +8,9 @@ Names are imported when first used: the command line lists its commands without 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache_scores import CacheScore, compare_caches, perplexity, stream_scores
@@ -42,27 +44,15 @@ __all__ = [
     "warm_up",
 ]
 
-_MODULES = {
-    "comparison": ("Settings", "compare", "measure"),
-    "generation": ("Generation", "generate", "warm_up"),
-    "memory": ("CacheBytes", "bytes_of_cache", "bytes_of_full_layer_at", "full_attention_layers"),
-    "method_cache": ("MethodCache",),
-    "methods": ("Geometry", "Method", "Where", "parse_method"),
-    "cache_scores": ("CacheScore", "compare_caches", "perplexity", "stream_scores"),
-    "report": ("Report",),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "comparison": ("Settings", "compare", "measure"),
+        "generation": ("Generation", "generate", "warm_up"),
+        "memory": ("CacheBytes", "bytes_of_cache", "bytes_of_full_layer_at", "full_attention_layers"),
+        "method_cache": ("MethodCache",),
+        "methods": ("Geometry", "Method", "Where", "parse_method"),
+        "cache_scores": ("CacheScore", "compare_caches", "perplexity", "stream_scores"),
+        "report": ("Report",),
+    },
+)
