@@ -14,12 +14,13 @@ Is not: the caches. A kind whose package is missing, or that refuses the model, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..models import ExtraNotInstalledError
 from .shared_prefill import MakeCache
+from .spec_options import parse_options
 
 STOCK_OPTIONS: dict[str, dict[str, Any]] = {
     "quanto": {"nbits": 4},
@@ -43,30 +44,6 @@ class CacheDefaults:
         return {"window": self.window, "sinks": self.sinks}
 
 
-def _value(text: str) -> Any:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-
-
-def parse_options(spec: str, text: str) -> dict[str, Any]:
-    """`"a=1,keys.b=x"` as `{"a": 1, "keys": {"b": "x"}}`. Raises ValueError naming `spec`."""
-    options: dict[str, Any] = {}
-    for part in text.split(",") if text else []:
-        name, equals, value = part.partition("=")
-        if not equals or not name or not value:
-            raise ValueError(f"cache {spec!r}: {part!r} is not an option, expected NAME=VALUE")
-        outer, dot, inner = name.partition(".")
-        held = options.setdefault(outer, {}) if dot else options
-        if not isinstance(held, dict) or (inner or outer) in held:
-            raise ValueError(f"cache {spec!r}: {name} is given twice")
-        held[inner or outer] = _value(value)
-    return options
-
-
 def _dynamic(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
     from transformers import DynamicCache
 
@@ -79,7 +56,7 @@ def _packed(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache
     from ..cache import QuantizedDynamicCache
     from ..config import SkvqConfig
 
-    config = SkvqConfig.from_options(None, **{**given.regions(), **parse_options(spec, rest)})
+    config = SkvqConfig.from_options(None, **{**given.regions(), **parse_options(f"cache {spec!r}", rest)})
     return lambda: QuantizedDynamicCache(model.config, config)
 
 
@@ -89,11 +66,8 @@ def _plan(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
     path, _, options = rest.partition(",")
     if not path:
         raise ValueError(f"cache {spec!r}: expected plan:FILE or plan:FILE,NAME=VALUE")
-    changes = {**given.regions(), **parse_options(spec, options)}
-    from_plan: Callable[..., Any] | None = getattr(QuantizedDynamicCache, "from_plan", None)
-    if from_plan is None:
-        raise ValueError(f"cache {spec!r}: this version of skvq reads no plans")
-    return lambda: from_plan(model, path, **changes)
+    changes = {**given.regions(), **parse_options(f"cache {spec!r}", options)}
+    return lambda: QuantizedDynamicCache.from_plan(model, path, **changes)
 
 
 def _method(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
@@ -116,7 +90,7 @@ def _stock(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
     from transformers import QuantizedCache
 
     kind = spec.partition(":")[0]
-    options = STOCK_OPTIONS[kind] | parse_options(spec, rest)
+    options = STOCK_OPTIONS[kind] | parse_options(f"cache {spec!r}", rest)
     return lambda: QuantizedCache(kind, model.config, **options)
 
 

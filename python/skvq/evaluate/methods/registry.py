@@ -7,13 +7,16 @@ for `key_bits` and `value_bits` together. Adding a method is one file and one li
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..spec_options import parse_options
 from .base import Method
+
+BOTH = ("key_bits", "value_bits")
+SHORT = {"bits": BOTH, "nbits": BOTH}
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def parse_method(spec: str) -> Method:
             raise ValueError(f"method {spec!r}: expected plan:FILE")
         options: dict[str, Any] = {"path": Path(rest)}
     elif name == "ours":
-        options = {"options": _options(spec, rest)}
+        options = {"options": parse_options(f"method {spec!r}", rest, SHORT)}
     else:
-        options = METHODS[name].options | _options(spec, rest)
+        options = METHODS[name].options | parse_options(f"method {spec!r}", rest, SHORT)
         _check_names(spec, made, options)
     try:
         method: Method = made(**options)
@@ -78,39 +81,3 @@ def _check_names(spec: str, made: Any, options: dict[str, Any]) -> None:
             shorter = ["bits"] if "key_bits" in known else []
             expected = ", ".join(shorter + known) or "none"
             raise ValueError(f"method {spec!r}: unknown option {name}={value!r}, expected some of: {expected}")
-
-
-def _options(spec: str, text: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for part in _split(text):
-        name, equals, value = part.partition("=")
-        if not equals or not name:
-            raise ValueError(f"method {spec!r}: {part!r} is not an option, expected NAME=VALUE")
-        outer, dot, inner = name.partition(".")
-        names = ["key_bits", "value_bits"] if name in ("bits", "nbits") else [inner if dot else outer]
-        held = options.setdefault(outer, {}) if dot else options
-        for each in names:
-            if not isinstance(held, dict) or each in held:
-                raise ValueError(f"method {spec!r}: {each} is given twice")
-            held[each] = _value(value)
-    return options
-
-
-def _split(text: str) -> list[str]:
-    """At commas outside brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character == "[") - (character == "]")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part]
-
-
-def _value(text: str) -> Any:
-    lowered = text.lower()
-    try:
-        return json.loads({"none": "null"}.get(lowered, lowered))
-    except json.JSONDecodeError:
-        return text
