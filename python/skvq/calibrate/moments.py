@@ -23,6 +23,12 @@ QUERY_ROWS = 64  # queries whose probabilities are held at once
 BINS = 2 * BIN_RANGE * BINS_PER_DEVIATION + 2
 
 
+def centred_by_block(rows: Tensor, block: int) -> Tensor:
+    """The whole blocks of rows [H, n, D], each row about the mean of its block: [H, n // block · block, D]."""
+    blocks = rows[:, : rows.shape[1] // block * block].unflatten(1, (-1, block))
+    return (blocks - blocks.mean(2, keepdim=True)).flatten(1, 2)
+
+
 @dataclass
 class StreamMoments:
     """Moments of one stream of one layer, per kv head; every field is a tensor.
@@ -84,12 +90,10 @@ class StreamMoments:
         self.count += n
         self.low, self.high = torch.minimum(self.low, rows.amin(1)), torch.maximum(self.high, rows.amax(1))
         self._count_bins(rows)
-        whole = n // block * block if block else 0
-        if whole:
-            blocks = rows[:, :whole].unflatten(1, (-1, block))
-            blocks = (blocks - blocks.mean(2, keepdim=True)).flatten(1, 2)
+        if block:
+            blocks = centred_by_block(rows, block)
             self.block_comoment += (blocks.transpose(1, 2) @ blocks).double()
-            self.block_count += whole
+            self.block_count += blocks.shape[1]
 
     def _place_histogram(self, mean: Tensor, variance: Tensor) -> None:
         # Channels that are constant so far get a width of their own size.
@@ -221,11 +225,10 @@ class AttentionMoments:
             weighted = (q * weight[..., None].sqrt()).flatten(1, 2)
             self.query_moment += (weighted.transpose(1, 2) @ weighted).double()
             token_weight[:, :end] += power.sum((1, 2), dtype=torch.float64)
-        stop = sinks + (length - sinks) // block * block
-        blocks = values[:, sinks:stop].unflatten(1, (-1, block))
-        token_weight = token_weight[:, sinks:stop]
+        centred = centred_by_block(values[:, sinks:], block)
+        token_weight = token_weight[:, sinks : sinks + centred.shape[1]]
         self.value_weight += token_weight.sum(-1)
-        centred = (blocks - blocks.mean(2, keepdim=True)).flatten(1, 2) * token_weight.sqrt().float()[..., None]
+        centred *= token_weight.sqrt().float()[..., None]
         self.value_comoment += (centred.transpose(1, 2) @ centred).double()
 
     @property

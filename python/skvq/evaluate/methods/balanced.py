@@ -8,51 +8,45 @@ a row that is read back are right on average, where the scale of least squared e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...calibrate.moments import centred_by_block
 from ...calibrate.transform import balanced_transform
 from ...config import FORMATS
 from ...reference import LARGEST_SCALE, ReferenceCodec
-from .base import Geometry, Method, Where
-from .quantizers import bits_label
+from .base import Geometry, Where
+from .quantizers import TwoStreams
 
 if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows
 
-SINKS = 5  # first tokens of a calibration chunk, which are never packed
-
 
 @dataclass(eq=False)
-class Balanced(Method):
+class Balanced(TwoStreams):
     """Formats of the packed cache at `key_bits` and `value_bits`, behind calibrated matrices.
 
     `block`: tokens that share a mean. `unbiased`: the stored scale described above, else the one of the codec.
     """
 
-    key_bits: float = 2
-    value_bits: float = 2
+    ALLOWED_BITS: ClassVar[tuple[float, ...]] = (4, 3, 2, 1.6, 1.5)
+
     block: int = 256
     damping: float = 1e-3
     unbiased: bool = True
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for option in ("key_bits", "value_bits"):
-            if getattr(self, option) not in FORMATS or getattr(self, option) in (8, 16):
-                raise ValueError(f"{option}={getattr(self, option)!r}: expected 4, 3, 2, 1.6 or 1.5")
+        super().__post_init__()
         self.unit, self.waits, self.needs_calibration = self.block, "exists", True
-        self.name = f"balanced {bits_label(self.key_bits, self.value_bits)}"
+        self.name = f"balanced {self.bits_label}"
         self.name += "" if self.unbiased else " (norm scale)"
         self._fitted: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        self._texts: list[list[int]] = []
 
     def prepare(self, rows: CalibrationRows) -> None:
         """Second moments of every layer in float64, and their transforms."""
-        self._texts = [[len(chunk), int(chunk.sum())] for chunk in rows.token_ids]
         for layer in rows.layers:
             moments: dict[str, Tensor] = {}
             for chunk in rows.of_layer(layer):
@@ -68,16 +62,17 @@ class Balanced(Method):
 
     def _block_moment(self, rows: Tensor) -> Tensor:
         """Σ (x - μ)(x - μ)ᵀ over whole blocks of rows [H, T, D], μ the block's mean: [H, D, D]."""
-        rows = rows[:, SINKS:].double()
-        whole = rows.shape[1] // self.block * self.block
-        if not whole:
-            raise ValueError(f"calibration chunk of {rows.shape[1]} tokens behind the sinks, expected {self.block}")
-        blocks = rows[:, :whole].unflatten(1, (-1, self.block))
-        centred = (blocks - blocks.mean(2, keepdim=True)).flatten(1, 2)
+        from ..calibration_rows import SINKS
+
+        centred = centred_by_block(rows[:, SINKS:].double(), self.block)
+        if not centred.shape[1]:
+            raise ValueError(
+                f"calibration chunk of {rows.shape[1] - SINKS} tokens behind the sinks, expected {self.block}"
+            )
         return centred.mT @ centred
 
     def _codec(self, keys: bool, head_dim: int) -> ReferenceCodec:
-        name, _ = FORMATS[self.key_bits if keys else self.value_bits]
+        name, _ = FORMATS[self.stream_bits(keys)]
         return ReferenceCodec(head_dim=head_dim, format=name, rotation="identity", unbiased=self.unbiased)
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
@@ -87,7 +82,7 @@ class Balanced(Method):
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Block by block."""
-        matrix, inverse = self._fitted[where.layer, where.keys]
+        matrix, inverse = self.fitted(self._fitted, where.layer, where.keys)
         codec = self._codec(where.keys, rows.shape[-1])
         blocks = rows.unflatten(2, (-1, self.block))
         mean = blocks.mean(3, keepdim=True).clamp(-LARGEST_SCALE, LARGEST_SCALE).half().float()
@@ -96,10 +91,6 @@ class Balanced(Method):
         y = y / spread
         read = codec.fake_quantize(y) * spread
         return (torch.einsum("bhntj,hcj->bhntc", read, inverse) + mean).flatten(2, 3)
-
-    def identity(self) -> dict[str, Any]:
-        """Options, and the calibration texts by length and sum of tokens."""
-        return super().identity() | {"calibration": self._texts}
 
 
 def _add(moments: dict[str, Tensor], name: str, moment: Tensor) -> None:

@@ -8,8 +8,9 @@ Shapes: rows float32 [B, Hkv, n, D].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from ..region_rule import Waits
 if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows
     from ..rope import Rope
+
+
+Fit = TypeVar("Fit")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,12 @@ class Method(ABC):
 
     def check_model(self, model: Any) -> None:  # noqa: B027 - most methods serve any model
         """Raise ValueError if the method was made for another model."""
+
+    def fitted(self, held: Mapping[tuple[int, bool], Fit], layer: int, keys: bool) -> Fit:
+        """What `prepare` found for one stream of a layer. Raises ValueError if it has not run."""
+        if (layer, keys) not in held:
+            raise ValueError(f"{self.name} is not prepared: expected calibration texts")
+        return held[layer, keys]
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes this method from others in stored results, JSON-ready."""

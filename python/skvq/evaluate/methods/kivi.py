@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Geometry, Method, Where
-from .quantizers import bits_label, check_bits, code_bits, group_size, grouped_min_max, level_count, min_max
+from .base import Geometry, Where
+from .quantizers import TwoStreams, code_bits, group_size, grouped_min_max, level_count, min_max
 
 
 @dataclass(eq=False)
-class Kivi(Method):
+class Kivi(TwoStreams):
     """Minimum and step in fp16 for every group: 3.0 bits at 2-bit codes and groups of 32.
 
     A group of tokens is packed when all its rows have left the window, KIVI's residual.
     """
 
-    key_bits: float = 2
-    value_bits: float = 2
     group: int = 32
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        check_bits("key_bits", self.key_bits)
-        check_bits("value_bits", self.value_bits)
+        super().__post_init__()
         if self.group < 1:
             raise ValueError(f"group={self.group}: expected a positive number")
         self.unit = self.group
-        self.name = f"KIVI {bits_label(self.key_bits, self.value_bits)} g{self.group}"
+        self.name = f"KIVI {self.bits_label} g{self.group}"
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
         """Codes and 32 bits a group."""
-        bits = self.key_bits if keys else self.value_bits
+        bits = self.stream_bits(keys)
         group = self.group if keys else group_size(self.group, geometry.head_dim)
         return code_bits(bits, geometry.head_dim) + 32 / group
 

@@ -8,8 +8,8 @@ of value and 16 of index.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from ...models import ExtraNotInstalledError
 from ...reference import round_metadata
 from ..rope import before_rope
-from .base import Geometry, Method, Where
-from .quantizers import bits_label, check_bits, nearest_level
+from .base import Geometry, Where
+from .quantizers import TwoStreams, nearest_level
 
 if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows, RowsOfLayer
@@ -36,23 +36,21 @@ class _Stream:
 
 
 @dataclass(eq=False)
-class Kvquant(Method):
+class Kvquant(TwoStreams):
     """`outliers`: the share of a token's elements that stay exact (0: none); `pre_rope`: keys before RoPE."""
 
-    key_bits: float = 2
-    value_bits: float = 2
+    ALLOWED_BITS: ClassVar[tuple[float, ...]] = (4, 3, 2)
+
     outliers: float = 0.01
     pre_rope: bool = True
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        check_bits("key_bits", self.key_bits, (4, 3, 2))
-        check_bits("value_bits", self.value_bits, (4, 3, 2))
+        super().__post_init__()
         if not 0.0 <= self.outliers < 0.5:
             raise ValueError(f"outliers={self.outliers!r}: expected a share from 0 to below 0.5")
         self.before_rope, self.needs_calibration = self.pre_rope, True
         self._streams: dict[tuple[int, bool], _Stream] = {}
-        self.name = f"KVQuant-like {bits_label(self.key_bits, self.value_bits)}"
+        self.name = f"KVQuant-like {self.bits_label}"
         self.name += f" {100 * self.outliers:g} %" if self.outliers else ""
         self.name += "" if self.pre_rope else " post-RoPE"
 
@@ -103,9 +101,7 @@ class Kvquant(Method):
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Token by token."""
-        if (where.layer, where.keys) not in self._streams:
-            raise ValueError(f"{self.name} is not prepared: expected calibration texts")
-        stream = self._streams[where.layer, where.keys]
+        stream = self.fitted(self._streams, where.layer, where.keys)
         if not where.keys:
             tokens = rows.transpose(1, 2).flatten(2)
             extreme, low, high = self._value_range(tokens)

@@ -7,17 +7,16 @@ minimum and step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...reference import hadamard
-from .base import Geometry, Method, Where
+from .base import Geometry, Where
 from .quantizers import (
-    bits_label,
-    check_bits,
+    TwoStreams,
     check_metadata,
     code_bits,
     group_size,
@@ -32,27 +31,23 @@ OUTPUTS = 1024  # last queries of a chunk whose attention outputs are used
 
 
 @dataclass(eq=False)
-class Oscar(Method):
+class Oscar(TwoStreams):
     """The clips are the paper's."""
 
-    key_bits: float = 2
-    value_bits: float = 2
     group: int = 128
     key_clip: float = 0.96
     value_clip: float = 0.92
     metadata: str = "fp16"
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        check_bits("key_bits", self.key_bits)
-        check_bits("value_bits", self.value_bits)
+        super().__post_init__()
         check_metadata(self.metadata)
         for option in ("key_clip", "value_clip"):
             if not 0.0 < getattr(self, option) <= 1.0:
                 raise ValueError(f"{option}={getattr(self, option)!r}: expected a number above 0 and up to 1")
         self.needs_calibration = True
         self._rotations: dict[tuple[int, bool], Tensor] = {}  # [Hkv, D, D], rows are turned by x @ U
-        self.name = f"OSCAR-like {bits_label(self.key_bits, self.value_bits)} g{self.group}"
+        self.name = f"OSCAR-like {self.bits_label} g{self.group}"
 
     def prepare(self, rows: CalibrationRows) -> None:
         """Second moments of queries and of attention outputs, and their eigenvectors."""
@@ -69,14 +64,12 @@ class Oscar(Method):
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
         """Codes and two numbers a group."""
-        codes = code_bits(self.key_bits if keys else self.value_bits, geometry.head_dim)
+        codes = code_bits(self.stream_bits(keys), geometry.head_dim)
         return codes + 2 * check_metadata(self.metadata) / group_size(self.group, geometry.head_dim)
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Token by token."""
-        if (where.layer, where.keys) not in self._rotations:
-            raise ValueError(f"{self.name} is not prepared: expected calibration texts")
-        rotation = self._rotations[where.layer, where.keys]
+        rotation = self.fitted(self._rotations, where.layer, where.keys)
         order = bit_reversal(rows.shape[-1])
         bits, clip = (self.key_bits, self.key_clip) if where.keys else (self.value_bits, self.value_clip)
         y = hadamard(rows @ rotation)[..., order]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...reference import METADATA, round_metadata
+from .base import Method
 
 TERNARY = (1.5, 1.6)  # "1.5 bit" of the SKVQ paper is three levels
 GRID_BITS = (8, 6, 5, 4, 3, 2, *TERNARY, 1)
@@ -72,3 +75,27 @@ def grouped_min_max(rows: Tensor, group: int, levels: int, metadata: str = "fp16
 def nearest_level(rows: Tensor, levels: Tensor) -> Tensor:
     """Every element replaced by the nearest of `levels` (ascending)."""
     return levels[torch.bucketize(rows.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+
+
+@dataclass(eq=False)
+class TwoStreams(Method):
+    """A method with bits for keys and bits for values; its name is made in `__post_init__`."""
+
+    ALLOWED_BITS: ClassVar[tuple[float, ...]] = GRID_BITS
+
+    key_bits: float = 2
+    value_bits: float = 2
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_bits("key_bits", self.key_bits, self.ALLOWED_BITS)
+        check_bits("value_bits", self.value_bits, self.ALLOWED_BITS)
+
+    def stream_bits(self, keys: bool) -> float:
+        """Bits of a code of keys, or of values."""
+        return self.key_bits if keys else self.value_bits
+
+    @property
+    def bits_label(self) -> str:
+        """For the name, see `bits_label`."""
+        return bits_label(self.key_bits, self.value_bits)

@@ -6,17 +6,16 @@ channels look normal, and quantized token by token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...reference import hadamard, lloyd_max_levels, round_metadata
-from .base import Geometry, Method, Where
+from .base import Geometry, Where
 from .quantizers import (
-    bits_label,
-    check_bits,
+    TwoStreams,
     check_metadata,
     code_bits,
     group_size,
@@ -41,43 +40,39 @@ def random_signs(width: int, seed: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class Rotation(Method):
+class Rotation(TwoStreams):
     """`rotation` "hadamard" (random signs, then Walsh–Hadamard) or "random" (a random orthogonal matrix).
 
     With `levels` "lloyd-max" a row has one scale, its root mean square; with "uniform" groups of `group` channels have
     a minimum and a step.
     """
 
-    key_bits: float = 2
-    value_bits: float = 2
     rotation: str = "hadamard"
     levels: str = "lloyd-max"
     group: int = 128
     metadata: str = "fp16"
     seed: int = 0
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        check_bits("key_bits", self.key_bits)
-        check_bits("value_bits", self.value_bits)
+        super().__post_init__()
         check_metadata(self.metadata)
         for option, allowed in (("rotation", ("hadamard", "random")), ("levels", ("lloyd-max", "uniform"))):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option}={getattr(self, option)!r}: expected {' or '.join(map(repr, allowed))}")
         family = "QuaRot-like" if self.levels == "uniform" else "TurboQuant-like"
-        self.name = f"{family} {bits_label(self.key_bits, self.value_bits)}"
+        self.name = f"{family} {self.bits_label}"
         self.name += f" g{self.group}" if self.levels == "uniform" else ""
         self.name += " random" if self.rotation == "random" else ""
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
         """Codes, and one number a row or two a group."""
         numbers = 1 / geometry.head_dim if self.levels == "lloyd-max" else 2 / group_size(self.group, geometry.head_dim)
-        codes = code_bits(self.key_bits if keys else self.value_bits, geometry.head_dim)
+        codes = code_bits(self.stream_bits(keys), geometry.head_dim)
         return codes + check_metadata(self.metadata) * numbers
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Row by row."""
-        bits, width = self.key_bits if where.keys else self.value_bits, rows.shape[-1]
+        bits, width = self.stream_bits(where.keys), rows.shape[-1]
         signs = random_signs(width, self.seed)
         matrix = random_rotation(width, self.seed) if self.rotation == "random" else None
         y = hadamard(rows * signs) if matrix is None else rows @ matrix

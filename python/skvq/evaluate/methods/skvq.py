@@ -8,7 +8,7 @@ them, before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...models import ExtraNotInstalledError
 from ..rope import before_rope
-from .base import Geometry, Method, Where
-from .quantizers import bits_label, check_bits, check_metadata, code_bits, level_count, min_max
+from .base import Geometry, Where
+from .quantizers import TwoStreams, check_metadata, code_bits, level_count, min_max
 
 if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows, RowsOfLayer
@@ -27,21 +27,17 @@ _STARTS = 10  # of the clustering
 
 
 @dataclass(eq=False)
-class Skvq(Method):
+class Skvq(TwoStreams):
     """`group` channels on average in a group; `clip` None chooses alpha, `reorder` false leaves channels in place."""
 
-    key_bits: float = 2
-    value_bits: float = 2
     group: int = 64
     metadata: str = "e4m3"
     reorder: bool = True
     clip: float | None = None
     pre_rope: bool = False
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        check_bits("key_bits", self.key_bits)
-        check_bits("value_bits", self.value_bits)
+        super().__post_init__()
         check_metadata(self.metadata)
         if self.group < 2:
             raise ValueError(f"group={self.group}: expected at least 2 channels")
@@ -51,7 +47,7 @@ class Skvq(Method):
         self.needs_calibration = self.reorder or self.clip is None
         self._groups: dict[tuple[int, bool], list[Tensor]] = {}  # channels of each group, of all heads of a layer
         self._clips: dict[tuple[int, bool], float] = {}
-        parts = [f"SKVQ {bits_label(self.key_bits, self.value_bits)} g{self.group}"]
+        parts = [f"SKVQ {self.bits_label} g{self.group}"]
         parts += ["pre-RoPE"] * self.pre_rope + ["no reorder"] * (not self.reorder)
         parts += [f"clip {self.clip:g}"] if self.clip is not None else []
         parts += ["fp16"] if self.metadata == "fp16" else []
@@ -86,7 +82,7 @@ class Skvq(Method):
         """Codes, and two numbers a group."""
         width = geometry.width
         groups = len(self._groups_of(geometry.layer, keys, width))
-        codes = code_bits(self.key_bits if keys else self.value_bits, width)
+        codes = code_bits(self.stream_bits(keys), width)
         return codes + 2 * check_metadata(self.metadata) * groups / width
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
@@ -97,7 +93,7 @@ class Skvq(Method):
 
     def _quantize(self, rows: Tensor, where: Where) -> Tensor:
         tokens = rows.transpose(1, 2).flatten(2)
-        levels = level_count(self.key_bits if where.keys else self.value_bits)
+        levels = level_count(self.stream_bits(where.keys))
         clip = self._clips.get((where.layer, where.keys), 1.0) if self.clip is None else self.clip
         read = torch.empty_like(tokens)
         for channels in self._groups_of(where.layer, where.keys, tokens.shape[-1]):
@@ -107,9 +103,7 @@ class Skvq(Method):
     def _groups_of(self, layer: int, keys: bool, width: int) -> list[Tensor]:
         if not self.reorder:
             return list(torch.arange(width).split(self.group))
-        if (layer, keys) not in self._groups:
-            raise ValueError(f"{self.name} is not prepared: expected calibration texts")
-        return self._groups[layer, keys]
+        return self.fitted(self._groups, layer, keys)
 
 
 def cluster_channels(points: Tensor, count: int) -> list[Tensor]:

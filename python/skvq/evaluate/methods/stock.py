@@ -143,7 +143,5 @@ class Fp8(Method):
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Element by element."""
-        if (where.layer, where.keys) not in self._scales:
-            raise ValueError(f"{self.name} is not prepared: expected calibration texts")
-        scale, largest = self._scales[where.layer, where.keys], torch.finfo(torch.float8_e4m3fn).max
+        scale, largest = self.fitted(self._scales, where.layer, where.keys), torch.finfo(torch.float8_e4m3fn).max
         return (rows / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).float() * scale

@@ -7,14 +7,14 @@ range, its starting point.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Geometry, Method, Where
-from .quantizers import bits_label, check_bits, code_bits, group_size, grouped_min_max, level_count
+from .base import Geometry, Where
+from .quantizers import TwoStreams, code_bits, group_size, grouped_min_max, level_count
 
 if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows
@@ -23,20 +23,18 @@ SMALLEST_RANGE = 1e-6
 
 
 @dataclass(eq=False)
-class Wkvquant(Method):
+class Wkvquant(TwoStreams):
     """Groups of `group` channels with fp16 minimum and step."""
 
     key_bits: float = 4
     value_bits: float = 4
     group: int = 128
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        check_bits("key_bits", self.key_bits)
-        check_bits("value_bits", self.value_bits)
+        super().__post_init__()
         self.needs_calibration = True
         self._channels: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # shift and scale [Hkv, 1, D]
-        self.name = f"WKVQuant-like {bits_label(self.key_bits, self.value_bits)} g{self.group}"
+        self.name = f"WKVQuant-like {self.bits_label} g{self.group}"
 
     def prepare(self, rows: CalibrationRows) -> None:
         """Ranges of channels."""
@@ -53,13 +51,11 @@ class Wkvquant(Method):
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
         """Codes and two fp16 numbers a group."""
-        codes = code_bits(self.key_bits if keys else self.value_bits, geometry.head_dim)
+        codes = code_bits(self.stream_bits(keys), geometry.head_dim)
         return codes + 32 / group_size(self.group, geometry.head_dim)
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Token by token."""
-        if (where.layer, where.keys) not in self._channels:
-            raise ValueError(f"{self.name} is not prepared: expected calibration texts")
-        shift, scale = self._channels[where.layer, where.keys]
-        levels = level_count(self.key_bits if where.keys else self.value_bits)
+        shift, scale = self.fitted(self._channels, where.layer, where.keys)
+        levels = level_count(self.stream_bits(where.keys))
         return grouped_min_max((rows - shift) / scale, self.group, levels) * scale + shift
