@@ -7,7 +7,6 @@ Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D]; token_ids int64 [T].
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .._native import SkvqError
 from ..attention import skvq_attention_forward
+from ..evaluate.rope import Rotary
 from ..fingerprint import ModelFingerprint
 from ..model_layers import decoder_config
 from .moments import AttentionMoments, StreamMoments
@@ -70,7 +70,7 @@ def collect(
     if state_path is not None and Path(state_path).is_file():
         statistics = _continued(Statistics.load(state_path, model), statistics, state_path)
         done = statistics.chunks
-    collector = _Collector(statistics)
+    collector = _Collector(statistics, Rotary(model))
     with (
         _attention_of(model, collector),
         torch.no_grad(),
@@ -136,10 +136,10 @@ _ACTIVE: ContextVar[_Collector | None]
 class _Collector:
     """Takes the rows of one chunk after the other into the statistics."""
 
-    def __init__(self, statistics: Statistics) -> None:
+    def __init__(self, statistics: Statistics, rotary: Rotary) -> None:
         self.statistics, self.options = statistics, statistics.options
         self.packed = set(statistics.fingerprint.packed_layers)
-        self.rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rotary = rotary
         self.last: tuple[Tensor, int] | None = None
         self.seen: set[int] = set()
         self.slot: int | None = None
@@ -151,7 +151,6 @@ class _Collector:
         self.slot = sample_slot(statistics.chunks, self.options.sample_slots)
         device = next(model.parameters()).device
         model.base_model(input_ids=ids[None].to(device), use_cache=False)
-        self.rotations.clear()
         self.last = None
         missing = sorted(self.packed - self.seen)
         if missing:
@@ -189,8 +188,8 @@ class _Collector:
         layer.values.update(values[:, sinks:], block)
         self._queries(layer, query, key.shape[1], scaling)
         if layer.keys_before_rope is not None:
-            plain = _rotated_back(module, key, self.rotations.get(id(module)))
-            layer.keys_before_rope.update(plain[0].float()[:, sinks:], block)
+            plain = self._before_rope(index, key)
+            layer.keys_before_rope.update(plain[0, :, sinks:], block)
         if layer.attention is not None:
             layer.attention.update(
                 query[0, :].float() * scaling,
@@ -225,6 +224,12 @@ class _Collector:
                 f"layer {index}: {name} of chunk {self.statistics.chunks} have NaN or infinity, expected finite numbers"
             )
         return rows
+
+    def _before_rope(self, index: int, key: Tensor) -> Tensor:
+        try:
+            return self.rotary(index).back(key.float(), 0)
+        except ValueError as error:
+            raise SkvqError(f"before_rope=True: {error}") from None
 
     def _queries(self, layer: LayerStatistics, query: Tensor, heads: int, scaling: float) -> None:
         rows = query[0, :, self.options.sinks :].float() * scaling
@@ -266,55 +271,14 @@ def _attention_of(model: Any, collector: _Collector) -> Iterator[None]:
     before, was_training = decoder._attn_implementation, model.training
     AttentionInterface.register(NAME, _attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    hooks = []
     model.eval()
     model.set_attn_implementation(NAME)
     token = _ACTIVE.set(collector)
     try:
         if decoder._attn_implementation != NAME:
             raise SkvqError(f"model: a {type(model).__name__} keeps its own attention, expected one that can be set")
-        for module in model.modules() if collector.options.before_rope else ():
-            if hasattr(module, "layer_idx"):
-                hooks.append(module.register_forward_pre_hook(_remember_rotation(collector), with_kwargs=True))
         yield
     finally:
         _ACTIVE.reset(token)
-        for hook in hooks:
-            hook.remove()
         model.set_attn_implementation(before)
         model.train(was_training)
-
-
-# ---- before RoPE -----------------------------------------------------------------------------------------------------
-
-
-def _remember_rotation(collector: _Collector) -> Any:
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rotation = kwargs.get("position_embeddings")
-        if isinstance(rotation, tuple):
-            collector.rotations[id(module)] = rotation
-
-    return hook
-
-
-def _rotated_back(module: Any, key: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The keys before RoPE, by the model's own function with the opposite angles; checked by rotating them again."""
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    unknown = SkvqError(f"before_rope=True: the rotary embedding of {type(module).__name__} is not known")
-    if rotation is None or apply is None:
-        raise unknown
-    single = "k" not in inspect.signature(apply).parameters
-
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return apply(x, cos, sin) if single else apply(x, x, cos, sin)[1]
-
-    cos, sin = (x.float() for x in rotation)
-    # Some embeddings scale keys too (YaRN's attention factor); the scale is the same for all channels they turn.
-    power = float((cos.square() + sin.square()).mean())
-    rows = key.float()
-    plain = turn(rows, cos / power, -sin / power)
-    # cos and sin were rounded to the model's dtype.
-    tolerance = 4.0 * torch.finfo(rotation[0].dtype).eps * float(rows.abs().max())
-    if float((turn(plain, cos, sin) - rows).abs().max()) > tolerance:
-        raise unknown
-    return plain
