@@ -24,6 +24,7 @@ from .calibration_rows import CalibrationRows
 from .divergence import ChunkReference, OutputHead
 from .memory_bits import counted_bits
 from .methods import Method, parse_method
+from .progress import progress_bar
 from .region_rule import RegionRule
 from .report import Report, Row, _without_nan
 from .simulation import Simulator, rule_of
@@ -104,7 +105,7 @@ def measure(
     report = Report({**common, "calibration_texts": [piece.name for piece in fitted]})
     with torch.inference_mode():
         run = _Run(model, chosen, fitted, settings, common, done, log)
-        with _bar(len(pieces) * len(chosen), progress) as advance:
+        with progress_bar(len(pieces) * len(chosen), "runs", wanted=progress) as advance:
             for piece in pieces:
                 report.rows += run.rows_of(piece, advance)
     return report
@@ -302,23 +303,3 @@ def _append_log(log: Path | None, row: Row) -> None:
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
         file.write(json.dumps(row).encode() + b"\n")
-
-
-class _bar:  # noqa: N801 - used like a function
-    """A tqdm bar whose label is what runs now; nothing if not wanted."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit="run", disable=not wanted, file=sys.stderr)
-
-    def __enter__(self) -> Any:
-        def advance(count: int, label: str | None) -> None:
-            if label is not None:
-                self._bar.set_description(label)
-            self._bar.update(count)
-
-        return advance
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

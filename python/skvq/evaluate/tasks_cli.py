@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..arguments import add_attention, add_counts, add_model, add_output, add_texts, whole_number
+from .progress import progress_bar
 
 _CACHES = (
     "dynamic (full precision, best given first), packed[:OPTIONS], plan:FILE, method:SPEC, quanto[:OPTIONS], "
@@ -148,19 +147,6 @@ def _add_lm_eval(subcommands: Any) -> None:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def report(count: int, label: str) -> None:
-            bar.set_description(label, refresh=False)
-            bar.update(count)
-
-        yield report
-
-
 def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Callable[[], Any]]]:
     """The model, and the makers of the caches by their texts."""
     from ..bench.machine import set_threads
@@ -223,7 +209,7 @@ def _run_retrieval(arguments: argparse.Namespace) -> None:
     settings = retrieval_settings(name, options, text, **_common(arguments))
     records = RecordFile(arguments.records, settings, KEY)
     total = len(options.tasks) * len(options.lengths) * options.cases * options.depths * len(caches)
-    with _bar(total, "answers") as report:
+    with progress_bar(total, "answers") as report:
         found = run_retrieval(loaded.model, loaded.tokenizer, caches, options, text, records, report)
     print(table(found, options.depths))
     result = retrieval_report(found, name, options, caches=list(caches), **_common(arguments))
@@ -253,7 +239,7 @@ def _run_generation(arguments: argparse.Namespace) -> None:
     prompts = [chunk.token_ids.tolist() for chunk in chunks]
     forced = 2 * options.new_tokens - 1 if len(caches) > 1 else 0
     total = len(prompts) * (options.new_tokens * options.free * len(caches) + forced)
-    with _bar(total, "tokens") as report:
+    with progress_bar(total, "tokens") as report:
         found = run_long_generation(loaded.model, prompts, caches, options, records, report)
     print(table(found, options.bucket))
     more = {"prompt_tokens": arguments.prompt_tokens, "prompts": [chunk.name for chunk in chunks]}
@@ -274,7 +260,7 @@ def _run_longbench(arguments: argparse.Namespace) -> None:
     name = _model_name(loaded.name)
     settings = {"model": name, "max_tokens": options.max_tokens, "prefill": options.prefill, "prompts": prompts}
     records = RecordFile(arguments.records, settings | _common(arguments), KEY)
-    with _bar(0, "examples") as report:
+    with progress_bar(0, "examples") as report:
         found = run_longbench(loaded.model, loaded.tokenizer, caches, arguments.data, options, prompts, records, report)
     print(table(found))
     given = {**vars(options), **_common(arguments), "own_prompts": not prompts}
