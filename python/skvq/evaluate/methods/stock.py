@@ -24,13 +24,15 @@ METADATA_BITS = 32  # a scale and a zero point of a group, in the dtype of a hal
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+@dataclass(eq=False)
 class _Grouped(Method):
     """Groups of `group` channels of a token; quantized in `dtype`, as in a model of that dtype."""
 
-    key_bits: int
-    value_bits: int
-    group: int
-    dtype: str
+    key_bits: int = 4
+    value_bits: int = 4
+    group: int = 64
+    dtype: str = "bfloat16"
+    name: str = field(init=False)
 
     def _check(self, label: str) -> None:
         if self.dtype not in _DTYPES:
@@ -79,12 +81,6 @@ class _Grouped(Method):
 class Quanto(_Grouped):
     """optimum-quanto, transformers' default axis 0: groups of 64 channels of a token."""
 
-    key_bits: int = 4
-    value_bits: int = 4
-    group: int = 64
-    dtype: str = "bfloat16"
-    name: str = field(init=False)
-
     def __post_init__(self) -> None:
         self._check("quanto")
 
@@ -97,12 +93,6 @@ class Quanto(_Grouped):
 @dataclass(eq=False)
 class Hqq(_Grouped):
     """HQQ, axis 1: groups of 64 channels of a token, zero points improved by iterations over all rows at once."""
-
-    key_bits: int = 4
-    value_bits: int = 4
-    group: int = 64
-    dtype: str = "bfloat16"
-    name: str = field(init=False)
 
     def __post_init__(self) -> None:
         for option in ("key_bits", "value_bits"):
