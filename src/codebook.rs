@@ -20,7 +20,8 @@ impl Codebook {
     pub fn named(name: &str, format: Format) -> Result<Self> {
         let levels = format.levels();
         match (name, format) {
-            ("uniform" | "lloyd-max", Format::Raw(_)) => Ok(Self::Uniform { levels: 0 }),
+            ("uniform" | "lloyd-max", Format::Raw(_) | Format::Parts) => Ok(Self::Uniform { levels: 0 }),
+            ("lloyd-max", Format::Zero) => Ok(Self::Uniform { levels: 1 }),
             ("uniform", Format::Pair) => {
                 Err(Error::value("codebook", "\"lloyd-max\" or eight pairs for format \"1.5\"", name))
             }
@@ -110,18 +111,20 @@ impl Codebook {
     }
 }
 
-/// Levels that minimise the mean squared error of N(0, 1), for 3, 4, 8 and 16 levels.
-/// Errors: 0.1902, 0.1175, 0.03454, 0.009497 (Max 1960).
+/// Levels that minimise the mean squared error of N(0, 1), for 2, 3, 4, 8 and 16 levels.
+/// Errors: 0.3634, 0.1902, 0.1175, 0.03454, 0.009497 (Max 1960).
 pub fn lloyd_max(levels: usize) -> &'static [f32] {
     match levels {
+        2 => &LLOYD_MAX_2,
         3 => &LLOYD_MAX_3,
         4 => &LLOYD_MAX_4,
         8 => &LLOYD_MAX_8,
         16 => &LLOYD_MAX_16,
-        _ => unreachable!("formats have 3, 4, 8 or 16 listed levels"),
+        _ => unreachable!("formats have 2, 3, 4, 8 or 16 listed levels"),
     }
 }
 
+const LLOYD_MAX_2: [f32; 2] = [-0.797_884_6, 0.797_884_6];
 const LLOYD_MAX_3: [f32; 3] = [-1.224_006_4, 0.0, 1.224_006_4];
 const LLOYD_MAX_4: [f32; 4] = [-1.510_417_6, -0.452_780_04, 0.452_780_04, 1.510_417_6];
 const LLOYD_MAX_8: [f32; 8] =

@@ -5,8 +5,8 @@
 
 use crate::codebook::Codebook;
 use crate::error::{Error, Result};
-use crate::format::{Format, MAX_HEAD_DIM, RowLayout, pack, unpack};
-use crate::transform::{Affine, Permutation, Rotation, Source};
+use crate::format::{Format, MAX_HEAD_DIM, Metadata, RowLayout, pack, unpack};
+use crate::transform::{Affine, Matrix, Permutation, Rotation, Source, TurningMean};
 
 /// How a group's scale is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +34,62 @@ impl Rule {
     }
 }
 
+/// Neighbouring channels of a transformed row with one format: all of them, or one of the parts of FORMAT.md §6.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Of this part alone: its width is `layout.head_dim`.
+    pub layout: RowLayout,
+    pub codebook: Codebook,
+    /// The first channel.
+    pub first: usize,
+    /// Code bytes of a row before its own.
+    pub offset: usize,
+}
+
+impl Part {
+    /// The one part of a row whose channels all have one format.
+    pub fn whole(layout: RowLayout, codebook: Codebook) -> Vec<Self> {
+        vec![Self { layout, codebook, first: 0, offset: 0 }]
+    }
+
+    /// The parts of a row, with Lloyd–Max codebooks.
+    pub fn list(parts: &[(Format, usize)], metadata: Metadata) -> Result<Vec<Self>> {
+        let (mut first, mut offset) = (0, 0);
+        let part = |&(format, width): &(Format, usize)| {
+            let layout = RowLayout::new(format, width, width, metadata, true)?;
+            let part = Self { layout, codebook: Codebook::named("lloyd-max", format)?, first, offset };
+            first += width;
+            offset += layout.code_bytes;
+            Ok(part)
+        };
+        parts.iter().map(part).collect()
+    }
+
+    pub fn width(&self) -> usize {
+        self.layout.head_dim
+    }
+
+    pub fn is_coded(&self) -> bool {
+        self.layout.format != Format::Zero
+    }
+
+    /// Its channels in a row.
+    pub fn channels(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.width()
+    }
+
+    /// Its code bytes in a row's.
+    pub fn bytes(&self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.layout.code_bytes
+    }
+}
+
 /// Everything that turns a row into bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Codec {
     pub layout: RowLayout,
-    pub codebook: Codebook,
+    /// One, unless the layout's format is [`Format::Parts`].
+    pub parts: Vec<Part>,
     pub rule: Rule,
     pub clip: f32,
     pub refinements: u32,
@@ -48,9 +99,34 @@ pub struct Codec {
     /// None, one for all heads, or one for each kv head.
     pub permutations: Vec<Permutation>,
     pub source: Source,
+    /// For rows of parts, M and B: one for all heads, or one for each.
+    pub matrices: Vec<Matrix>,
+    /// For keys of parts: the error's variance of every transformed channel, in units of the squared scale; or nothing.
+    pub noise: Vec<f32>,
 }
 
 impl Codec {
+    /// The codebook of a row that is not of parts.
+    pub fn codebook(&self) -> &Codebook {
+        &self.parts[0].codebook
+    }
+
+    pub fn is_of_parts(&self) -> bool {
+        self.layout.format == Format::Parts
+    }
+
+    pub fn matrix(&self, head: usize) -> Option<&Matrix> {
+        self.matrices.get(if self.matrices.len() == 1 { 0 } else { head })
+    }
+
+    /// The mean of a head that turns with the position, if this codec has one.
+    pub fn turning_mean(&self, head: usize) -> Option<&TurningMean> {
+        match &self.source {
+            Source::Turning(means) => means.get(if means.len() == 1 { 0 } else { head }),
+            Source::Static(_) | Source::Block(_) => None,
+        }
+    }
+
     /// Rows of a block of statistics, 0 for static ones.
     pub fn block_rows(&self) -> usize {
         match &self.source {
@@ -71,7 +147,7 @@ impl Codec {
     pub fn static_affine(&self, head: usize) -> Option<&Affine> {
         match &self.source {
             Source::Static(affines) => affines.get(if affines.len() == 1 { 0 } else { head }),
-            Source::Block(_) => None,
+            Source::Block(_) | Source::Turning(_) => None,
         }
     }
 
@@ -94,6 +170,11 @@ impl Codec {
         if !fits(self.permutations.len()) {
             return Err(Error::value("permutation", format!("1 or {heads} lists"), self.permutations.len()));
         }
+        if self.is_of_parts() {
+            self.validate_parts(heads)?;
+        } else if !self.matrices.is_empty() || !self.noise.is_empty() || matches!(self.source, Source::Turning(_)) {
+            return Err(Error::value("parts", "parts with matrix, shift_sine or noise", "none"));
+        }
         let Source::Static(affines) = &self.source else { return Ok(()) };
         if affines.is_empty() || !fits(affines.len()) {
             return Err(Error::value("shift and scale", format!("1 or {heads} heads"), affines.len()));
@@ -113,6 +194,37 @@ impl Codec {
         Ok(())
     }
 
+    fn validate_parts(&self, heads: usize) -> Result<()> {
+        let fits = |count: usize| count == 1 || count == heads;
+        if !fits(self.matrices.len()) {
+            return Err(Error::value("matrix", format!("1 or {heads} matrices for parts"), self.matrices.len()));
+        }
+        if !self.noise.is_empty() && self.noise.len() != self.layout.head_dim {
+            return Err(Error::value("noise", format!("{} channels", self.layout.head_dim), self.noise.len()));
+        }
+        if !self.noise.iter().all(|noise| *noise >= 0.0 && noise.is_finite()) {
+            return Err(Error::value("noise", "finite numbers of at least 0", "another one"));
+        }
+        let plain = self.rule == Rule::Norm
+            && self.refinements == 0
+            && !self.unbiased
+            && self.rotation == Rotation::Identity
+            && self.permutations.is_empty();
+        if !plain || self.block_rows() > 0 {
+            let expected = "rule \"norm\" and no refinements, unbiased, rotation, permutation, block with parts";
+            return Err(Error::value("parts", expected, "one of them"));
+        }
+        match &self.source {
+            Source::Turning(means) if !fits(means.len()) => {
+                Err(Error::value("shift and shift_sine", format!("1 or {heads} heads"), means.len()))
+            }
+            Source::Static(affines) if !affines.iter().all(|affine| affine.scale.iter().all(|scale| *scale == 1.0)) => {
+                Err(Error::value("scale", "none with parts", "one"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Encodes one row: codes to `codes[..code_bytes]`, scales and zero points to `metadata[..metadata_bytes]`. Not for raw rows.
     pub fn encode_row(&self, row: &[f32], affine: &Affine, head: usize, codes: &mut [u8], metadata: &mut [u8]) {
         let mut y = [0.0f32; MAX_HEAD_DIM];
@@ -121,9 +233,13 @@ impl Codec {
             return encode_broken_row(&self.layout, codes, metadata);
         }
         self.transform(row, affine, head, y);
+        if self.is_of_parts() {
+            return self.encode_parts(y, codes, metadata);
+        }
         let groups = self.layout.groups();
         let size = self.layout.metadata.size();
         let mut unpacked = [0u8; MAX_HEAD_DIM];
+        let codebook = self.codebook();
         for (g, group) in y.chunks_exact(self.layout.group_size).enumerate() {
             let zero = self.zero_point(group);
             let zero = if self.layout.symmetric {
@@ -133,12 +249,12 @@ impl Codec {
             };
             let scale = &mut metadata[g * size..][..size];
             let mut a = self.layout.metadata.store(self.first_scale(group, zero), scale);
-            self.codes(group, a, zero, g, &mut unpacked);
+            group_codes(codebook, group, a, zero, g, &mut unpacked);
             for _ in 0..self.refinements {
                 let better = self.refined_scale(group, zero, g, &unpacked);
                 if let Some(better) = better {
                     a = self.layout.metadata.store(better, scale);
-                    self.codes(group, a, zero, g, &mut unpacked);
+                    group_codes(codebook, group, a, zero, g, &mut unpacked);
                 }
             }
             if self.unbiased
@@ -151,12 +267,28 @@ impl Codec {
         pack(&self.layout, &unpacked[..self.layout.codes()], codes);
     }
 
-    /// Steps 1 to 3: shift, scale, rotate, permute.
+    /// Scale and codes of a row of parts, `y` behind its matrix.
+    fn encode_parts(&self, y: &[f32], codes: &mut [u8], metadata: &mut [u8]) {
+        let coded = || self.parts.iter().filter(|part| part.is_coded());
+        let count: usize = coded().map(Part::width).sum();
+        let squares = lane_sum(coded().flat_map(|part| &y[part.channels()]).map(|y| y * y));
+        let a = self.layout.metadata.store(self.clip * (squares / count as f32).sqrt(), metadata);
+        let mut unpacked = [0u8; MAX_HEAD_DIM];
+        for part in coded() {
+            group_codes(&part.codebook, &y[part.channels()], a, 0.0, 0, &mut unpacked);
+            pack(&part.layout, &unpacked[..part.layout.codes()], &mut codes[part.bytes()]);
+        }
+    }
+
+    /// Steps 1 to 3: shift, scale, rotate, permute; or shift and matrix.
     fn transform(&self, row: &[f32], affine: &Affine, head: usize, y: &mut [f32]) {
         let mut u = [0.0f32; MAX_HEAD_DIM];
         let u = &mut u[..row.len()];
         for c in 0..row.len() {
             u[c] = (row[c] - affine.shift[c]) * affine.inverse[c];
+        }
+        if let Some(matrix) = self.matrix(head) {
+            return matrix.apply_plainly(u, y);
         }
         self.rotation.apply(u);
         match self.permutation(head) {
@@ -182,15 +314,15 @@ impl Codec {
                 self.clip * (squares / group.len() as f32).sqrt()
             }
             Rule::Range if self.layout.symmetric => {
-                self.clip * group.iter().fold(0.0f32, |most, y| most.max(y.abs())) / self.codebook.largest()
+                self.clip * group.iter().fold(0.0f32, |most, y| most.max(y.abs())) / self.codebook().largest()
             }
-            Rule::Range => self.clip * ((maximum(group) - minimum(group)) * 0.5) / self.codebook.largest(),
+            Rule::Range => self.clip * ((maximum(group) - minimum(group)) * 0.5) / self.codebook().largest(),
         }
     }
 
     /// Step 4, the least-squares scale for the codes at hand.
     fn refined_scale(&self, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
-        let level = |c: usize| self.level_of(codes, g, c);
+        let level = |c: usize| group_level(self.codebook(), self.layout.group_size, codes, g, c);
         let numerator = lane_sum(group.iter().enumerate().map(|(c, y)| (y - zero) * level(c)));
         let denominator = lane_sum((0..group.len()).map(|c| level(c) * level(c)));
         (numerator > 0.0).then(|| numerator / denominator)
@@ -199,60 +331,67 @@ impl Codec {
     /// Step 6: the scale with ⟨d, d̂⟩ = |d|² for the codes at hand.
     fn unbiased_scale(&self, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
         let squares = lane_sum(group.iter().map(|y| (y - zero) * (y - zero)));
-        let products = group.iter().enumerate().map(|(c, y)| (y - zero) * self.level_of(codes, g, c));
+        let level = |c: usize| group_level(self.codebook(), self.layout.group_size, codes, g, c);
+        let products = group.iter().enumerate().map(|(c, y)| (y - zero) * level(c));
         quotient(squares, lane_sum(products))
-    }
-
-    /// Step 5 for group `g`; `codes` are those of the whole row.
-    fn codes(&self, group: &[f32], a: f32, zero: f32, g: usize, codes: &mut [u8]) {
-        let inverse = if a == 0.0 { 0.0 } else { 1.0 / a };
-        let scaled = |y: f32| (y - zero) * inverse;
-        if self.layout.format == Format::Pair {
-            let half = group.len() / 2;
-            for j in 0..half {
-                codes[g * half + j] = self.codebook.pair_code(scaled(group[j]), scaled(group[half + j]));
-            }
-        } else {
-            for (code, &y) in codes[g * group.len()..].iter_mut().zip(group) {
-                *code = self.codebook.code(scaled(y));
-            }
-        }
-    }
-
-    /// The level of channel `c` of group `g`.
-    fn level_of(&self, codes: &[u8], g: usize, c: usize) -> f32 {
-        let size = self.layout.group_size;
-        match &self.codebook {
-            Codebook::Pairs { x, y, .. } => {
-                let half = size / 2;
-                let code = usize::from(codes[g * half + c % half]);
-                if c < half { x[code] } else { y[code] }
-            }
-            scalar => scalar.level(codes[g * size + c]),
-        }
     }
 
     /// Decodes one row into `out` (`head_dim` channels). Not for raw rows.
     pub fn decode_row(&self, codes: &[u8], metadata: &[u8], affine: &Affine, head: usize, out: &mut [f32]) {
         let layout = &self.layout;
         let mut unpacked = [0u8; MAX_HEAD_DIM];
-        unpack(layout, codes, &mut unpacked[..layout.codes()]);
         let mut y = [0.0f32; MAX_HEAD_DIM];
         let y = &mut y[..layout.head_dim];
-        for (g, group) in y.chunks_exact_mut(layout.group_size).enumerate() {
-            let (scale, zero) = group_metadata(layout, metadata, g);
-            for (c, value) in group.iter_mut().enumerate() {
-                *value = scale * self.level_of(&unpacked, g, c) + zero;
+        for part in &self.parts {
+            unpack(&part.layout, &codes[part.bytes()], &mut unpacked[..part.layout.codes()]);
+            let size = part.layout.group_size;
+            for (g, group) in y[part.channels()].chunks_exact_mut(size).enumerate() {
+                let (scale, zero) = group_metadata(layout, metadata, g);
+                for (c, value) in group.iter_mut().enumerate() {
+                    *value = scale * group_level(&part.codebook, size, &unpacked, g, c) + zero;
+                }
             }
         }
-        match self.permutation(head) {
-            Some(permutation) => permutation.invert(y, out),
-            None => out.copy_from_slice(y),
+        if let Some(matrix) = self.matrix(head) {
+            matrix.restore_plainly(y, out);
+        } else {
+            match self.permutation(head) {
+                Some(permutation) => permutation.invert(y, out),
+                None => out.copy_from_slice(y),
+            }
+            self.rotation.apply(out);
         }
-        self.rotation.apply(out);
         for (c, value) in out.iter_mut().enumerate() {
             *value = *value * affine.scale[c] + affine.shift[c];
         }
+    }
+}
+
+/// Step 5 for group `g`; `codes` are those of all groups.
+fn group_codes(codebook: &Codebook, group: &[f32], a: f32, zero: f32, g: usize, codes: &mut [u8]) {
+    let inverse = if a == 0.0 { 0.0 } else { 1.0 / a };
+    let scaled = |y: f32| (y - zero) * inverse;
+    if matches!(codebook, Codebook::Pairs { .. }) {
+        let half = group.len() / 2;
+        for j in 0..half {
+            codes[g * half + j] = codebook.pair_code(scaled(group[j]), scaled(group[half + j]));
+        }
+    } else {
+        for (code, &y) in codes[g * group.len()..].iter_mut().zip(group) {
+            *code = codebook.code(scaled(y));
+        }
+    }
+}
+
+/// The level of channel `c` of group `g`, of groups of `size` channels.
+fn group_level(codebook: &Codebook, size: usize, codes: &[u8], g: usize, c: usize) -> f32 {
+    match codebook {
+        Codebook::Pairs { x, y, .. } => {
+            let half = size / 2;
+            let code = usize::from(codes[g * half + c % half]);
+            if c < half { x[code] } else { y[code] }
+        }
+        scalar => scalar.level(codes[g * size + c]),
     }
 }
 

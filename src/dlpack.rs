@@ -118,6 +118,15 @@ impl ImportedTensor {
         Ok((self.copy("float32")?, [self.shape[0] as usize, self.shape[1] as usize]))
     }
 
+    /// A copy of float32 square matrices `[heads, width, width]`, one after the other by rows.
+    pub fn squares_f32(&self, width: usize) -> Result<Vec<f32>> {
+        self.expect_rank(3, "[heads, channels, channels]")?;
+        if self.shape[0] == 0 || self.shape[1..] != [width as i64; 2] {
+            return Err(Error::shape(self.name, format!("[heads, {width}, {width}]"), &self.shape));
+        }
+        self.copy("float32")
+    }
+
     /// A copy of a uint8 matrix in row-major order, with its shape.
     pub fn matrix_u8(&self) -> Result<(Vec<u8>, [usize; 2])> {
         self.expect_rank(2, "[rows, bytes]")?;

@@ -25,6 +25,12 @@ pub enum Format {
     Ternary,
     /// Eight codewords for a pair of channels, 1.5 bits an element.
     Pair,
+    /// One bit a channel; in parts only.
+    Int1,
+    /// No bit: the channel is read as 0; in parts only.
+    Zero,
+    /// Several formats, one after the other (FORMAT.md §6); its codes are those of its parts.
+    Parts,
     /// The model's own dtype: nothing is quantized.
     Raw(Dtype),
 }
@@ -46,6 +52,20 @@ impl Format {
         })
     }
 
+    /// The format of a part of a row.
+    pub fn of_part(name: &str) -> Result<Self> {
+        match name {
+            "4" => Ok(Self::Int4),
+            "3" => Ok(Self::Int3),
+            "2" => Ok(Self::Int2),
+            "1.6" => Ok(Self::Ternary),
+            "1.5" => Ok(Self::Pair),
+            "1" => Ok(Self::Int1),
+            "0" => Ok(Self::Zero),
+            _ => Err(Error::value("parts", "formats \"4\", \"3\", \"2\", \"1.6\", \"1.5\", \"1\" or \"0\"", name)),
+        }
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Int8 => "8",
@@ -54,11 +74,14 @@ impl Format {
             Self::Int2 => "2",
             Self::Ternary => "1.6",
             Self::Pair => "1.5",
+            Self::Int1 => "1",
+            Self::Zero => "0",
+            Self::Parts => "parts",
             Self::Raw(_) => "raw",
         }
     }
 
-    /// Levels of a scalar codebook, codewords of a pair codebook, 0 for raw rows.
+    /// Levels of a scalar codebook, codewords of a pair codebook, 0 for raw rows and rows of parts.
     pub fn levels(self) -> usize {
         match self {
             Self::Int8 => 256,
@@ -66,11 +89,13 @@ impl Format {
             Self::Int3 | Self::Pair => 8,
             Self::Int2 => 4,
             Self::Ternary => 3,
-            Self::Raw(_) => 0,
+            Self::Int1 => 2,
+            Self::Zero => 1,
+            Self::Raw(_) | Self::Parts => 0,
         }
     }
 
-    /// Bytes of the codes of a row of `head_dim` channels (a multiple of 16).
+    /// Bytes of the codes of a row of `head_dim` channels (a multiple of 16); 0 for parts, which have their own.
     pub fn code_bytes(self, head_dim: usize) -> usize {
         match self {
             Self::Int8 => head_dim,
@@ -79,6 +104,8 @@ impl Format {
             Self::Int2 => head_dim / 4,
             Self::Ternary => head_dim.div_ceil(5),
             Self::Pair => head_dim / 8 + head_dim / 16,
+            Self::Int1 => head_dim / 8,
+            Self::Zero | Self::Parts => 0,
             Self::Raw(dtype) => head_dim * dtype.size(),
         }
     }
@@ -228,6 +255,21 @@ impl RowLayout {
         self.code_bytes + self.metadata_bytes
     }
 
+    /// A row of parts: their codes one after the other, and one scale.
+    pub fn of_parts(head_dim: usize, metadata: Metadata, parts: &[(Format, usize)]) -> Result<Self> {
+        let whole = Self::new(Format::Parts, head_dim, head_dim, metadata, true)?;
+        let mut code_bytes = 0;
+        for &(format, width) in parts {
+            code_bytes += Self::new(format, width, width, metadata, true)?.code_bytes;
+        }
+        let widths: usize = parts.iter().map(|part| part.1).sum();
+        if widths != head_dim || code_bytes == 0 {
+            let expected = format!("widths that add up to head_dim = {head_dim}, not all of format \"0\"");
+            return Err(Error::value("parts", expected, format!("{widths} channels in {code_bytes} bytes")));
+        }
+        Ok(Self { code_bytes, ..whole })
+    }
+
     /// Number of codes in a row: one for each channel, or for each pair.
     pub fn codes(&self) -> usize {
         if self.format == Format::Pair { self.head_dim / 2 } else { self.head_dim }
@@ -253,7 +295,12 @@ pub fn pack(layout: &RowLayout, codes: &[u8], bytes: &mut [u8]) {
             }
         }
         Format::Ternary => pack_ternary(codes, bytes),
-        Format::Raw(_) => {}
+        Format::Int1 => {
+            for (byte, eight) in bytes.iter_mut().zip(codes.chunks_exact(8)) {
+                *byte = eight.iter().enumerate().fold(0, |sum, (bit, code)| sum | (code & 1) << bit);
+            }
+        }
+        Format::Zero | Format::Parts | Format::Raw(_) => {}
     }
 }
 
@@ -306,7 +353,13 @@ pub fn unpack(layout: &RowLayout, bytes: &[u8], codes: &mut [u8]) {
                 *code = ((((u16::from(bytes[c % planes]) * power) & 255) * 3) >> 8) as u8;
             }
         }
-        Format::Raw(_) => {}
+        Format::Int1 => {
+            for (c, code) in codes.iter_mut().enumerate() {
+                *code = bytes[c / 8] >> (c % 8) & 1;
+            }
+        }
+        Format::Zero => codes.fill(0),
+        Format::Parts | Format::Raw(_) => {}
     }
 }
 
@@ -321,7 +374,8 @@ fn unpack_two_bits(bytes: &[u8], codes: &mut [u8]) {
 mod tests {
     use super::*;
 
-    const ALL: [Format; 6] = [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair];
+    const ALL: [Format; 7] =
+        [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair, Format::Int1];
 
     #[test]
     fn every_format_unpacks_what_it_packed() {

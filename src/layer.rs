@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
 use crate::page::{PackedRows, PlainRows};
 use crate::tensor::{Dtype, TensorView, TensorViewMut};
+use crate::transform::Source;
 use append::{AppendPlan, Scratch, StreamAppend};
 
 /// What `append` does with a NaN or an infinity.
@@ -63,6 +64,9 @@ impl LayerSpec {
         }
         self.keys.validate(self.num_key_value_heads)?;
         self.values.validate(self.num_key_value_heads)?;
+        if matches!(self.values.source, Source::Turning(_)) || !self.values.noise.is_empty() {
+            return Err(Error::value("values", "a plain shift and no noise: both are for keys", "shift_sine or noise"));
+        }
         let (keys, values) = (self.keys.block_rows(), self.values.block_rows());
         if keys != values && keys != 0 && values != 0 {
             return Err(Error::value("block", "one size for keys and values, or 0", format!("{keys} and {values}")));

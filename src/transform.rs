@@ -1,7 +1,14 @@
 //! What happens to a row before it is quantized: shift, scale, Hadamard rotation, permutation; and where shift and scale come from.
+//! The linear map and the turning mean of calibrated rows are in `matrix.rs` and `turning.rs`.
 //!
 //! Everything here is constant over many rows (a head's plan, or a block's statistics), so attention folds it into the query and the
 //! output once. Rows are `&[f32]` of `head_dim` channels. Keys and values each have their own.
+
+mod matrix;
+mod turning;
+
+pub use matrix::Matrix;
+pub use turning::{SPAN, TurningMean, Turns, spans_of};
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -130,6 +137,8 @@ pub enum Source {
     Static(Vec<Affine>),
     /// The rows themselves, block by block.
     Block(BlockRule),
+    /// A mean for each kv head that turns with the position; no scale.
+    Turning(Vec<TurningMean>),
 }
 
 /// How the statistics of a block are taken (FORMAT.md §4).

@@ -8,9 +8,9 @@ use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
 use crate::layer::Stream;
-use crate::page::PlainRows;
+use crate::page::{Page, PlainRows};
 use crate::tensor::{Dtype, TensorView, TensorViewMut};
-use crate::transform::{Affine, Source};
+use crate::transform::{Affine, Source, spans_of};
 
 pub(crate) use crate::backend::simd::rows::encode_row;
 
@@ -49,7 +49,7 @@ pub fn decode_stream(
     output: &mut TensorViewMut,
 ) {
     let sinks = stream.sinks.len();
-    decode_past(isa, codec, kv_head, stream, sinks, output);
+    decode_past(isa, codec, kv_head, stream, sinks, padding, output);
     copy_plain(&stream.window, sinks + stream.past.len(), output);
     let zeros = vec![0.0; output.width()];
     for token in 0..padding.min(output.tokens()) {
@@ -72,13 +72,16 @@ fn decode_past(
     kv_head: usize,
     stream: &Stream,
     first_token: usize,
+    padding: usize,
     output: &mut TensorViewMut,
 ) {
     let (layout, past) = (&codec.layout, &stream.past);
     let width = layout.head_dim;
     let mut tile = vec![0.0; PAGE_ROWS * width + levels::SLACK];
     let mut row = vec![0.0; width];
-    let mut block: Option<Affine> = None;
+    let mut changing: Option<Affine> = codec.turning_mean(kv_head).map(|_| Affine::identity(width));
+    let position = first_token as i64 - padding as i64;
+    let spans = codec.turning_mean(kv_head).map(|mean| (mean, mean.turns.spans(spans_of(position, past.len()))));
     for first in (0..past.len()).step_by(PAGE_ROWS) {
         let page = past.page(first / PAGE_ROWS);
         let count = PAGE_ROWS.min(past.len() - first);
@@ -90,14 +93,32 @@ fn decode_past(
             continue;
         }
         if let Source::Block(rule) = &codec.source {
-            block = Some(past.block(first, rule.rows).expand(width));
+            changing = Some(past.block(first, rule.rows).expand(width));
         }
-        let affine = block.as_ref().or(codec.static_affine(kv_head)).expect("a static codec serves every head");
-        levels::decode_levels(isa, layout, &codec.codebook, codes, count, &mut tile);
+        decode_page_levels(isa, codec, page, count, &mut tile);
         for (i, levels) in tile.chunks_exact(width).take(count).enumerate() {
             let metadata = &metadata[i * layout.metadata_bytes..];
+            if let (Some((mean, spans)), Some(affine)) = (&spans, &mut changing) {
+                mean.at(spans, position + (first + i) as i64, &mut affine.shift);
+            }
+            let affine = changing.as_ref().or(codec.static_affine(kv_head)).expect("a static codec serves every head");
             rows::restore_row(isa, codec, affine, kv_head, metadata, levels, &mut row);
             output.write_row_f32(0, 0, first_token + first + i, &row);
+        }
+    }
+}
+
+/// Levels `[rows, width]` of the first `rows` rows of a page, whatever parts they have.
+fn decode_page_levels(isa: Isa, codec: &Codec, page: &Page, rows: usize, tile: &mut [f32]) {
+    if let [part] = &codec.parts[..] {
+        return levels::decode_levels(isa, &part.layout, &part.codebook, page.part(part), rows, tile);
+    }
+    let width = codec.layout.head_dim;
+    let mut of_part = vec![0.0; rows * width + levels::SLACK];
+    for part in &codec.parts {
+        levels::decode_levels(isa, &part.layout, &part.codebook, page.part(part), rows, &mut of_part);
+        for (row, levels) in tile.chunks_exact_mut(width).zip(of_part.chunks_exact(part.width())).take(rows) {
+            row[part.channels()].copy_from_slice(levels);
         }
     }
 }

@@ -4,11 +4,11 @@ use crate::backend::attend::{Attention, attend};
 use crate::backend::simd::Isa;
 use crate::backend::{cpu, simd};
 use crate::codebook::Codebook;
-use crate::codec::{Codec, Rule};
+use crate::codec::{Codec, Part, Rule};
 use crate::format::{Format, Metadata, RowLayout};
 use crate::layer::{Layer, LayerSpec, NonFinite, Regions};
 use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
-use crate::transform::{Affine, BlockRule, Permutation, Rotation, Source};
+use crate::transform::{Affine, BlockRule, Matrix, Permutation, Rotation, Source, TurningMean, Turns};
 
 /// A small generator: the tests need no more than "different every time, the same every run".
 struct Noise(u64);
@@ -39,9 +39,10 @@ const FORMATS: [Format; 6] = [Format::Int8, Format::Int4, Format::Int3, Format::
 
 fn codec(format: Format, head_dim: usize, group_size: usize, source: Source) -> Codec {
     let name = if format == Format::Int8 { "uniform" } else { "lloyd-max" };
+    let layout = RowLayout::new(format, head_dim, group_size, Metadata::E4m3, true).unwrap();
     Codec {
-        layout: RowLayout::new(format, head_dim, group_size, Metadata::E4m3, true).unwrap(),
-        codebook: Codebook::named(name, format).unwrap(),
+        layout,
+        parts: Part::whole(layout, Codebook::named(name, format).unwrap()),
         rule: if format == Format::Int8 { Rule::Range } else { Rule::Norm },
         clip: 1.0,
         refinements: 0,
@@ -49,6 +50,8 @@ fn codec(format: Format, head_dim: usize, group_size: usize, source: Source) -> 
         rotation: Rotation::Hadamard,
         permutations: Vec::new(),
         source,
+        matrices: Vec::new(),
+        noise: Vec::new(),
     }
 }
 
@@ -64,16 +67,18 @@ fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
     let mut order: Vec<usize> = (0..head_dim).collect();
     (0..head_dim).for_each(|i| order.swap(i, noise.below(head_dim)));
     let uniform = format == Format::Int8 || (format != Format::Pair && noise.below(2) == 0);
+    let layout = RowLayout::new(
+        format,
+        head_dim,
+        groups[noise.below(groups.len())],
+        [Metadata::E4m3, Metadata::Fp16][noise.below(2)],
+        noise.below(2) == 0,
+    )
+    .unwrap();
+    let codebook = Codebook::named(if uniform { "uniform" } else { "lloyd-max" }, format).unwrap();
     Codec {
-        layout: RowLayout::new(
-            format,
-            head_dim,
-            groups[noise.below(groups.len())],
-            [Metadata::E4m3, Metadata::Fp16][noise.below(2)],
-            noise.below(2) == 0,
-        )
-        .unwrap(),
-        codebook: Codebook::named(if uniform { "uniform" } else { "lloyd-max" }, format).unwrap(),
+        layout,
+        parts: Part::whole(layout, codebook),
         rule: [Rule::Norm, Rule::Range][noise.below(2)],
         clip: 0.9 + 0.1 * noise.uniform(),
         refinements: noise.below(3) as u32,
@@ -81,7 +86,49 @@ fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
         rotation: [Rotation::Identity, Rotation::Hadamard][noise.below(2)],
         permutations: if noise.below(2) == 0 { vec![Permutation::new(&order, head_dim).unwrap()] } else { vec![] },
         source: Source::Static(vec![Affine::new(shift, scale)]),
+        matrices: Vec::new(),
+        noise: Vec::new(),
     }
+}
+
+/// Random parts behind random matrices, with a mean that turns if asked for.
+fn random_codec_of_parts(noise: &mut Noise, head_dim: usize, heads: usize, turning: bool) -> Codec {
+    const PARTS: [&str; 7] = ["4", "3", "2", "1.6", "1.5", "1", "0"];
+    let (mut parts, mut left) = (vec![(Format::Int4, 16)], head_dim - 16);
+    while left > 0 {
+        let width = (16 * (1 + noise.below(4))).min(left);
+        parts.push((Format::of_part(PARTS[noise.below(7)]).unwrap(), width));
+        left -= width;
+    }
+    let metadata = [Metadata::E4m3, Metadata::Fp16][noise.below(2)];
+    let square = |noise: &mut Noise| {
+        (0..head_dim * head_dim).map(|_| noise.normal() / (head_dim as f32).sqrt()).collect::<Vec<_>>()
+    };
+    let row = |noise: &mut Noise| (0..head_dim).map(|_| 3.0 * noise.normal()).collect::<Vec<_>>();
+    let source = if turning {
+        let frequencies: Vec<f32> =
+            (0..head_dim).map(|c| 100f32.powf(-((c % (head_dim / 2)) as f32) * 4.0 / head_dim as f32)).collect();
+        let turns = Turns::shared(&frequencies).unwrap();
+        let mean = |noise: &mut Noise| TurningMean::new(row(noise), row(noise), turns.clone()).unwrap();
+        Source::Turning((0..heads).map(|_| mean(noise)).collect())
+    } else {
+        Source::Static((0..heads).map(|_| Affine::new(row(noise), vec![1.0; head_dim])).collect())
+    };
+    let codec = Codec {
+        layout: RowLayout::of_parts(head_dim, metadata, &parts).unwrap(),
+        parts: Part::list(&parts, metadata).unwrap(),
+        rule: Rule::Norm,
+        clip: 0.9 + 0.2 * noise.uniform(),
+        refinements: 0,
+        unbiased: false,
+        rotation: Rotation::Identity,
+        permutations: Vec::new(),
+        source,
+        matrices: (0..heads).map(|_| Matrix::new(&square(noise), &square(noise), head_dim).unwrap()).collect(),
+        noise: Vec::new(),
+    };
+    codec.validate(heads).unwrap();
+    codec
 }
 
 #[test]
@@ -89,7 +136,10 @@ fn every_isa_makes_the_codes_and_rows_of_the_reference() {
     let mut noise = Noise(1);
     for round in 0..400 {
         let head_dim = [16, 64, 80, 96, 112, 128, 192, 256, 512][noise.below(9)];
-        let codec = random_codec(&mut noise, head_dim);
+        let codec = match round % 3 {
+            0 => random_codec_of_parts(&mut noise, head_dim, 1, false),
+            _ => random_codec(&mut noise, head_dim),
+        };
         let layout = &codec.layout;
         let mut rows = noise.rows(3, head_dim);
         rows[head_dim..2 * head_dim].fill(if round % 2 == 0 { 0.0 } else { 1e30 });
@@ -105,7 +155,10 @@ fn every_isa_makes_the_codes_and_rows_of_the_reference() {
                 assert_eq!(fast_metadata, metadata, "{isa} {codec:?}");
                 assert_eq!(fast_codes, codes, "{isa} {codec:?}");
                 let (mut levels, mut fast) = (vec![0.0; head_dim + simd::levels::SLACK], vec![0.0; head_dim]);
-                simd::levels::decode_levels(isa, layout, &codec.codebook, &codes, 1, &mut levels);
+                for part in &codec.parts {
+                    let target = &mut levels[part.first..][..part.width() + simd::levels::SLACK];
+                    simd::levels::decode_levels(isa, &part.layout, &part.codebook, &codes[part.bytes()], 1, target);
+                }
                 simd::rows::restore_row(isa, &codec, affine, 0, &metadata, &levels[..head_dim], &mut fast);
                 let bits = |row: &[f32]| row.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&fast), bits(&decoded), "{isa} {codec:?}");
@@ -228,9 +281,17 @@ fn attention_on_packed_bytes_equals_attention_on_decoded_rows() {
         let mut keys = random_codec(&mut noise, key_width);
         let mut values = random_codec(&mut noise, value_width);
         (keys.source, values.source) = (source(&mut noise, key_width), source(&mut noise, value_width));
+        let heads = 1 + noise.below(2);
+        if noise.below(2) == 0 {
+            let turning = noise.below(2) == 0;
+            keys = random_codec_of_parts(&mut noise, key_width, heads, turning);
+        }
+        if noise.below(3) == 0 {
+            values = random_codec_of_parts(&mut noise, value_width, heads, false);
+        }
         let case = Case {
             batch: 1 + noise.below(2),
-            heads: 1 + noise.below(2),
+            heads,
             group: [1, 2, 3, 4, 7][noise.below(5)],
             length: [1, 1, 2, 5, 20][noise.below(5)],
             tokens: 30 + noise.below(700),
@@ -282,6 +343,71 @@ fn attention_on_packed_bytes_equals_attention_on_decoded_rows() {
         let mut output = vec![0.0f32; output_shape.iter().product()];
         attend(&layer, &call, TensorViewMut::from_slice(&mut output, output_shape)).unwrap();
         assert!(close(&output, &wanted), "round {round}, {isa}: {:?}", layer.spec());
+    }
+}
+
+#[test]
+fn noise_takes_its_share_off_the_scores_of_packed_rows() {
+    let (d, total, sinks, window) = (64, 300, 4, 20);
+    let mut noise = Noise(9);
+    let values = codec(Format::Int8, d, d, plain_source(d));
+    let plain = random_codec_of_parts(&mut noise, d, 1, true);
+    let kappa: Vec<f32> = (0..d).map(|_| 0.3 * noise.uniform()).collect();
+    let noisy = Codec { noise: kappa.clone(), ..plain.clone() };
+    let rows = noise.rows(total, d);
+    let query: Vec<f32> = (0..d).map(|_| 0.05 * noise.normal()).collect();
+    let shape = [1, 1, total, d];
+    for isa in Isa::available() {
+        let scores = |keys: &Codec| {
+            let mut layer = Layer::new(spec(1, keys.clone(), values.clone(), sinks, window, isa)).unwrap();
+            let view = TensorView::from_slice(&rows, shape);
+            layer.append(view, view).unwrap();
+            // One token at a time, against itself and a token whose score is known: the last.
+            let score = |token: usize| {
+                let mask: Vec<u8> = (0..total).map(|t| u8::from(t == token || t == total - 1)).collect();
+                let call = Attention {
+                    query: TensorView::from_slice(&query, [1, 1, 1, d]),
+                    scale: 1.0,
+                    mask: Some(MaskView::from_visible(&mask, [1, 1, 1, total])),
+                    causal: false,
+                    softcap: None,
+                    sink_logits: None,
+                    fresh: None,
+                };
+                let mut output = vec![0.0f32; d];
+                attend(&layer, &call, TensorViewMut::from_slice(&mut output, [1, 1, 1, d])).unwrap();
+                let decoded = decoded(&layer, true);
+                let (a, b) = (&decoded[token * d..][..d], &decoded[(total - 1) * d..][..d]);
+                // output = w·a + (1 − w)·b in every channel: w by least squares, the score's distance by its logit.
+                let (mut along, mut length) = (0.0f64, 0.0f64);
+                for c in 0..d {
+                    let difference = f64::from(a[c]) - f64::from(b[c]);
+                    along += (f64::from(output[c]) - f64::from(b[c])) * difference;
+                    length += difference * difference;
+                }
+                let weight = along / length;
+                (weight / (1.0 - weight)).ln()
+            };
+            [0, 10, 150, 285].map(score)
+        };
+        let (without, with) = (scores(&plain), scores(&noisy));
+        let mut folded = vec![0.0; d];
+        plain.matrices[0].fold(isa, &query, &mut folded);
+        let spread: f32 = 0.5 * kappa.iter().zip(&folded).map(|(k, q)| k * q * q).sum::<f32>();
+        let squared_scale = |token: usize| {
+            let turning = plain.turning_mean(0).unwrap();
+            let mut affine = Affine::identity(d);
+            turning.at(&turning.turns.spans(4), token as i64, &mut affine.shift);
+            let (mut codes, mut metadata) = (vec![0; plain.layout.code_bytes], vec![0; plain.layout.metadata_bytes]);
+            plain.encode_row(&rows[token * d..][..d], &affine, 0, &mut codes, &mut metadata);
+            plain.layout.metadata.load(&metadata).powi(2)
+        };
+        for (i, token) in [0usize, 10, 150, 285].into_iter().enumerate() {
+            let packed = token >= sinks && token < total - window;
+            let expected = if packed { f64::from(spread * squared_scale(token)) } else { 0.0 };
+            let found = without[i] - with[i];
+            assert!((found - expected).abs() < 0.02 * expected + 1e-3, "{isa}, token {token}: {found} {expected}");
+        }
     }
 }
 
@@ -499,7 +625,7 @@ fn golden_bytes_never_change() {
             RowLayout::new(format, head_dim, options[2].parse().unwrap(), metadata, options[4] == "True").unwrap();
         let codec = Codec {
             layout,
-            codebook: Codebook::named(options[5], format).unwrap(),
+            parts: Part::whole(layout, Codebook::named(options[5], format).unwrap()),
             rule: Rule::from_name(options[6]).unwrap(),
             clip: 1.0,
             refinements: options[8].parse().unwrap(),
@@ -507,6 +633,8 @@ fn golden_bytes_never_change() {
             rotation: Rotation::from_name(options[7]).unwrap(),
             permutations: Vec::new(),
             source: plain_source(head_dim),
+            matrices: Vec::new(),
+            noise: Vec::new(),
         };
         for (r, wanted) in rows.split(' ').enumerate() {
             let mut packed = vec![0; layout.row_bytes()];

@@ -4,7 +4,7 @@ use crate::backend::{cpu, simd::Isa};
 use crate::codec::Codec;
 use crate::page::PlainRows;
 use crate::tensor::TensorView;
-use crate::transform::{Affine, Source};
+use crate::transform::{Affine, Source, spans_of};
 
 use super::Stream;
 
@@ -35,6 +35,7 @@ pub(super) struct Scratch {
     row: Vec<f32>,
     block: Vec<f32>,
     affine: Affine,
+    codes: Vec<u8>,
 }
 
 /// One append to one stream.
@@ -146,8 +147,14 @@ impl StreamAppend<'_> {
     /// Encodes the rows that leave the window.
     fn pack(&self, stream: &mut Stream, scratch: &mut Scratch) {
         let Stream { past, window, .. } = stream;
-        let Scratch { row, affine: of_block, .. } = scratch;
+        let Scratch { row, affine: changing, codes: in_order, .. } = scratch;
         row.resize(self.rows.width(), 0.0);
+        in_order.resize(self.codec.layout.code_bytes, 0);
+        let position = |row: usize| (row + self.sinks) as i64 - self.padding as i64;
+        let turning = self.codec.turning_mean(self.kv_head).map(|mean| {
+            *changing = Affine::identity(row.len());
+            (mean, mean.turns.spans(spans_of(position(past.len()), self.plan.to_pack)))
+        });
         let mut turned_to = None;
         for i in 0..self.plan.to_pack {
             let affine = match &self.codec.source {
@@ -157,15 +164,25 @@ impl StreamAppend<'_> {
                 Source::Block(rule) => {
                     let block = past.len() / rule.rows;
                     if turned_to.replace(block) != Some(block) {
-                        past.block(past.len(), rule.rows).expand_to(row.len(), of_block);
+                        past.block(past.len(), rule.rows).expand_to(row.len(), changing);
                     }
-                    &*of_block
+                    &*changing
+                }
+                Source::Turning(_) => {
+                    let (mean, spans) = turning.as_ref().expect("a turning codec has a mean for every head");
+                    mean.at(spans, position(past.len()), &mut changing.shift);
+                    &*changing
                 }
             };
             self.read(window, i, row);
             let (index, page) = past.next_row(&self.codec.layout);
             let (codes, metadata) = page.row_mut(&self.codec.layout, index);
-            cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, codes, metadata);
+            if self.codec.is_of_parts() {
+                cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, in_order, metadata);
+                page.store_codes(&self.codec.parts, index, in_order);
+            } else {
+                cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, codes, metadata);
+            }
         }
     }
 }

@@ -1,17 +1,19 @@
 //! The Python class `Codec`: takes arguments, lets go of the interpreter. No algorithm lives here.
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use super::isa_named;
 use crate::backend::cpu;
 use crate::codebook::Codebook;
-use crate::codec::{Codec, Rule};
+use crate::codec::{Codec, Part, Rule};
 use crate::dlpack::{ImportedTensor, OwnedTensor};
 use crate::error::{Error, Result};
 use crate::format::{Format, Metadata, RowLayout};
 use crate::tensor::Dtype;
-use crate::transform::{Affine, BlockRule, Permutation, Rotation, Source};
+use crate::transform::{Affine, BlockRule, Matrix, Permutation, Rotation, Source, TurningMean, Turns, spans_of};
 
 /// Shift and scale of one head, as Python hands them over: two float32 vectors.
 type Statistics<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
@@ -21,6 +23,25 @@ type Statistics<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 pub struct PyCodec {
     /// `raw` formats get their dtype from the layer.
     pub(super) codec: Codec,
+}
+
+/// The means of neighbouring rows, for a codec whose mean turns.
+struct Means<'a> {
+    turning: Option<(&'a TurningMean, Arc<Vec<f32>>)>,
+    position: i64,
+}
+
+impl<'a> Means<'a> {
+    fn of(codec: &'a Codec, head: usize, position: i64, count: usize) -> Self {
+        let turning = codec.turning_mean(head).map(|mean| (mean, mean.turns.spans(spans_of(position, count))));
+        Self { turning, position }
+    }
+
+    fn write(&self, row: usize, affine: &mut Affine) {
+        if let Some((mean, spans)) = &self.turning {
+            mean.at(spans, self.position + row as i64, &mut affine.shift);
+        }
+    }
 }
 
 impl PyCodec {
@@ -37,6 +58,10 @@ impl PyCodec {
         }
         match &self.codec.source {
             Source::Block(_) => Err(Error::value("statistics", "shift and scale for a codec with blocks", "None")),
+            Source::Turning(means) => match self.codec.turning_mean(head) {
+                Some(_) => Ok(Affine::identity(head_dim)),
+                None => Err(Error::value("head", format!("a head of the plan, 0..{}", means.len()), head)),
+            },
             Source::Static(affines) => self
                 .codec
                 .static_affine(head)
@@ -122,12 +147,78 @@ fn parse_source(
     Ok(Source::Static(shift.into_iter().zip(scale).map(|(shift, scale)| Affine::new(shift, scale)).collect()))
 }
 
+fn parse_parts(
+    head_dim: usize,
+    metadata: Metadata,
+    parts: Option<Vec<(String, usize)>>,
+) -> Result<(RowLayout, Vec<Part>)> {
+    let named = parts.ok_or_else(|| Error::value("parts", "a list of (format, width) for format \"parts\"", "None"))?;
+    let parts = named
+        .iter()
+        .map(|(name, width)| Ok((Format::of_part(name)?, *width)))
+        .collect::<Result<Vec<(Format, usize)>>>()?;
+    Ok((RowLayout::of_parts(head_dim, metadata, &parts)?, Part::list(&parts, metadata)?))
+}
+
+/// A float32 tensor `[heads, width]`, head by head.
+fn parse_heads(tensor: &Bound<PyAny>, name: &'static str, width: usize) -> Result<Vec<Vec<f32>>> {
+    let (data, [heads, found]) = ImportedTensor::new(tensor, name)?.matrix_f32()?;
+    if found != width || heads == 0 {
+        return Err(Error::shape(name, format!("[heads, {width}]"), &[heads as i64, found as i64]));
+    }
+    Ok(data.chunks_exact(width).map(<[f32]>::to_vec).collect())
+}
+
+fn parse_turning(
+    head_dim: usize,
+    shift: Option<&Bound<PyAny>>,
+    shift_sine: Option<&Bound<PyAny>>,
+    frequencies: Option<&Bound<PyAny>>,
+) -> Result<Option<Source>> {
+    let (shift, sine, frequencies) = match (shift, shift_sine, frequencies) {
+        (_, None, None) => return Ok(None),
+        (Some(shift), Some(sine), Some(frequencies)) => (shift, sine, frequencies),
+        _ => return Err(Error::value("shift, shift_sine and frequencies", "all three or only shift", "some of them")),
+    };
+    let frequencies = ImportedTensor::new(frequencies, "frequencies")?.vec_f32()?;
+    if frequencies.len() != head_dim {
+        return Err(Error::shape("frequencies", format!("[{head_dim}]"), &[frequencies.len() as i64]));
+    }
+    let turns = Turns::shared(&frequencies)?;
+    let (means, quarters) = (parse_heads(shift, "shift", head_dim)?, parse_heads(sine, "shift_sine", head_dim)?);
+    if means.len() != quarters.len() {
+        return Err(Error::value("shift_sine", format!("{} heads as shift has", means.len()), quarters.len()));
+    }
+    let head = |(mean, quarter)| TurningMean::new(mean, quarter, Arc::clone(&turns));
+    Ok(Some(Source::Turning(means.into_iter().zip(quarters).map(head).collect::<Result<_>>()?)))
+}
+
+/// M and B, float32 `[heads·D, D]` each.
+fn parse_matrices(
+    head_dim: usize,
+    matrix: Option<&Bound<PyAny>>,
+    inverse: Option<&Bound<PyAny>>,
+) -> Result<Vec<Matrix>> {
+    let (matrix, inverse) = match (matrix, inverse) {
+        (None, None) => return Ok(Vec::new()),
+        (Some(matrix), Some(inverse)) => (matrix, inverse),
+        _ => return Err(Error::value("matrix and inverse", "both or neither", "one of them")),
+    };
+    let read = |tensor, name| ImportedTensor::new(tensor, name)?.squares_f32(head_dim);
+    let (matrix, inverse) = (read(matrix, "matrix")?, read(inverse, "inverse")?);
+    if matrix.len() != inverse.len() {
+        return Err(Error::value("inverse", format!("{} numbers as matrix has", matrix.len()), inverse.len()));
+    }
+    let size = head_dim * head_dim;
+    matrix.chunks_exact(size).zip(inverse.chunks_exact(size)).map(|(m, b)| Matrix::new(m, b, head_dim)).collect()
+}
+
 #[pymethods]
 impl PyCodec {
     #[new]
     #[pyo3(signature = (*, head_dim, format, group_size=None, metadata="e4m3", symmetric=true, codebook=None, rule="norm",
-        clip=1.0, refinements=0, unbiased=false, rotation="hadamard", permutation=None, block=0, block_shift=true, scale_exponent=1.0,
-        shift=None, scale=None))]
+        clip=1.0, refinements=0, unbiased=false, rotation=None, permutation=None, block=0, block_shift=true, scale_exponent=1.0,
+        shift=None, scale=None, parts=None, matrix=None, inverse=None, shift_sine=None, frequencies=None, noise=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)]
     fn new(
         head_dim: usize,
@@ -140,37 +231,60 @@ impl PyCodec {
         clip: f32,
         refinements: u32,
         unbiased: bool,
-        rotation: &str,
+        rotation: Option<&str>,
         permutation: Option<Bound<PyAny>>,
         block: usize,
         block_shift: bool,
         scale_exponent: f32,
         shift: Option<Bound<PyAny>>,
         scale: Option<Bound<PyAny>>,
+        parts: Option<Vec<(String, usize)>>,
+        matrix: Option<Bound<PyAny>>,
+        inverse: Option<Bound<PyAny>>,
+        shift_sine: Option<Bound<PyAny>>,
+        frequencies: Option<Bound<PyAny>>,
+        noise: Option<Bound<PyAny>>,
     ) -> PyResult<Self> {
-        let format = Format::from_name(format, Dtype::F32)?;
-        let default_group = if head_dim.is_multiple_of(128) { 128 } else { head_dim };
-        let layout = RowLayout::new(
-            format,
-            head_dim,
-            group_size.unwrap_or(default_group),
-            Metadata::from_name(metadata)?,
-            symmetric,
-        )?;
-        let codebook = match codebook {
-            Some(codebook) => parse_codebook(&codebook, format)?,
-            None => Codebook::named(if format == Format::Int8 { "uniform" } else { "lloyd-max" }, format)?,
+        let precision = Metadata::from_name(metadata)?;
+        let (layout, coded) = if format == "parts" || parts.is_some() {
+            if format != "parts" || group_size.is_some_and(|size| size != head_dim) || !symmetric || codebook.is_some()
+            {
+                let expected = "format \"parts\", one symmetric group and no codebook with parts";
+                return Err(Error::value("parts", expected, format!("format \"{format}\" or another of them")).into());
+            }
+            parse_parts(head_dim, precision, parts)?
+        } else {
+            let format = Format::from_name(format, Dtype::F32)?;
+            let default_group = if head_dim.is_multiple_of(128) { 128 } else { head_dim };
+            let layout = RowLayout::new(format, head_dim, group_size.unwrap_or(default_group), precision, symmetric)?;
+            let codebook = match codebook {
+                Some(codebook) => parse_codebook(&codebook, format)?,
+                None => Codebook::named(if format == Format::Int8 { "uniform" } else { "lloyd-max" }, format)?,
+            };
+            (layout, Part::whole(layout, codebook))
         };
+        let rotation = rotation.unwrap_or(if layout.format == Format::Parts { "identity" } else { "hadamard" });
         let block = if block == 0 { None } else { Some(BlockRule::new(block, block_shift, scale_exponent)?) };
         let permutations = parse_permutations(permutation.as_ref(), head_dim)?;
-        let source = parse_source(head_dim, block, shift.as_ref(), scale.as_ref())?;
-        let heads = match &source {
-            Source::Static(affines) => affines.len().max(permutations.len()),
-            Source::Block(_) => permutations.len(),
+        let turning = parse_turning(head_dim, shift.as_ref(), shift_sine.as_ref(), frequencies.as_ref())?;
+        let source = match turning {
+            Some(_) if block.is_some() || scale.is_some() => {
+                return Err(Error::value("shift_sine", "no block and no scale beside it", "one").into());
+            }
+            Some(turning) => turning,
+            None => parse_source(head_dim, block, shift.as_ref(), scale.as_ref())?,
         };
+        let matrices = parse_matrices(head_dim, matrix.as_ref(), inverse.as_ref())?;
+        let noise = noise.map_or(Ok(Vec::new()), |noise| ImportedTensor::new(&noise, "noise")?.vec_f32())?;
+        let heads = match &source {
+            Source::Static(affines) => affines.len(),
+            Source::Turning(means) => means.len(),
+            Source::Block(_) => 0,
+        };
+        let heads = heads.max(permutations.len()).max(matrices.len());
         let codec = Codec {
             layout,
-            codebook,
+            parts: coded,
             rule: Rule::from_name(rule)?,
             clip,
             refinements,
@@ -178,13 +292,16 @@ impl PyCodec {
             rotation: Rotation::from_name(rotation)?,
             permutations,
             source,
+            matrices,
+            noise,
         };
         codec.validate(heads)?;
         Ok(Self { codec })
     }
 
     /// Packs rows: float32 `[N, head_dim]` to uint8 `[N, row_bytes]`, each row's codes, then its metadata.
-    #[pyo3(signature = (rows, head=0, statistics=None, isa=None))]
+    /// Row i is at `position` + i.
+    #[pyo3(signature = (rows, head=0, statistics=None, isa=None, position=0))]
     fn encode(
         &self,
         py: Python,
@@ -192,16 +309,20 @@ impl PyCodec {
         head: usize,
         statistics: Option<Statistics>,
         isa: Option<&str>,
+        position: i64,
     ) -> PyResult<OwnedTensor> {
         self.refuse_raw()?;
         let (data, count) = self.rows(rows)?;
-        let affine = self.affine(head, statistics)?;
+        let mut affine = self.affine(head, statistics)?;
         let layout = self.codec.layout;
+        let mean = Means::of(&self.codec, head, position, count);
         let reference = isa == Some("reference");
         let isa = isa_named(isa.filter(|_| !reference))?;
         Ok(py.detach(|| {
             OwnedTensor::build(&[count, layout.row_bytes()], |bytes: &mut [u8]| {
-                for (row, bytes) in data.chunks_exact(layout.head_dim).zip(bytes.chunks_exact_mut(layout.row_bytes())) {
+                let rows = data.chunks_exact(layout.head_dim).zip(bytes.chunks_exact_mut(layout.row_bytes()));
+                for (i, (row, bytes)) in rows.enumerate() {
+                    mean.write(i, &mut affine);
                     let (codes, metadata) = bytes.split_at_mut(layout.code_bytes);
                     if reference {
                         self.codec.encode_row(row, &affine, head, codes, metadata);
@@ -214,13 +335,14 @@ impl PyCodec {
     }
 
     /// The inverse of `encode`: uint8 `[N, row_bytes]` to float32 `[N, head_dim]`.
-    #[pyo3(signature = (packed, head=0, statistics=None))]
+    #[pyo3(signature = (packed, head=0, statistics=None, position=0))]
     fn decode(
         &self,
         py: Python,
         packed: &Bound<PyAny>,
         head: usize,
         statistics: Option<Statistics>,
+        position: i64,
     ) -> PyResult<OwnedTensor> {
         self.refuse_raw()?;
         let (data, [count, width]) = ImportedTensor::new(packed, "packed")?.matrix_u8()?;
@@ -229,10 +351,13 @@ impl PyCodec {
             let expected = format!("[rows, {}]", layout.row_bytes());
             return Err(Error::shape("packed", expected, &[count as i64, width as i64]).into());
         }
-        let affine = self.affine(head, statistics)?;
+        let mut affine = self.affine(head, statistics)?;
+        let mean = Means::of(&self.codec, head, position, count);
         Ok(py.detach(|| {
             OwnedTensor::build(&[count, layout.head_dim], |rows: &mut [f32]| {
-                for (bytes, row) in data.chunks_exact(width).zip(rows.chunks_exact_mut(layout.head_dim)) {
+                let rows = data.chunks_exact(width).zip(rows.chunks_exact_mut(layout.head_dim));
+                for (i, (bytes, row)) in rows.enumerate() {
+                    mean.write(i, &mut affine);
                     let (codes, metadata) = bytes.split_at(layout.code_bytes);
                     self.codec.decode_row(codes, metadata, &affine, head, row);
                 }
@@ -254,7 +379,11 @@ impl PyCodec {
 
     /// The codebook: levels, or pairs for format "1.5".
     fn levels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        match &self.codec.codebook {
+        if self.codec.is_of_parts() {
+            let reason = "the parts of a row have codebooks of their own".to_string();
+            return Err(Error::Unsupported { name: "levels".into(), reason }.into());
+        }
+        match self.codec.codebook() {
             Codebook::Uniform { levels } => {
                 PyList::new(py, (0..*levels).map(|i| i as f32 - (*levels as f32 - 1.0) * 0.5))
             }

@@ -3,13 +3,14 @@
 //! Shapes: rows of queries and outputs `[queries, width]`, scores `[queries, CHUNK]`, scales and zero points `[groups, CHUNK]`.
 
 use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
 
 use super::{CHUNK, Chunk, Job, Plan, Region, State};
-use crate::backend::simd::{levels, matmul, prefetch, rows, vectors};
-use crate::codec::Codec;
-use crate::format::{Format, PAGE_ROWS, RowLayout};
+use crate::backend::simd::{LANES, levels, matmul, prefetch, rows, vectors};
+use crate::codec::{Codec, Part};
+use crate::format::{Format, PAGE_ROWS};
 use crate::layer::{Head, Stream};
-use crate::transform::Source;
+use crate::transform::{Source, TurningMean, spans_of};
 
 /// f32 that begin at a cache line: a vector of 16 that straddles two costs twice.
 pub(super) struct Buffer {
@@ -53,6 +54,10 @@ pub(super) struct Worker<'a> {
     folded: Buffer,
     /// q·μ of each query for the present shift.
     shifts: Buffer,
+    /// What the noise of packed keys adds to a score on average, per unit of the squared scale.
+    noise: Buffer,
+    /// For keys whose mean turns.
+    turning: Option<Turning<'a>>,
     /// Shift and scale of keys and values in the present block.
     keys: Affinity,
     values: Affinity,
@@ -65,10 +70,35 @@ pub(super) struct Worker<'a> {
     /// A page's metadata as it is stored, `[rows, scales and zero points]`.
     numbers: Buffer,
     sums: Buffer,
+    /// Weighted sums of levels that are not yet back in the model's space, and the weights they have.
     packed_output: Buffer,
+    packed_weights: Buffer,
     /// One row on its way through a transform.
     row: Buffer,
     state: State,
+}
+
+/// The products of a job's queries with a mean that turns.
+struct Turning<'a> {
+    mean: &'a TurningMean,
+    /// Of the spans that the past reaches.
+    spans: Arc<Vec<f32>>,
+    /// Position of the first packed row.
+    origin: i64,
+    /// `[queries, waves]`
+    amplitudes: Buffer,
+    scratch: Buffer,
+}
+
+impl<'a> Turning<'a> {
+    fn new(plan: &Plan<'a>, job: Job) -> Option<Self> {
+        let spec = plan.layer.spec();
+        let mean = spec.keys.turning_mean(job.kv_head)?;
+        let origin = spec.sinks as i64 - plan.layer.padding(job.batch) as i64;
+        let spans = mean.turns.spans(spans_of(origin, plan.layer.regions().packed));
+        let waves = || Buffer::zeroed(job.queries * mean.waves());
+        Some(Self { mean, spans, origin, amplitudes: waves(), scratch: waves() })
+    }
 }
 
 /// The rows of a chunk that queries may see, and the token that its row 0 is, or would be.
@@ -89,15 +119,24 @@ impl Affinity {
         Self { shift: vec![0.0; width], scale: vec![1.0; width], block: None }
     }
 
+    fn block_of(codec: &Codec, row: usize) -> usize {
+        match &codec.source {
+            Source::Static(_) | Source::Turning(_) => 0,
+            Source::Block(rule) => row / rule.rows,
+        }
+    }
+
+    /// Whether row `row` has other ones.
+    fn differs_at(&self, codec: &Codec, row: usize) -> bool {
+        self.block != Some(Self::block_of(codec, row))
+    }
+
     /// Turns to the block of row `row`; true if that changed anything.
     fn turn_to(&mut self, codec: &Codec, kv_head: usize, stream: &Stream, row: usize) -> bool {
-        let block = match &codec.source {
-            Source::Static(_) => 0,
-            Source::Block(rule) => row / rule.rows,
-        };
-        if self.block.replace(block) == Some(block) {
+        if !self.differs_at(codec, row) {
             return false;
         }
+        self.block = Some(Self::block_of(codec, row));
         match (&codec.source, codec.static_affine(kv_head)) {
             (Source::Block(rule), _) => {
                 stream.past.block(row, rule.rows).expand_into(&mut self.shift, &mut self.scale);
@@ -106,6 +145,8 @@ impl Affinity {
                 self.shift.copy_from_slice(&affine.shift);
                 self.scale.copy_from_slice(&affine.scale);
             }
+            // The mean is taken care of elsewhere.
+            (Source::Turning(_), _) => {}
             (_, None) => unreachable!("a static codec serves every head"),
         }
         true
@@ -123,6 +164,8 @@ impl<'a> Worker<'a> {
             plain: Buffer::zeroed(n * keys),
             folded: Buffer::zeroed(n * keys),
             shifts: Buffer::zeroed(n),
+            noise: Buffer::zeroed(n),
+            turning: Turning::new(plan, job),
             keys: Affinity::new(keys),
             values: Affinity::new(values),
             tile: Buffer::zeroed(TILE_FLOATS.max(8 * keys.max(values)) + levels::SLACK),
@@ -133,6 +176,7 @@ impl<'a> Worker<'a> {
             numbers: Buffer::zeroed(2 * groups * PAGE_ROWS),
             sums: Buffer::zeroed(n * groups),
             packed_output: Buffer::zeroed(n * values),
+            packed_weights: Buffer::zeroed(n),
             row: Buffer::zeroed(keys.max(values)),
             state: State { maximum: vec![f32::NEG_INFINITY; n], sum: vec![0.0; n], output: Buffer::zeroed(n * values) },
         }
@@ -156,6 +200,7 @@ impl<'a> Worker<'a> {
             self.soften(chunk);
             self.weigh(chunk);
         }
+        self.unfold_output();
         self.state
     }
 
@@ -194,69 +239,54 @@ impl<'a> Worker<'a> {
         if values { &spec.values } else { &spec.keys }
     }
 
-    /// The next tile of a chunk: rows `start .. start + count` of it, decoded to levels or widened.
-    fn load_tile(&mut self, chunk: Chunk, values: bool, start: usize, count: usize) {
+    /// The next tile of a chunk of plain rows: rows `start .. start + count` of it, widened.
+    fn load_plain(&mut self, chunk: Chunk, values: bool, start: usize, count: usize) {
         let codec = self.codec(values);
         let width = codec.layout.head_dim;
         let stream = if values { &self.head.values } else { &self.head.keys };
-        let tile = &mut self.tile[..count * width + levels::SLACK];
-        let plain = ..count * width;
-        let first = chunk.first + start;
+        let tile = &mut self.tile[..count * width];
+        let (isa, first) = (self.plan.isa, chunk.first + start);
         match chunk.region {
-            Region::Sinks => {
-                levels::decode_plain(
-                    self.plan.isa,
-                    stream.sinks.rows(first, count),
-                    stream.sinks.dtype,
-                    &mut tile[plain],
-                );
-            }
-            Region::Window => {
-                levels::decode_plain(
-                    self.plan.isa,
-                    stream.window.rows(first, count),
-                    stream.window.dtype,
-                    &mut tile[plain],
-                );
-            }
+            Region::Sinks => levels::decode_plain(isa, stream.sinks.rows(first, count), stream.sinks.dtype, tile),
+            Region::Window => levels::decode_plain(isa, stream.window.rows(first, count), stream.window.dtype, tile),
             Region::Fresh => {
                 let fresh = self.plan.call.fresh.as_ref().expect("a fresh chunk has fresh rows");
                 let rows = if values { &fresh.1 } else { &fresh.0 };
-                for (i, row) in tile[plain].chunks_exact_mut(width).enumerate() {
+                for (i, row) in tile.chunks_exact_mut(width).enumerate() {
                     rows.read_row_f32(self.job.batch, self.job.kv_head, first + i, row);
                 }
             }
-            Region::Past => {
-                // A tile may run over the end of a page.
-                let mut done = 0;
-                while done < count {
-                    let (page, row) = ((first + done) / PAGE_ROWS, (first + done) % PAGE_ROWS);
-                    let rows = (count - done).min(PAGE_ROWS - row);
-                    let codes = &stream.past.page(page).codes(&codec.layout)[row * codec.layout.code_bytes..];
-                    let target = &mut tile[done * width..(done + rows) * width + levels::SLACK];
-                    if let Format::Raw(dtype) = codec.layout.format {
-                        levels::decode_plain(
-                            self.plan.isa,
-                            &codes[..rows * codec.layout.code_bytes],
-                            dtype,
-                            &mut target[..rows * width],
-                        );
-                    } else {
-                        levels::decode_levels(self.plan.isa, &codec.layout, &codec.codebook, codes, rows, target);
-                    }
-                    done += rows;
-                }
-                // The next tile comes after this one's product, about a memory latency away.
-                let next = first + count;
-                if next < stream.past.len() {
-                    let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
-                    let rows = count.min(PAGE_ROWS - row);
-                    let bytes = codec.layout.code_bytes;
-                    prefetch(&page.codes(&codec.layout)[row * bytes..(row + rows) * bytes]);
-                    if row == 0 {
-                        prefetch(page.metadata(&codec.layout));
-                    }
-                }
+            Region::Past => self.load_part(&codec.parts[0], values, first, count),
+        }
+    }
+
+    /// Rows `first .. first + count` of one part of the past, decoded to levels (raw ones widened).
+    fn load_part(&mut self, part: &Part, values: bool, first: usize, count: usize) {
+        let stream = if values { &self.head.values } else { &self.head.keys };
+        let (layout, isa) = (&part.layout, self.plan.isa);
+        let (width, bytes) = (part.width(), part.layout.code_bytes);
+        // A tile may run over the end of a page.
+        let mut done = 0;
+        while done < count {
+            let (page, row) = ((first + done) / PAGE_ROWS, (first + done) % PAGE_ROWS);
+            let rows = (count - done).min(PAGE_ROWS - row);
+            let codes = &stream.past.page(page).part(part)[row * bytes..];
+            let target = &mut self.tile[done * width..(done + rows) * width + levels::SLACK];
+            if let Format::Raw(dtype) = layout.format {
+                levels::decode_plain(isa, &codes[..rows * bytes], dtype, &mut target[..rows * width]);
+            } else {
+                levels::decode_levels(isa, layout, &part.codebook, codes, rows, target);
+            }
+            done += rows;
+        }
+        // The next tile comes after this one's product, about a memory latency away.
+        let next = first + count;
+        if next < stream.past.len() {
+            let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
+            let rows = count.min(PAGE_ROWS - row);
+            prefetch(&page.part(part)[row * bytes..(row + rows) * bytes]);
+            if row == 0 && part.first == 0 {
+                prefetch(page.metadata(&self.codec(values).layout));
             }
         }
     }
@@ -296,41 +326,67 @@ impl<'a> Worker<'a> {
 
     /// Steps 1 and 2: scores `[queries, CHUNK]` of a chunk.
     fn score(&mut self, chunk: Chunk) {
-        let layout = self.codec(false).layout;
-        let packed = self.is_packed(chunk, false);
-        if packed {
-            self.fold_queries(chunk);
-            self.load_metadata(chunk, false);
-        }
-        let step = TILE_FLOATS.max(8 * layout.head_dim) / layout.head_dim;
-        for start in (0..chunk.count).step_by(step) {
-            let count = step.min(chunk.count - start);
-            self.load_tile(chunk, false, start, count);
-            if !packed {
-                self.product(&layout, 0, layout.head_dim, count, false);
+        let codec = self.codec(false);
+        if !self.is_packed(chunk, false) {
+            let row = Tile::of_rows(codec.layout.head_dim);
+            for (start, count) in tiles(chunk.count, row.width) {
+                self.load_plain(chunk, false, start, count);
+                self.product(row, count, false);
                 self.keep_scores(start, count);
-                continue;
             }
-            for g in 0..layout.groups() {
-                self.product(&layout, g * layout.group_size, layout.group_size, count, true);
-                self.keep_packed_scores(g, start, count);
+            return;
+        }
+        self.fold_queries(chunk);
+        self.load_metadata(chunk, false);
+        self.begin_packed_scores(chunk);
+        for part in codec.parts.iter().filter(|part| part.is_coded()) {
+            for (start, count) in tiles(chunk.count, part.width()) {
+                self.load_part(part, false, chunk.first + start, count);
+                for g in 0..part.layout.groups() {
+                    self.product(Tile::of_group(part, g), count, true);
+                    self.keep_packed_scores(g, start, count);
+                }
             }
         }
     }
 
-    /// `partial[q][t]` for the channels of one group of the present tile.
-    fn product(&mut self, layout: &RowLayout, first: usize, channels: usize, rows: usize, folded: bool) {
+    /// `partial[q][t]` for some channels of the present tile.
+    fn product(&mut self, tile: Tile, rows: usize, folded: bool) {
         let product = matmul::ScoreTile {
             queries: self.job.queries,
-            query_stride: layout.head_dim,
+            query_stride: self.plan.key_width,
             rows,
-            width: layout.head_dim,
-            first,
-            count: channels,
+            width: tile.width,
+            first: tile.first,
+            count: tile.count,
+            query_first: tile.row_first,
             score_stride: CHUNK,
         };
         let queries = if folded { &self.folded } else { &self.plain };
         matmul::score_tile(self.plan.isa, &product, queries, &self.tile, &mut self.partial);
+    }
+
+    /// What a packed row scores beside its codes: q·μ, less what its noise adds.
+    fn begin_packed_scores(&mut self, chunk: Chunk) {
+        let (n, isa) = (self.job.queries, self.plan.isa);
+        for q in 0..n {
+            self.scores[q * CHUNK..][..chunk.count].fill(self.shifts[q]);
+        }
+        if let Some(turning) = &mut self.turning {
+            let Turning { mean, spans, amplitudes, scratch, .. } = turning;
+            let (first, count) = (chunk.first, chunk.count);
+            let whole = count.next_multiple_of(LANES);
+            (0..n).for_each(|q| self.scores[q * CHUNK..][count..whole].fill(0.0));
+            mean.score_span(isa, spans, first, count, amplitudes, scratch, &mut self.scores, CHUNK);
+        }
+        if !self.codec(false).noise.is_empty() {
+            let scales = &self.scales[..chunk.count];
+            for q in 0..n {
+                let squares = &mut self.partial[..chunk.count];
+                squares.iter_mut().zip(scales).for_each(|(square, scale)| *square = scale * scale);
+                vectors::add_multiple(isa, squares, -self.noise[q], &mut self.scores[q * CHUNK..][..chunk.count]);
+            }
+        }
     }
 
     fn keep_scores(&mut self, start: usize, count: usize) {
@@ -339,7 +395,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// scores += a·partial + z·Σq, and q·μ with the first group.
+    /// scores += a·partial + z·Σq.
     fn keep_packed_scores(&mut self, g: usize, start: usize, count: usize) {
         let groups = self.codec(false).layout.groups();
         let symmetric = self.codec(false).layout.symmetric;
@@ -348,9 +404,6 @@ impl<'a> Worker<'a> {
         for q in 0..self.job.queries {
             let from = &self.partial[q * CHUNK..][..count];
             let to = &mut self.scores[q * CHUNK + start..][..count];
-            if g == 0 {
-                to.fill(self.shifts[q]);
-            }
             vectors::add_scaled(self.plan.isa, from, scales, to);
             if !symmetric {
                 let sum = self.sums[q * groups + g];
@@ -361,7 +414,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// q' = (R(s∘q))_π, its sum over each group, and q·μ.
+    /// q' = (R(s∘q))_π or Bᵀq, its sum over each group, and q·μ.
     fn fold_queries(&mut self, chunk: Chunk) {
         let codec = self.codec(false);
         if !self.keys.turn_to(codec, self.job.kv_head, &self.head.keys, chunk.first) {
@@ -371,10 +424,20 @@ impl<'a> Worker<'a> {
         let (isa, row) = (self.plan.isa, &mut self.row[..width]);
         for q in 0..self.job.queries {
             let query = &self.plain[q * width..][..width];
+            let folded = &mut self.folded[q * width..][..width];
             self.shifts[q] = vectors::dot(isa, query, &self.keys.shift);
+            if let Some(Turning { mean, spans, origin, amplitudes, .. }) = &mut self.turning {
+                let waves = mean.waves();
+                mean.amplitudes(query, spans, *origin, &mut amplitudes[q * waves..][..waves]);
+            }
+            if let Some(matrix) = codec.matrix(self.job.kv_head) {
+                matrix.fold(isa, query, folded);
+                let noise = codec.noise.iter().zip(&*folded).map(|(noise, value)| noise * value * value);
+                self.noise[q] = 0.5 * noise.sum::<f32>();
+                continue;
+            }
             vectors::multiply(isa, query, &self.keys.scale, row);
             rows::rotate(isa, codec.rotation, row);
-            let folded = &mut self.folded[q * width..][..width];
             match codec.permutation(self.job.kv_head) {
                 Some(permutation) => permutation.apply(row, folded),
                 None => folded.copy_from_slice(row),
@@ -437,6 +500,10 @@ impl<'a> Worker<'a> {
             self.state.sum[q] = self.state.sum[q] * factor + sum;
             if factor != 1.0 {
                 vectors::scale(isa, &mut self.state.output[q * width..][..width], factor);
+                if self.values.block.is_some() {
+                    vectors::scale(isa, &mut self.packed_output[q * width..][..width], factor);
+                    self.packed_weights[q] *= factor;
+                }
             }
             self.state.maximum[q] = maximum;
         }
@@ -444,39 +511,46 @@ impl<'a> Worker<'a> {
 
     /// Step 4.
     fn weigh(&mut self, chunk: Chunk) {
-        let layout = self.codec(true).layout;
-        let packed = self.is_packed(chunk, true);
-        if packed {
-            self.load_metadata(chunk, true);
-            self.packed_output.fill(0.0);
+        let codec = self.codec(true);
+        let width = codec.layout.head_dim;
+        if !self.is_packed(chunk, true) {
+            for (start, count) in tiles(chunk.count, width) {
+                self.load_plain(chunk, true, start, count);
+                let product = self.weighing(Tile::of_rows(width), count);
+                let weights = &self.scores[start..];
+                matmul::weigh_tile(self.plan.isa, &product, weights, &self.tile, &mut self.state.output);
+            }
+            return;
         }
-        let step = TILE_FLOATS.max(8 * layout.head_dim) / layout.head_dim;
-        let n = self.job.queries;
-        for start in (0..chunk.count).step_by(step) {
-            let count = step.min(chunk.count - start);
-            self.load_tile(chunk, true, start, count);
-            for g in 0..if packed { layout.groups() } else { 1 } {
-                let channels = if packed { layout.group_size } else { layout.head_dim };
-                let product = matmul::WeighTile {
-                    queries: n,
-                    weight_stride: CHUNK,
-                    rows: count,
-                    width: layout.head_dim,
-                    first: g * channels,
-                    count: channels,
-                    output_stride: layout.head_dim,
-                };
-                if packed {
+        if self.values.differs_at(codec, chunk.first) {
+            self.unfold_output();
+            self.values.turn_to(codec, self.job.kv_head, &self.head.values, chunk.first);
+        }
+        self.load_metadata(chunk, true);
+        for part in codec.parts.iter().filter(|part| part.is_coded()) {
+            for (start, count) in tiles(chunk.count, part.width()) {
+                self.load_part(part, true, chunk.first + start, count);
+                for g in 0..part.layout.groups() {
+                    let product = self.weighing(Tile::of_group(part, g), count);
                     self.scale_weights(g, start, count);
                     matmul::weigh_tile(self.plan.isa, &product, &self.partial, &self.tile, &mut self.packed_output);
-                } else {
-                    let weights = &self.scores[start..];
-                    matmul::weigh_tile(self.plan.isa, &product, weights, &self.tile, &mut self.state.output);
                 }
             }
         }
-        if packed {
-            self.unfold_output(chunk);
+        self.add_weights(chunk);
+    }
+
+    /// The product of weights with some channels of the present tile.
+    fn weighing(&self, tile: Tile, rows: usize) -> matmul::WeighTile {
+        matmul::WeighTile {
+            queries: self.job.queries,
+            weight_stride: CHUNK,
+            rows,
+            width: tile.width,
+            first: tile.first,
+            count: tile.count,
+            output_first: tile.row_first,
+            output_stride: self.plan.value_width,
         }
     }
 
@@ -490,32 +564,79 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// output += s ∘ R π⁻¹(packed output + Σ p·z) + (Σ p)·μ.
-    fn unfold_output(&mut self, chunk: Chunk) {
-        let codec = self.codec(true);
-        self.values.turn_to(codec, self.job.kv_head, &self.head.values, chunk.first);
-        let (layout, width) = (&codec.layout, codec.layout.head_dim);
-        let (isa, row) = (self.plan.isa, &mut self.row[..width]);
+    /// Σ p of a chunk, and Σ p·z where there are zero points.
+    fn add_weights(&mut self, chunk: Chunk) {
+        let layout = &self.codec(true).layout;
+        let width = layout.head_dim;
         for q in 0..self.job.queries {
             let weights = &self.scores[q * CHUNK..][..chunk.count];
-            let sum = vectors::sum(isa, weights);
+            self.packed_weights[q] += vectors::sum(self.plan.isa, weights);
+            if layout.symmetric {
+                continue;
+            }
             let packed = &mut self.packed_output[q * width..][..width];
-            if !layout.symmetric {
-                for (g, group) in packed.chunks_exact_mut(layout.group_size).enumerate() {
-                    let zeros = &self.zeros[g * CHUNK..][..chunk.count];
-                    let zero: f32 = weights.iter().zip(zeros).map(|(weight, zero)| weight * zero).sum();
-                    for value in group {
-                        *value += zero;
-                    }
+            for (g, group) in packed.chunks_exact_mut(layout.group_size).enumerate() {
+                let zeros = &self.zeros[g * CHUNK..][..chunk.count];
+                let zero: f32 = weights.iter().zip(zeros).map(|(weight, zero)| weight * zero).sum();
+                for value in group {
+                    *value += zero;
                 }
             }
-            match codec.permutation(self.job.kv_head) {
-                Some(permutation) => permutation.invert(packed, row),
-                None => row.copy_from_slice(packed),
-            }
-            rows::rotate(isa, codec.rotation, row);
-            let output = &mut self.state.output[q * width..][..width];
-            vectors::add_affine(isa, row, &self.values.scale, sum, &self.values.shift, output);
         }
     }
+
+    /// output += s ∘ R π⁻¹(packed output) + (Σ p)·μ, or B·(packed output) + (Σ p)·μ; what waited is done with then.
+    fn unfold_output(&mut self) {
+        if self.values.block.is_none() {
+            return;
+        }
+        let codec = self.codec(true);
+        let width = codec.layout.head_dim;
+        let (isa, row) = (self.plan.isa, &mut self.row[..width]);
+        for q in 0..self.job.queries {
+            let packed = &self.packed_output[q * width..][..width];
+            if let Some(matrix) = codec.matrix(self.job.kv_head) {
+                matrix.restore(isa, packed, row);
+            } else {
+                match codec.permutation(self.job.kv_head) {
+                    Some(permutation) => permutation.invert(packed, row),
+                    None => row.copy_from_slice(packed),
+                }
+                rows::rotate(isa, codec.rotation, row);
+            }
+            let output = &mut self.state.output[q * width..][..width];
+            let weight = self.packed_weights[q];
+            vectors::add_affine(isa, row, &self.values.scale, weight, &self.values.shift, output);
+        }
+        self.packed_output.fill(0.0);
+        self.packed_weights.fill(0.0);
+    }
+}
+
+/// Channels `first .. first + count` of a tile of rows of `width`, which are those from `row_first` on of a whole row.
+#[derive(Clone, Copy)]
+struct Tile {
+    width: usize,
+    first: usize,
+    count: usize,
+    row_first: usize,
+}
+
+impl Tile {
+    /// Whole rows.
+    fn of_rows(width: usize) -> Self {
+        Self { width, first: 0, count: width, row_first: 0 }
+    }
+
+    /// One group of a part.
+    fn of_group(part: &Part, g: usize) -> Self {
+        let count = part.layout.group_size;
+        Self { width: part.width(), first: g * count, count, row_first: part.first + g * count }
+    }
+}
+
+/// First row and number of rows of the tiles of `count` rows of `width` channels.
+fn tiles(count: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
+    let step = (TILE_FLOATS / width).max(8);
+    (0..count).step_by(step).map(move |start| (start, step.min(count - start)))
 }

@@ -93,7 +93,9 @@ unsafe fn decode_levels_kernel<S: Lanes>(
                 Format::Pair => pairs::<S>(&tables, source, layout, target),
                 Format::Int4 => four_bits::<S>(&tables, source, d, target),
                 Format::Int8 => eight_bits::<S>(source, d, target),
-                Format::Ternary | Format::Raw(_) => unreachable!("done above, or without codes"),
+                Format::Int1 => one_bit::<S>(codebook, source, d, target),
+                Format::Zero => target.write_bytes(0, d),
+                Format::Ternary | Format::Parts | Format::Raw(_) => unreachable!("done above, or without codes"),
             }
             source = source.add(layout.code_bytes);
             target = target.add(d);
@@ -287,6 +289,20 @@ unsafe fn four_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, t
             S::store_partial(S::lookup16(tables.sixteen, codes), target.add(b), n);
             S::store_partial(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + b), n);
             b += LANES;
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn one_bit<S: Lanes>(codebook: &Codebook, source: *const u8, d: usize, target: *mut f32) {
+    let levels = [codebook.level(0), codebook.level(1)];
+    let mut c = 0;
+    // SAFETY: d is a multiple of 16; reads d/8 bytes and writes d floats.
+    unsafe {
+        let (low, high) = (S::splat(levels[0]), S::splat(levels[1]));
+        while c < d {
+            S::store(S::select_bits(bits(source, c, LANES), low, high), target.add(c));
+            c += LANES;
         }
     }
 }

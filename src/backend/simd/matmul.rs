@@ -17,15 +17,17 @@ pub(crate) struct ScoreTile {
     pub query_stride: usize,
     pub rows: usize,
     pub width: usize,
-    /// The group's channels, multiples of 16.
+    /// The group's channels in the tile, multiples of 16.
     pub first: usize,
     pub count: usize,
+    /// The query's channel that belongs to `first`.
+    pub query_first: usize,
     pub score_stride: usize,
 }
 
 #[inline(always)]
 unsafe fn score_tile_kernel<S: Lanes>(p: &ScoreTile, queries: &[f32], tile: &[f32], scores: &mut [f32]) {
-    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.width <= p.query_stride);
+    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.query_first + p.count <= p.query_stride);
     assert!(queries.len() >= p.queries * p.query_stride && tile.len() >= p.rows * p.width);
     assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
     // SAFETY: by the assertions every block below stays inside the slices.
@@ -87,9 +89,9 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
     tile: &[f32],
     scores: &mut [f32],
 ) {
-    // SAFETY: q + Q ≤ queries, t + T ≤ rows, first + count ≤ width (see `score_tile_kernel`).
+    // SAFETY: q + Q ≤ queries, t + T ≤ rows, first + count ≤ width, query_first + count ≤ query_stride (see `score_tile_kernel`).
     unsafe {
-        let query = queries.as_ptr().add(q * p.query_stride + p.first);
+        let query = queries.as_ptr().add(q * p.query_stride + p.query_first);
         let row = tile.as_ptr().add(t * p.width + p.first);
         let mut sums = [[S::zero(); T]; Q];
         let mut c = 0;
@@ -155,15 +157,19 @@ pub(crate) struct WeighTile {
     pub weight_stride: usize,
     pub rows: usize,
     pub width: usize,
-    /// The group's channels, multiples of 16.
+    /// The group's channels in the tile, multiples of 16.
     pub first: usize,
     pub count: usize,
+    /// The output's channel that belongs to `first`.
+    pub output_first: usize,
     pub output_stride: usize,
 }
 
 #[inline(always)]
 unsafe fn weigh_tile_kernel<S: Lanes>(p: &WeighTile, weights: &[f32], tile: &[f32], output: &mut [f32]) {
-    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.width <= p.output_stride);
+    assert!(
+        p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.output_first + p.count <= p.output_stride
+    );
     assert!(p.queries == 0 || weights.len() >= (p.queries - 1) * p.weight_stride + p.rows);
     assert!(tile.len() >= p.rows * p.width && output.len() >= p.queries * p.output_stride);
     // SAFETY: by the assertions every block below stays inside the slices.
@@ -223,9 +229,9 @@ unsafe fn weigh_block<S: Lanes, const Q: usize, const V: usize>(
     tile: &[f32],
     output: &mut [f32],
 ) {
-    // SAFETY: q + Q ≤ queries and c + 16·V ≤ first + count ≤ width (see `weigh_tile_kernel`).
+    // SAFETY: q + Q ≤ queries, c + 16·V ≤ first + count ≤ width, output_first + count ≤ output_stride (see `weigh_tile_kernel`).
     unsafe {
-        let target = output.as_mut_ptr().add(q * p.output_stride + c);
+        let target = output.as_mut_ptr().add(q * p.output_stride + p.output_first + c - p.first);
         let weight = weights.as_ptr().add(q * p.weight_stride);
         let mut sums = [[S::zero(); V]; Q];
         let mut i = 0;

@@ -3,7 +3,7 @@
 use super::{LANES, Lanes, multiversion};
 use crate::codebook::Codebook;
 use crate::codec::{Codec, Rule, encode_broken_row, group_metadata, quotient};
-use crate::format::{Format, MAX_HEAD_DIM, pack};
+use crate::format::{MAX_HEAD_DIM, pack};
 use crate::transform::{Affine, Rotation, hadamard_block, hadamard_norm};
 
 multiversion! {
@@ -13,6 +13,8 @@ multiversion! {
     pub(crate) fn restore_row(codec: &Codec, affine: &Affine, head: usize, metadata: &[u8], levels: &[f32], out: &mut [f32]) = restore_row_kernel;
     /// [`Rotation::apply`].
     pub(crate) fn rotate(rotation: Rotation, row: &mut [f32]) = rotate_kernel;
+    /// out = Σ columns[i] · x[i] with columns `[x.len(), out.len()]`, added in the order of i, unfused.
+    pub(crate) fn multiply_columns(columns: &[f32], x: &[f32], out: &mut [f32]) = multiply_columns_kernel;
 }
 
 /// A row on the stack.
@@ -63,6 +65,56 @@ unsafe fn rotate_kernel<S: Lanes>(rotation: Rotation, row: &mut [f32]) {
 }
 
 #[inline(always)]
+unsafe fn multiply_columns_kernel<S: Lanes>(columns: &[f32], x: &[f32], out: &mut [f32]) {
+    let width = out.len();
+    assert!(width.is_multiple_of(LANES) && columns.len() == x.len() * width, "a matrix of other sizes");
+    // SAFETY: vectors of 16 below `width`, a multiple of 16, of each of the columns; the caller has S's features.
+    unsafe {
+        let mut c = 0;
+        while c + 4 * LANES <= width {
+            multiply_block::<S, 4>(columns, x, width, c, out);
+            c += 4 * LANES;
+        }
+        while c < width {
+            multiply_block::<S, 1>(columns, x, width, c, out);
+            c += LANES;
+        }
+    }
+}
+
+/// `V` vectors of the product, from channel `c` on.
+#[inline(always)]
+unsafe fn multiply_block<S: Lanes, const V: usize>(
+    columns: &[f32],
+    x: &[f32],
+    width: usize,
+    c: usize,
+    out: &mut [f32],
+) {
+    // SAFETY: see `multiply_columns_kernel`.
+    unsafe {
+        let mut sums = [S::zero(); V];
+        let mut column = columns.as_ptr().add(c);
+        let mut i = 0;
+        while i < x.len() {
+            let factor = S::splat(*x.as_ptr().add(i));
+            let mut v = 0;
+            while v < V {
+                sums[v] = S::add(sums[v], S::mul(S::load(column.add(v * LANES)), factor));
+                v += 1;
+            }
+            column = column.add(width);
+            i += 1;
+        }
+        let mut v = 0;
+        while v < V {
+            S::store(sums[v], out.as_mut_ptr().add(c + v * LANES));
+            v += 1;
+        }
+    }
+}
+
+#[inline(always)]
 unsafe fn encode_row_kernel<S: Lanes>(
     codec: &Codec,
     affine: &Affine,
@@ -91,6 +143,13 @@ unsafe fn encode_row_kernel<S: Lanes>(
     if !finite {
         return encode_broken_row(layout, codes, metadata);
     }
+    if let Some(matrix) = codec.matrix(head) {
+        let u = y;
+        // SAFETY: as above.
+        unsafe { multiply_columns_kernel::<S>(matrix.forward(), &u[..d], &mut y[..d]) };
+        // SAFETY: as above.
+        return unsafe { encode_parts::<S>(codec, &y[..d], codes, metadata) };
+    }
     // SAFETY: as above.
     unsafe { rotate_kernel::<S>(codec.rotation, &mut y[..d]) };
     if let Some(permutation) = codec.permutation(head) {
@@ -106,11 +165,36 @@ unsafe fn encode_row_kernel<S: Lanes>(
     pack(layout, &unpacked[..layout.codes()], codes);
 }
 
+/// Scale and codes of a row of parts.
+#[inline(always)]
+unsafe fn encode_parts<S: Lanes>(codec: &Codec, y: &[f32], codes: &mut [u8], metadata: &mut [u8]) {
+    // SAFETY: parts are multiples of 16 channels; the caller has S's features.
+    unsafe {
+        let mut sum = S::zero();
+        let mut count = 0;
+        for part in codec.parts.iter().filter(|part| part.is_coded()) {
+            for c in part.channels().step_by(LANES) {
+                let y = S::load(y.as_ptr().add(c));
+                sum = S::add(sum, S::mul(y, y));
+            }
+            count += part.width();
+        }
+        let a = codec.clip * (S::reduce_add(sum) / count as f32).sqrt();
+        let a = codec.layout.metadata.store(a, metadata);
+        let mut unpacked = [0u8; MAX_HEAD_DIM];
+        for part in codec.parts.iter().filter(|part| part.is_coded()) {
+            quantize::<S>(&part.codebook, &y[part.channels()], a, 0.0, 0, &mut unpacked);
+            pack(&part.layout, &unpacked[..part.layout.codes()], &mut codes[part.bytes()]);
+        }
+    }
+}
+
 /// Scale, zero point and codes of group `g`.
 #[inline(always)]
 unsafe fn encode_group<S: Lanes>(codec: &Codec, group: &[f32], g: usize, codes: &mut [u8], metadata: &mut [u8]) {
     let (layout, groups) = (&codec.layout, codec.layout.groups());
     let (precision, size) = (layout.metadata, layout.metadata.size());
+    let codebook = codec.codebook();
     // SAFETY: the caller's.
     unsafe {
         let spread = Spread::<S>::of(group);
@@ -124,21 +208,21 @@ unsafe fn encode_group<S: Lanes>(codec: &Codec, group: &[f32], g: usize, codes: 
         }
         let first = match codec.rule {
             Rule::Norm => codec.clip * (squares::<S>(group, zero) / group.len() as f32).sqrt(),
-            Rule::Range if layout.symmetric => codec.clip * spread.magnitude / codec.codebook.largest(),
-            Rule::Range => codec.clip * ((spread.maximum - spread.minimum) * 0.5) / codec.codebook.largest(),
+            Rule::Range if layout.symmetric => codec.clip * spread.magnitude / codebook.largest(),
+            Rule::Range => codec.clip * ((spread.maximum - spread.minimum) * 0.5) / codebook.largest(),
         };
         let scale = &mut metadata[g * size..][..size];
         let mut a = precision.store(first, scale);
-        quantize::<S>(codec, group, a, zero, g, codes);
+        quantize::<S>(codebook, group, a, zero, g, codes);
         for _ in 0..codec.refinements {
-            if let Some(better) = refine::<S>(codec, group, zero, g, codes) {
+            if let Some(better) = refine::<S>(codebook, group, zero, g, codes) {
                 a = precision.store(better, scale);
-                quantize::<S>(codec, group, a, zero, g, codes);
+                quantize::<S>(codebook, group, a, zero, g, codes);
             }
         }
         if codec.unbiased
             && a > 0.0
-            && let Some(unbiased) = unbias::<S>(codec, group, zero, g, codes)
+            && let Some(unbiased) = unbias::<S>(codebook, group, zero, g, codes)
         {
             precision.store(unbiased, scale);
         }
@@ -201,9 +285,9 @@ unsafe fn squares<S: Lanes>(group: &[f32], zero: f32) -> f32 {
 
 /// Step 5 of FORMAT.md §3; `codes` are those of the whole row.
 #[inline(always)]
-unsafe fn quantize<S: Lanes>(codec: &Codec, group: &[f32], a: f32, zero: f32, g: usize, codes: &mut [u8]) {
+unsafe fn quantize<S: Lanes>(codebook: &Codebook, group: &[f32], a: f32, zero: f32, g: usize, codes: &mut [u8]) {
     let inverse = if a == 0.0 { 0.0 } else { 1.0 / a };
-    let width = if codec.layout.format == Format::Pair { group.len() / 2 } else { group.len() };
+    let width = if matches!(codebook, Codebook::Pairs { .. }) { group.len() / 2 } else { group.len() };
     assert!((g + 1) * width <= codes.len());
     // SAFETY: groups are multiples of 16; codes of group g start at g·width (asserted).
     unsafe {
@@ -213,7 +297,7 @@ unsafe fn quantize<S: Lanes>(codec: &Codec, group: &[f32], a: f32, zero: f32, g:
         while c < width {
             let n = (width - c).min(LANES);
             let t = S::mul(S::sub(S::load_partial(group.as_ptr().add(c), n), zero), inverse);
-            let code = match &codec.codebook {
+            let code = match codebook {
                 Codebook::Uniform { levels } => {
                     let top = *levels as f32 - 1.0;
                     let level = S::add(t, S::splat(top * 0.5));
@@ -266,11 +350,11 @@ unsafe fn nearest_pair<S: Lanes>(t_x: S::F, t_y: S::F, x: &[f32; 8], y: &[f32; 8
 
 /// The least-squares scale for the codes at hand.
 #[inline(always)]
-unsafe fn refine<S: Lanes>(codec: &Codec, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
+unsafe fn refine<S: Lanes>(codebook: &Codebook, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
     let mut levels: Scratch = [0.0; MAX_HEAD_DIM];
     // SAFETY: as for `Spread::of`.
     unsafe {
-        group_levels::<S>(&codec.codebook, group.len(), g, codes, &mut levels);
+        group_levels::<S>(codebook, group.len(), g, codes, &mut levels);
         let zero = S::splat(zero);
         let (mut numerator, mut denominator) = (S::zero(), S::zero());
         let mut c = 0;
@@ -288,11 +372,11 @@ unsafe fn refine<S: Lanes>(codec: &Codec, group: &[f32], zero: f32, g: usize, co
 
 /// The scale with ⟨d, d̂⟩ = |d|² for the codes at hand.
 #[inline(always)]
-unsafe fn unbias<S: Lanes>(codec: &Codec, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
+unsafe fn unbias<S: Lanes>(codebook: &Codebook, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
     let mut levels: Scratch = [0.0; MAX_HEAD_DIM];
     // SAFETY: as for `Spread::of`.
     unsafe {
-        group_levels::<S>(&codec.codebook, group.len(), g, codes, &mut levels);
+        group_levels::<S>(codebook, group.len(), g, codes, &mut levels);
         let zero = S::splat(zero);
         let (mut squares, mut products) = (S::zero(), S::zero());
         let mut c = 0;
@@ -361,11 +445,15 @@ unsafe fn restore_row_kernel<S: Lanes>(
                 c += LANES;
             }
         }
-        match codec.permutation(head) {
-            Some(permutation) => permutation.invert(&y[..d], out),
-            None => out.copy_from_slice(&y[..d]),
+        if let Some(matrix) = codec.matrix(head) {
+            multiply_columns_kernel::<S>(matrix.inverse_columns(), &y[..d], out);
+        } else {
+            match codec.permutation(head) {
+                Some(permutation) => permutation.invert(&y[..d], out),
+                None => out.copy_from_slice(&y[..d]),
+            }
+            rotate_kernel::<S>(codec.rotation, out);
         }
-        rotate_kernel::<S>(codec.rotation, out);
         let mut c = 0;
         while c < d {
             let u = S::mul(S::load(out.as_ptr().add(c)), S::load(affine.scale.as_ptr().add(c)));

@@ -19,6 +19,8 @@ multiversion! {
     pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 = dot_kernel;
     /// `out += values · scale + factor · shift`, element by element.
     pub(crate) fn add_affine(values: &[f32], scale: &[f32], factor: f32, shift: &[f32], out: &mut [f32]) = add_affine_kernel;
+    /// `out += factor · values`, element by element.
+    pub(crate) fn add_multiple(values: &[f32], factor: f32, out: &mut [f32]) = add_multiple_kernel;
     /// The sum of the values.
     pub(crate) fn sum(values: &[f32]) -> f32 = sum_kernel;
     /// values *= factor.
@@ -76,6 +78,22 @@ unsafe fn scale_kernel<S: Lanes>(values: &mut [f32], factor: f32) {
             let n = (values.len() - i).min(LANES);
             let product = S::mul(S::load_partial(values.as_ptr().add(i), n), S::splat(factor));
             S::store_partial(product, values.as_mut_ptr().add(i), n);
+            i += n;
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn add_multiple_kernel<S: Lanes>(values: &[f32], factor: f32, out: &mut [f32]) {
+    assert!(values.len() == out.len());
+    let mut i = 0;
+    // SAFETY: lanes i..i+n of slices of one length; the caller has S's features.
+    unsafe {
+        while i < out.len() {
+            let n = (out.len() - i).min(LANES);
+            let target = out.as_mut_ptr().add(i);
+            let lanes = S::load_partial(values.as_ptr().add(i), n);
+            S::store_partial(S::mul_add(lanes, S::splat(factor), S::load_partial(target, n)), target, n);
             i += n;
         }
     }

@@ -1,0 +1,290 @@
+//! The mean of keys before the rotary embedding, turned to a position (FORMAT.md §6): m(t) = μ·cos(θt) + ν·sin(θt), channel by channel.
+//!
+//! What it is: tables of cosines and sines, shared by all codecs with the same frequencies; m(t) of a row; and, for attention, q·m(t)
+//! of [`SPAN`] positions as one small product. What it is not: a rotary embedding of rows.
+
+use std::sync::{Arc, Mutex, RwLock, Weak};
+
+use crate::backend::simd::{Isa, LANES, matmul};
+use crate::error::{Error, Result};
+
+/// Positions of a span: t = SPAN·i + j. The chunks of attention are no longer.
+pub const SPAN: usize = 256;
+
+/// Cosines and sines of one set of frequencies, one frequency a channel.
+#[derive(Debug)]
+pub struct Turns {
+    frequencies: Vec<f32>,
+    /// For every channel, its place among the distinct frequencies.
+    distinct_of: Vec<u16>,
+    /// A channel of every distinct frequency.
+    channel_of: Vec<u16>,
+    /// cos(jθ), then sin(jθ), by channel: `[SPAN, 2, D]`.
+    steps: Vec<f32>,
+    /// cos(jθ) of the distinct frequencies, then sin(jθ): `[2·F, SPAN]`.
+    waves: Vec<f32>,
+    /// cos(SPAN·i·θ), then sin, by channel, of the first spans: `[i, 2, D]`.
+    spans: RwLock<Arc<Vec<f32>>>,
+}
+
+impl Turns {
+    fn new(frequencies: &[f32]) -> Self {
+        let mut channel_of: Vec<u16> = Vec::new();
+        let mut distinct_of = Vec::with_capacity(frequencies.len());
+        for (channel, theta) in frequencies.iter().enumerate() {
+            let found = channel_of.iter().position(|&c| frequencies[usize::from(c)] == *theta);
+            distinct_of.push(found.unwrap_or(channel_of.len()) as u16);
+            if found.is_none() {
+                channel_of.push(channel as u16);
+            }
+        }
+        let mut steps = Vec::with_capacity(2 * SPAN * frequencies.len());
+        (0..SPAN).for_each(|j| push_turn(frequencies, j, &mut steps));
+        let distinct: Vec<f64> = channel_of.iter().map(|&c| f64::from(frequencies[usize::from(c)])).collect();
+        let wave = |turn: fn(f64) -> f64| {
+            distinct.iter().flat_map(move |theta| (0..SPAN).map(move |j| turn(j as f64 * theta) as f32))
+        };
+        let waves = wave(f64::cos).chain(wave(f64::sin)).collect();
+        let spans = RwLock::new(Arc::new(Vec::new()));
+        Self { frequencies: frequencies.to_vec(), distinct_of, channel_of, steps, waves, spans }
+    }
+
+    /// The tables for these frequencies: those that somebody else has made, if they are still there.
+    pub fn shared(frequencies: &[f32]) -> Result<Arc<Self>> {
+        static MADE: Mutex<Vec<Weak<Turns>>> = Mutex::new(Vec::new());
+        if !frequencies.iter().all(|theta| theta.is_finite()) {
+            return Err(Error::value("frequencies", "finite numbers", "a NaN or an infinity"));
+        }
+        let mut made = MADE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        made.retain(|turns| turns.strong_count() > 0);
+        let same = |turns: &Arc<Self>| {
+            turns.frequencies.len() == frequencies.len()
+                && turns.frequencies.iter().zip(frequencies).all(|(a, b)| a.to_bits() == b.to_bits())
+        };
+        if let Some(turns) = made.iter().filter_map(Weak::upgrade).find(same) {
+            return Ok(turns);
+        }
+        let turns = Arc::new(Self::new(frequencies));
+        made.push(Arc::downgrade(&turns));
+        Ok(turns)
+    }
+
+    fn channels(&self) -> usize {
+        self.frequencies.len()
+    }
+
+    /// The table of the first spans, at least `count` of them: made once, by doubling.
+    pub fn spans(&self, count: usize) -> Arc<Vec<f32>> {
+        let width = 2 * self.channels();
+        let have = Arc::clone(&self.spans.read().unwrap_or_else(std::sync::PoisonError::into_inner));
+        if have.len() >= count * width {
+            return have;
+        }
+        let mut spans = self.spans.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if spans.len() < count * width {
+            let mut longer = Vec::with_capacity(2 * count * width);
+            longer.extend_from_slice(&spans);
+            (spans.len() / width..2 * count).for_each(|i| push_turn(&self.frequencies, SPAN * i, &mut longer));
+            *spans = Arc::new(longer);
+        }
+        Arc::clone(&spans)
+    }
+
+    /// C(t) and S(t) of FORMAT.md §6 for every channel.
+    fn turn(&self, spans: &[f32], position: i64, cosine: &mut [f32], sine: &mut [f32]) {
+        let d = self.channels();
+        let (i, j) = (position.div_euclid(SPAN as i64), position.rem_euclid(SPAN as i64) as usize);
+        let (span, step) = (&spans[i.unsigned_abs() as usize * 2 * d..][..2 * d], &self.steps[j * 2 * d..][..2 * d]);
+        // The cosine is even, the sine odd.
+        let sign = if i < 0 { -1.0 } else { 1.0 };
+        for c in 0..d {
+            let (cos_i, sin_i, cos_j, sin_j) = (span[c], sign * span[d + c], step[c], step[d + c]);
+            cosine[c] = cos_i * cos_j - sin_i * sin_j;
+            sine[c] = sin_i * cos_j + cos_i * sin_j;
+        }
+    }
+}
+
+fn push_turn(frequencies: &[f32], position: usize, table: &mut Vec<f32>) {
+    let angles = || frequencies.iter().map(|theta| position as f64 * f64::from(*theta));
+    table.extend(angles().map(|angle| angle.cos() as f32));
+    table.extend(angles().map(|angle| angle.sin() as f32));
+}
+
+/// Spans that hold the positions from `first` on, `count` of them.
+pub fn spans_of(first: i64, count: usize) -> usize {
+    let reach = |position: i64| position.div_euclid(SPAN as i64).unsigned_abs() as usize + 1;
+    reach(first).max(reach(first + count as i64))
+}
+
+/// μ and ν of one head, and the tables.
+#[derive(Clone, Debug)]
+pub struct TurningMean {
+    mean: Vec<f32>,
+    quarter: Vec<f32>,
+    pub turns: Arc<Turns>,
+}
+
+impl PartialEq for TurningMean {
+    fn eq(&self, other: &Self) -> bool {
+        self.mean == other.mean && self.quarter == other.quarter && Arc::ptr_eq(&self.turns, &other.turns)
+    }
+}
+
+impl TurningMean {
+    pub fn new(mean: Vec<f32>, quarter: Vec<f32>, turns: Arc<Turns>) -> Result<Self> {
+        let expected = format!("{} finite numbers", turns.channels());
+        for (name, values) in [("shift", &mean), ("shift_sine", &quarter)] {
+            if values.len() != turns.channels() || !values.iter().all(|value| value.is_finite()) {
+                return Err(Error::value(name, expected, format!("{} numbers", values.len())));
+            }
+        }
+        Ok(Self { mean, quarter, turns })
+    }
+
+    pub fn channels(&self) -> usize {
+        self.mean.len()
+    }
+
+    /// Writes m(position) to `mean`; `spans` holds at least [`spans_of`] it.
+    pub fn at(&self, spans: &[f32], position: i64, mean: &mut [f32]) {
+        let d = self.mean.len();
+        let mut buffer = [0.0; 2 * crate::format::MAX_HEAD_DIM];
+        let (cosine, rest) = buffer.split_at_mut(d);
+        let sine = &mut rest[..d];
+        self.turns.turn(spans, position, cosine, sine);
+        for c in 0..d {
+            mean[c] = self.mean[c] * cosine[c] + self.quarter[c] * sine[c];
+        }
+    }
+
+    /// Rows of [`Self::score_span`]'s product.
+    pub fn waves(&self) -> usize {
+        2 * self.turns.channel_of.len()
+    }
+
+    /// The amplitudes `[waves]` of q·m(t) as a sum of waves: A of the cosines, then B of the sines, with t counted from `origin`.
+    pub fn amplitudes(&self, query: &[f32], spans: &[f32], origin: i64, amplitudes: &mut [f32]) {
+        let d = self.mean.len();
+        let mut buffer = [0.0; 2 * crate::format::MAX_HEAD_DIM];
+        let (cosine, rest) = buffer.split_at_mut(d);
+        let sine = &mut rest[..d];
+        self.turns.turn(spans, origin, cosine, sine);
+        amplitudes.fill(0.0);
+        let (a, b) = amplitudes.split_at_mut(self.turns.channel_of.len());
+        for c in 0..d {
+            let f = usize::from(self.turns.distinct_of[c]);
+            let (of_cosine, of_sine) = (query[c] * self.mean[c], query[c] * self.quarter[c]);
+            a[f] += of_cosine * cosine[c] + of_sine * sine[c];
+            b[f] += of_sine * cosine[c] - of_cosine * sine[c];
+        }
+    }
+
+    /// Adds q·m(t) of `count` positions from `origin + first` on, all of one span counted from `origin`, to `scores` `[queries, stride]` (whole
+    /// vectors of 16). `amplitudes` and `scratch` are `[queries, waves]`, the amplitudes counted from `origin`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn score_span(
+        &self,
+        isa: Isa,
+        spans: &[f32],
+        first: usize,
+        count: usize,
+        amplitudes: &[f32],
+        scratch: &mut [f32],
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let (d, waves) = (self.mean.len(), self.waves());
+        debug_assert!(first % SPAN + count <= SPAN, "positions {first}.. of more than one span");
+        let span = &spans[first / SPAN * 2 * d..][..2 * d];
+        let half = waves / 2;
+        for (from, to) in amplitudes.chunks_exact(waves).zip(scratch.chunks_exact_mut(waves)) {
+            for f in 0..half {
+                let channel = usize::from(self.turns.channel_of[f]);
+                let (cosine, sine) = (span[channel], span[d + channel]);
+                to[f] = from[f] * cosine + from[half + f] * sine;
+                to[half + f] = from[half + f] * cosine - from[f] * sine;
+            }
+        }
+        let product = matmul::WeighTile {
+            queries: amplitudes.len() / waves,
+            weight_stride: waves,
+            rows: waves,
+            width: SPAN,
+            first: first % SPAN,
+            count: count.next_multiple_of(LANES),
+            output_first: 0,
+            output_stride: stride,
+        };
+        matmul::weigh_tile(isa, &product, scratch, &self.turns.waves, scores);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example(d: usize) -> TurningMean {
+        let frequencies: Vec<f32> = (0..d).map(|c| 10000f32.powf(-((c % (d / 2)) as f32) / (d / 2) as f32)).collect();
+        let mean: Vec<f32> = (0..d).map(|c| (c as f32 * 1.3).sin() * 5.0).collect();
+        let quarter = (0..d).map(|c| if c < d / 2 { -mean[c + d / 2] } else { mean[c - d / 2] }).collect();
+        TurningMean::new(mean, quarter, Turns::shared(&frequencies).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_mean_turns_as_the_rotary_embedding_turns_it() {
+        let d = 64;
+        let turning = example(d);
+        let spans = turning.turns.spans(spans_of(-700, 9000));
+        for position in [0i64, 1, 255, 256, 257, 5000, 8191, -1, -256, -700] {
+            let mut found = vec![0.0; d];
+            turning.at(&spans, position, &mut found);
+            for (c, found) in found.into_iter().enumerate() {
+                let angle = position as f64 * f64::from(turning.turns.frequencies[c]);
+                let expected = f64::from(turning.mean[c]) * angle.cos() + f64::from(turning.quarter[c]) * angle.sin();
+                assert!((f64::from(found) - expected).abs() < 3e-6, "{position} {c}");
+            }
+        }
+    }
+
+    #[test]
+    fn scores_of_a_span_are_the_products_with_every_mean() {
+        let d = 64;
+        let turning = example(d);
+        let spans = turning.turns.spans(40);
+        let query: Vec<f32> = (0..3 * d).map(|i| (i as f32 * 0.37).cos()).collect();
+        for origin in [5i64, 0, -300] {
+            let mut amplitudes = vec![0.0; 3 * turning.waves()];
+            for (query, amplitudes) in query.chunks(d).zip(amplitudes.chunks_mut(turning.waves())) {
+                turning.amplitudes(query, &spans, origin, amplitudes);
+            }
+            for isa in Isa::available() {
+                for (first, count) in [(2 * SPAN, 256), (2 * SPAN, 100), (2 * SPAN + 128, 128), (0, 1)] {
+                    let mut scores = vec![1.0; 3 * SPAN];
+                    let mut scratch = vec![0.0; amplitudes.len()];
+                    turning.score_span(isa, &spans, first, count, &amplitudes, &mut scratch, &mut scores, SPAN);
+                    let mut mean = vec![0.0; d];
+                    for j in 0..count {
+                        turning.at(&spans, origin + (first + j) as i64, &mut mean);
+                        for (q, query) in query.chunks(d).enumerate() {
+                            let exact: f64 = query.iter().zip(&mean).map(|(a, b)| f64::from(a * b)).sum();
+                            let found = f64::from(scores[q * SPAN + j]) - 1.0;
+                            assert!((found - exact).abs() < 2e-4, "{isa} {origin} {j}: {found} {exact}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tables_are_shared_and_refused() {
+        let a = example(32);
+        let b = example(32);
+        assert!(Arc::ptr_eq(&a.turns, &b.turns));
+        assert_eq!(a, b);
+        assert_eq!(a.waves(), 32);
+        assert!(Turns::shared(&[f32::NAN]).is_err());
+        assert!(TurningMean::new(vec![0.0; 3], vec![0.0; 32], Arc::clone(&a.turns)).is_err());
+    }
+}
