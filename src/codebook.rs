@@ -9,7 +9,7 @@ use crate::format::Format;
 pub enum Codebook {
     /// C[i] = i − (n−1)/2 for n levels.
     Uniform { levels: usize },
-    /// Ascending levels, at most 16, and the thresholds between them.
+    /// Ascending levels, at most 32, and the thresholds between them.
     Levels { levels: Vec<f32>, thresholds: Vec<f32> },
     /// Eight codewords of the plane (`x`, `y`) and half their squared lengths.
     Pairs { x: [f32; 8], y: [f32; 8], half_norms: [f32; 8] },
@@ -111,8 +111,8 @@ impl Codebook {
     }
 }
 
-/// Levels that minimise the mean squared error of N(0, 1), for 2, 3, 4, 8 and 16 levels.
-/// Errors: 0.3634, 0.1902, 0.1175, 0.03454, 0.009497 (Max 1960).
+/// Levels that minimise the mean squared error of N(0, 1), for 2, 3, 4, 8, 16 and 32 levels.
+/// Errors: 0.3634, 0.1902, 0.1175, 0.03455, 0.009501, 0.002505 (Max 1960).
 pub fn lloyd_max(levels: usize) -> &'static [f32] {
     match levels {
         2 => &LLOYD_MAX_2,
@@ -120,7 +120,8 @@ pub fn lloyd_max(levels: usize) -> &'static [f32] {
         4 => &LLOYD_MAX_4,
         8 => &LLOYD_MAX_8,
         16 => &LLOYD_MAX_16,
-        _ => unreachable!("formats have 2, 3, 4, 8 or 16 listed levels"),
+        32 => &LLOYD_MAX_32,
+        _ => unreachable!("formats have 2, 3, 4, 8, 16 or 32 listed levels"),
     }
 }
 
@@ -146,6 +147,40 @@ const LLOYD_MAX_16: [f32; 16] = [
     1.6180464,
     2.069_017_2,
     2.732_589_5,
+];
+const LLOYD_MAX_32: [f32; 32] = [
+    -3.260_732_4,
+    -2.691_119_7,
+    -2.317_739_5,
+    -2.028_728_5,
+    -1.787_233_2,
+    -1.576_228,
+    -1.386_340_4,
+    -1.211_804_4,
+    -1.048_783_3,
+    -0.894_565_1,
+    -0.747_135_7,
+    -0.604_933_6,
+    -0.466_699_5,
+    -0.331_378_3,
+    -0.198_051_83,
+    -0.065_889_66,
+    0.065_889_66,
+    0.198_051_83,
+    0.331_378_3,
+    0.466_699_5,
+    0.604_933_6,
+    0.747_135_7,
+    0.894_565_1,
+    1.048_783_3,
+    1.211_804_4,
+    1.386_340_4,
+    1.576_228,
+    1.787_233_2,
+    2.028_728_5,
+    2.317_739_5,
+    2.691_119_7,
+    3.260_732_4,
 ];
 /// The best eight points found for the standard normal plane.
 const LLOYD_MAX_PAIRS: [[f32; 2]; 8] = [

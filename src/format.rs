@@ -25,6 +25,8 @@ pub enum Format {
     Ternary,
     /// Eight codewords for a pair of channels, 1.5 bits an element.
     Pair,
+    /// Five bits a channel; in parts only.
+    Int5,
     /// One bit a channel; in parts only.
     Int1,
     /// No bit: the channel is read as 0; in parts only.
@@ -55,6 +57,7 @@ impl Format {
     /// The format of a part of a row.
     pub fn of_part(name: &str) -> Result<Self> {
         match name {
+            "5" => Ok(Self::Int5),
             "4" => Ok(Self::Int4),
             "3" => Ok(Self::Int3),
             "2" => Ok(Self::Int2),
@@ -62,7 +65,9 @@ impl Format {
             "1.5" => Ok(Self::Pair),
             "1" => Ok(Self::Int1),
             "0" => Ok(Self::Zero),
-            _ => Err(Error::value("parts", "formats \"4\", \"3\", \"2\", \"1.6\", \"1.5\", \"1\" or \"0\"", name)),
+            _ => {
+                Err(Error::value("parts", "formats \"5\", \"4\", \"3\", \"2\", \"1.6\", \"1.5\", \"1\" or \"0\"", name))
+            }
         }
     }
 
@@ -74,6 +79,7 @@ impl Format {
             Self::Int2 => "2",
             Self::Ternary => "1.6",
             Self::Pair => "1.5",
+            Self::Int5 => "5",
             Self::Int1 => "1",
             Self::Zero => "0",
             Self::Parts => "parts",
@@ -89,6 +95,7 @@ impl Format {
             Self::Int3 | Self::Pair => 8,
             Self::Int2 => 4,
             Self::Ternary => 3,
+            Self::Int5 => 32,
             Self::Int1 => 2,
             Self::Zero => 1,
             Self::Raw(_) | Self::Parts => 0,
@@ -104,6 +111,7 @@ impl Format {
             Self::Int2 => head_dim / 4,
             Self::Ternary => head_dim.div_ceil(5),
             Self::Pair => head_dim / 8 + head_dim / 16,
+            Self::Int5 => head_dim / 2 + head_dim / 8,
             Self::Int1 => head_dim / 8,
             Self::Zero | Self::Parts => 0,
             Self::Raw(dtype) => head_dim * dtype.size(),
@@ -280,27 +288,35 @@ impl RowLayout {
 pub fn pack(layout: &RowLayout, codes: &[u8], bytes: &mut [u8]) {
     match layout.format {
         Format::Int8 => bytes[..codes.len()].copy_from_slice(codes),
-        Format::Int4 => {
-            let (low, high) = codes.split_at(codes.len() / 2);
-            for ((byte, l), h) in bytes.iter_mut().zip(low).zip(high) {
-                *byte = l | h << 4;
-            }
-        }
+        Format::Int4 => pack_four_bits(codes, bytes),
         Format::Int2 => pack_two_bits(codes, bytes),
+        Format::Int5 => {
+            let (low, high) = bytes.split_at_mut(codes.len() / 2);
+            pack_four_bits(codes, low);
+            pack_bit(codes, 4, high);
+        }
         Format::Int3 | Format::Pair => {
             let (low, high) = bytes.split_at_mut(codes.len() / 4);
             pack_two_bits(codes, low);
-            for (byte, eight) in high.iter_mut().zip(codes.chunks_exact(8)) {
-                *byte = eight.iter().enumerate().fold(0, |sum, (bit, code)| sum | (code >> 2 & 1) << bit);
-            }
+            pack_bit(codes, 2, high);
         }
         Format::Ternary => pack_ternary(codes, bytes),
-        Format::Int1 => {
-            for (byte, eight) in bytes.iter_mut().zip(codes.chunks_exact(8)) {
-                *byte = eight.iter().enumerate().fold(0, |sum, (bit, code)| sum | (code & 1) << bit);
-            }
-        }
+        Format::Int1 => pack_bit(codes, 0, bytes),
         Format::Zero | Format::Parts | Format::Raw(_) => {}
+    }
+}
+
+/// Bit `bit` of eight codes a byte.
+fn pack_bit(codes: &[u8], bit: u32, bytes: &mut [u8]) {
+    for (byte, eight) in bytes.iter_mut().zip(codes.chunks_exact(8)) {
+        *byte = eight.iter().enumerate().fold(0, |sum, (place, code)| sum | (code >> bit & 1) << place);
+    }
+}
+
+fn pack_four_bits(codes: &[u8], bytes: &mut [u8]) {
+    let (low, high) = codes.split_at(codes.len() / 2);
+    for ((byte, l), h) in bytes.iter_mut().zip(low).zip(high) {
+        *byte = (l & 15) | h << 4;
     }
 }
 
@@ -331,20 +347,17 @@ fn pack_ternary(codes: &[u8], bytes: &mut [u8]) {
 pub fn unpack(layout: &RowLayout, bytes: &[u8], codes: &mut [u8]) {
     match layout.format {
         Format::Int8 => codes.copy_from_slice(&bytes[..codes.len()]),
-        Format::Int4 => {
+        Format::Int4 => unpack_four_bits(bytes, codes),
+        Format::Int5 => {
             let half = codes.len() / 2;
-            for b in 0..half {
-                codes[b] = bytes[b] & 15;
-                codes[b + half] = bytes[b] >> 4;
-            }
+            unpack_four_bits(&bytes[..half], codes);
+            unpack_bit(&bytes[half..], 4, codes);
         }
         Format::Int2 => unpack_two_bits(bytes, codes),
         Format::Int3 | Format::Pair => {
             let quarter = codes.len() / 4;
             unpack_two_bits(&bytes[..quarter], codes);
-            for (c, code) in codes.iter_mut().enumerate() {
-                *code |= (bytes[quarter + c / 8] >> (c % 8) & 1) << 2;
-            }
+            unpack_bit(&bytes[quarter..], 2, codes);
         }
         Format::Ternary => {
             let planes = codes.len().div_ceil(5);
@@ -354,12 +367,26 @@ pub fn unpack(layout: &RowLayout, bytes: &[u8], codes: &mut [u8]) {
             }
         }
         Format::Int1 => {
-            for (c, code) in codes.iter_mut().enumerate() {
-                *code = bytes[c / 8] >> (c % 8) & 1;
-            }
+            codes.fill(0);
+            unpack_bit(bytes, 0, codes);
         }
         Format::Zero => codes.fill(0),
         Format::Parts | Format::Raw(_) => {}
+    }
+}
+
+/// The inverse of `pack_bit`, into codes without that bit.
+fn unpack_bit(bytes: &[u8], bit: u32, codes: &mut [u8]) {
+    for (c, code) in codes.iter_mut().enumerate() {
+        *code |= (bytes[c / 8] >> (c % 8) & 1) << bit;
+    }
+}
+
+fn unpack_four_bits(bytes: &[u8], codes: &mut [u8]) {
+    let half = codes.len() / 2;
+    for b in 0..half {
+        codes[b] = bytes[b] & 15;
+        codes[b + half] = bytes[b] >> 4;
     }
 }
 
@@ -374,8 +401,16 @@ fn unpack_two_bits(bytes: &[u8], codes: &mut [u8]) {
 mod tests {
     use super::*;
 
-    const ALL: [Format; 7] =
-        [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair, Format::Int1];
+    const ALL: [Format; 8] = [
+        Format::Int8,
+        Format::Int5,
+        Format::Int4,
+        Format::Int3,
+        Format::Int2,
+        Format::Ternary,
+        Format::Pair,
+        Format::Int1,
+    ];
 
     #[test]
     fn every_format_unpacks_what_it_packed() {

@@ -93,11 +93,11 @@ fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
 
 /// Random parts behind random matrices, with a mean that turns if asked for.
 fn random_codec_of_parts(noise: &mut Noise, head_dim: usize, heads: usize, turning: bool) -> Codec {
-    const PARTS: [&str; 7] = ["4", "3", "2", "1.6", "1.5", "1", "0"];
+    const PARTS: [&str; 8] = ["5", "4", "3", "2", "1.6", "1.5", "1", "0"];
     let (mut parts, mut left) = (vec![(Format::Int4, 16)], head_dim - 16);
     while left > 0 {
         let width = (16 * (1 + noise.below(4))).min(left);
-        parts.push((Format::of_part(PARTS[noise.below(7)]).unwrap(), width));
+        parts.push((Format::of_part(PARTS[noise.below(8)]).unwrap(), width));
         left -= width;
     }
     let metadata = [Metadata::E4m3, Metadata::Fp16][noise.below(2)];

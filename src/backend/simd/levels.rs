@@ -93,6 +93,7 @@ unsafe fn decode_levels_kernel<S: Lanes>(
                 Format::Pair => pairs::<S>(&tables, source, layout, target),
                 Format::Int4 => four_bits::<S>(&tables, source, d, target),
                 Format::Int8 => eight_bits::<S>(source, d, target),
+                Format::Int5 => five_bits::<S>(&tables, source, d, target),
                 Format::Int1 => one_bit::<S>(codebook, source, d, target),
                 Format::Zero => target.write_bytes(0, d),
                 Format::Ternary | Format::Parts | Format::Raw(_) => unreachable!("done above, or without codes"),
@@ -104,22 +105,23 @@ unsafe fn decode_levels_kernel<S: Lanes>(
 }
 
 /// The codebook as lookup tables: `low` holds the first four levels, `eight` and `sixteen` all of them where there are that many;
-/// for pairs `eight` is x and `second` is y.
+/// for pairs `eight` is x and `second` is y; of 32 levels the last sixteen are `upper`.
 struct Tables<S: Lanes> {
     low: S::Table4,
     eight: S::Table8,
     second: S::Table8,
     sixteen: S::Table16,
+    upper: S::Table16,
 }
 
 impl<S: Lanes> Tables<S> {
     #[inline(always)]
     unsafe fn new(codebook: &Codebook) -> Self {
-        let mut levels = [0.0f32; 16];
+        let mut levels = [0.0f32; 32];
         let mut second = [0.0f32; 8];
         match codebook {
             Codebook::Uniform { levels: count } => {
-                for (i, level) in levels.iter_mut().enumerate().take(*count) {
+                for (i, level) in levels.iter_mut().enumerate().take((*count).min(16)) {
                     *level = i as f32 - (*count as f32 - 1.0) * 0.5;
                 }
             }
@@ -135,7 +137,8 @@ impl<S: Lanes> Tables<S> {
                 low: S::table4(&levels[..4]),
                 eight: S::table8(&levels[..8]),
                 second: S::table8(&second),
-                sixteen: S::table16(&levels),
+                sixteen: S::table16(&levels[..16]),
+                upper: S::table16(&levels[16..]),
             }
         }
     }
@@ -288,6 +291,26 @@ unsafe fn four_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, t
             let codes = S::load_u8_partial(source.add(b), n);
             S::store_partial(S::lookup16(tables.sixteen, codes), target.add(b), n);
             S::store_partial(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + b), n);
+            b += LANES;
+        }
+    }
+}
+
+/// Low four bits as `four_bits`, then the high bits.
+#[inline(always)]
+unsafe fn five_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, target: *mut f32) {
+    let half = d / 2;
+    let mut b = 0;
+    // SAFETY: reads d/2 + d/8 bytes and writes d floats; the caller vouches for both.
+    unsafe {
+        let high = source.add(half);
+        while b < half {
+            let n = (half - b).min(LANES);
+            let low = S::load_u8_partial(source.add(b), n);
+            for (codes, channel) in [(S::and(low, 15), b), (S::shr::<4>(low), half + b)] {
+                let (lower, upper) = (S::lookup16(tables.sixteen, codes), S::lookup16(tables.upper, codes));
+                S::store_partial(S::select_bits(bits(high, channel, n), lower, upper), target.add(channel), n);
+            }
             b += LANES;
         }
     }
