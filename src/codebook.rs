@@ -21,7 +21,6 @@ impl Codebook {
         let levels = format.levels();
         match (name, format) {
             ("uniform" | "lloyd-max", Format::Raw(_) | Format::Parts) => Ok(Self::Uniform { levels: 0 }),
-            ("lloyd-max", Format::Zero) => Ok(Self::Uniform { levels: 1 }),
             ("uniform", Format::Pair) => {
                 Err(Error::value("codebook", "\"lloyd-max\" or eight pairs for format \"1.5\"", name))
             }
@@ -50,8 +49,13 @@ impl Codebook {
         if !ascending || !levels.iter().all(|level| level.is_finite()) {
             return Err(Error::value("codebook", "finite levels in ascending order", format!("{levels:?}")));
         }
+        Ok(Self::ascending(levels.to_vec()))
+    }
+
+    /// Levels that are known to be ascending.
+    pub(crate) fn ascending(levels: Vec<f32>) -> Self {
         let thresholds = levels.windows(2).map(|pair| (pair[0] + pair[1]) * 0.5).collect();
-        Ok(Self::Levels { levels: levels.to_vec(), thresholds })
+        Self::Levels { levels, thresholds }
     }
 
     /// Eight codewords of the plane.

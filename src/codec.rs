@@ -5,7 +5,8 @@
 
 use crate::codebook::Codebook;
 use crate::error::{Error, Result};
-use crate::format::{Format, MAX_HEAD_DIM, Metadata, RowLayout, pack, unpack};
+use crate::format::{Format, MAX_HEAD_DIM, RowLayout, pack, unpack};
+use crate::parts::Part;
 use crate::transform::{Affine, Matrix, Permutation, Rotation, Source, TurningMean};
 
 /// How a group's scale is found.
@@ -34,61 +35,13 @@ impl Rule {
     }
 }
 
-/// Neighbouring channels of a transformed row with one format: all of them, or one of the parts of FORMAT.md §6.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Part {
-    /// Of this part alone: its width is `layout.head_dim`.
-    pub layout: RowLayout,
-    pub codebook: Codebook,
-    /// The first channel.
-    pub first: usize,
-    /// Code bytes of a row before its own.
-    pub offset: usize,
-}
-
-impl Part {
-    /// The one part of a row whose channels all have one format.
-    pub fn whole(layout: RowLayout, codebook: Codebook) -> Vec<Self> {
-        vec![Self { layout, codebook, first: 0, offset: 0 }]
-    }
-
-    /// The parts of a row, with Lloyd–Max codebooks.
-    pub fn list(parts: &[(Format, usize)], metadata: Metadata) -> Result<Vec<Self>> {
-        let (mut first, mut offset) = (0, 0);
-        let part = |&(format, width): &(Format, usize)| {
-            let layout = RowLayout::new(format, width, width, metadata, true)?;
-            let part = Self { layout, codebook: Codebook::named("lloyd-max", format)?, first, offset };
-            first += width;
-            offset += layout.code_bytes;
-            Ok(part)
-        };
-        parts.iter().map(part).collect()
-    }
-
-    pub fn width(&self) -> usize {
-        self.layout.head_dim
-    }
-
-    pub fn is_coded(&self) -> bool {
-        self.layout.format != Format::Zero
-    }
-
-    /// Its channels in a row.
-    pub fn channels(&self) -> std::ops::Range<usize> {
-        self.first..self.first + self.width()
-    }
-
-    /// Its code bytes in a row's.
-    pub fn bytes(&self) -> std::ops::Range<usize> {
-        self.offset..self.offset + self.layout.code_bytes
-    }
-}
-
 /// Everything that turns a row into bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Codec {
     pub layout: RowLayout,
-    /// One, unless the layout's format is [`Format::Parts`].
+    /// Of all channels; not used by rows of parts, which have their own.
+    pub codebook: Codebook,
+    /// The stored parts of a row of parts, else none.
     pub parts: Vec<Part>,
     pub rule: Rule,
     pub clip: f32,
@@ -106,13 +59,13 @@ pub struct Codec {
 }
 
 impl Codec {
-    /// The codebook of a row that is not of parts.
-    pub fn codebook(&self) -> &Codebook {
-        &self.parts[0].codebook
-    }
-
     pub fn is_of_parts(&self) -> bool {
         self.layout.format == Format::Parts
+    }
+
+    /// Channels that are stored: all of them, or those of the parts with bits.
+    pub fn stored_channels(&self) -> usize {
+        self.parts.last().map_or(self.layout.head_dim, |part| part.channels().end)
     }
 
     pub fn matrix(&self, head: usize) -> Option<&Matrix> {
@@ -239,7 +192,7 @@ impl Codec {
         let groups = self.layout.groups();
         let size = self.layout.metadata.size();
         let mut unpacked = [0u8; MAX_HEAD_DIM];
-        let codebook = self.codebook();
+        let codebook = &self.codebook;
         for (g, group) in y.chunks_exact(self.layout.group_size).enumerate() {
             let zero = self.zero_point(group);
             let zero = if self.layout.symmetric {
@@ -269,14 +222,13 @@ impl Codec {
 
     /// Scale and codes of a row of parts, `y` behind its matrix.
     fn encode_parts(&self, y: &[f32], codes: &mut [u8], metadata: &mut [u8]) {
-        let coded = || self.parts.iter().filter(|part| part.is_coded());
-        let count: usize = coded().map(Part::width).sum();
-        let squares = lane_sum(coded().flat_map(|part| &y[part.channels()]).map(|y| y * y));
-        let a = self.layout.metadata.store(self.clip * (squares / count as f32).sqrt(), metadata);
+        let stored = &y[..self.stored_channels()];
+        let squares = lane_sum(stored.iter().map(|y| y * y));
+        let a = self.layout.metadata.store(self.clip * (squares / stored.len() as f32).sqrt(), metadata);
         let mut unpacked = [0u8; MAX_HEAD_DIM];
-        for part in coded() {
+        for part in &self.parts {
             group_codes(&part.codebook, &y[part.channels()], a, 0.0, 0, &mut unpacked);
-            pack(&part.layout, &unpacked[..part.layout.codes()], &mut codes[part.bytes()]);
+            part.pack(&unpacked[..part.width], &mut codes[part.bytes()]);
         }
     }
 
@@ -314,15 +266,15 @@ impl Codec {
                 self.clip * (squares / group.len() as f32).sqrt()
             }
             Rule::Range if self.layout.symmetric => {
-                self.clip * group.iter().fold(0.0f32, |most, y| most.max(y.abs())) / self.codebook().largest()
+                self.clip * group.iter().fold(0.0f32, |most, y| most.max(y.abs())) / self.codebook.largest()
             }
-            Rule::Range => self.clip * ((maximum(group) - minimum(group)) * 0.5) / self.codebook().largest(),
+            Rule::Range => self.clip * ((maximum(group) - minimum(group)) * 0.5) / self.codebook.largest(),
         }
     }
 
     /// Step 4, the least-squares scale for the codes at hand.
     fn refined_scale(&self, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
-        let level = |c: usize| group_level(self.codebook(), self.layout.group_size, codes, g, c);
+        let level = |c: usize| group_level(&self.codebook, self.layout.group_size, codes, g, c);
         let numerator = lane_sum(group.iter().enumerate().map(|(c, y)| (y - zero) * level(c)));
         let denominator = lane_sum((0..group.len()).map(|c| level(c) * level(c)));
         (numerator > 0.0).then(|| numerator / denominator)
@@ -331,7 +283,7 @@ impl Codec {
     /// Step 6: the scale with ⟨d, d̂⟩ = |d|² for the codes at hand.
     fn unbiased_scale(&self, group: &[f32], zero: f32, g: usize, codes: &[u8]) -> Option<f32> {
         let squares = lane_sum(group.iter().map(|y| (y - zero) * (y - zero)));
-        let level = |c: usize| group_level(self.codebook(), self.layout.group_size, codes, g, c);
+        let level = |c: usize| group_level(&self.codebook, self.layout.group_size, codes, g, c);
         let products = group.iter().enumerate().map(|(c, y)| (y - zero) * level(c));
         quotient(squares, lane_sum(products))
     }
@@ -342,13 +294,20 @@ impl Codec {
         let mut unpacked = [0u8; MAX_HEAD_DIM];
         let mut y = [0.0f32; MAX_HEAD_DIM];
         let y = &mut y[..layout.head_dim];
-        for part in &self.parts {
-            unpack(&part.layout, &codes[part.bytes()], &mut unpacked[..part.layout.codes()]);
-            let size = part.layout.group_size;
-            for (g, group) in y[part.channels()].chunks_exact_mut(size).enumerate() {
+        if self.is_of_parts() {
+            let (scale, _) = group_metadata(layout, metadata, 0);
+            for part in &self.parts {
+                part.unpack(&codes[part.bytes()], &mut unpacked[..part.width]);
+                for (value, code) in y[part.channels()].iter_mut().zip(&unpacked) {
+                    *value = scale * part.codebook.level(*code);
+                }
+            }
+        } else {
+            unpack(layout, codes, &mut unpacked[..layout.codes()]);
+            for (g, group) in y.chunks_exact_mut(layout.group_size).enumerate() {
                 let (scale, zero) = group_metadata(layout, metadata, g);
                 for (c, value) in group.iter_mut().enumerate() {
-                    *value = scale * group_level(&part.codebook, size, &unpacked, g, c) + zero;
+                    *value = scale * group_level(&self.codebook, layout.group_size, &unpacked, g, c) + zero;
                 }
             }
         }

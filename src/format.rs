@@ -25,13 +25,7 @@ pub enum Format {
     Ternary,
     /// Eight codewords for a pair of channels, 1.5 bits an element.
     Pair,
-    /// Five bits a channel; in parts only.
-    Int5,
-    /// One bit a channel; in parts only.
-    Int1,
-    /// No bit: the channel is read as 0; in parts only.
-    Zero,
-    /// Several formats, one after the other (FORMAT.md §6); its codes are those of its parts.
+    /// Parts of 0 to 5 bits (FORMAT.md §6), see `parts.rs`.
     Parts,
     /// The model's own dtype: nothing is quantized.
     Raw(Dtype),
@@ -54,23 +48,6 @@ impl Format {
         })
     }
 
-    /// The format of a part of a row.
-    pub fn of_part(name: &str) -> Result<Self> {
-        match name {
-            "5" => Ok(Self::Int5),
-            "4" => Ok(Self::Int4),
-            "3" => Ok(Self::Int3),
-            "2" => Ok(Self::Int2),
-            "1.6" => Ok(Self::Ternary),
-            "1.5" => Ok(Self::Pair),
-            "1" => Ok(Self::Int1),
-            "0" => Ok(Self::Zero),
-            _ => {
-                Err(Error::value("parts", "formats \"5\", \"4\", \"3\", \"2\", \"1.6\", \"1.5\", \"1\" or \"0\"", name))
-            }
-        }
-    }
-
     pub fn name(self) -> &'static str {
         match self {
             Self::Int8 => "8",
@@ -79,9 +56,6 @@ impl Format {
             Self::Int2 => "2",
             Self::Ternary => "1.6",
             Self::Pair => "1.5",
-            Self::Int5 => "5",
-            Self::Int1 => "1",
-            Self::Zero => "0",
             Self::Parts => "parts",
             Self::Raw(_) => "raw",
         }
@@ -95,14 +69,11 @@ impl Format {
             Self::Int3 | Self::Pair => 8,
             Self::Int2 => 4,
             Self::Ternary => 3,
-            Self::Int5 => 32,
-            Self::Int1 => 2,
-            Self::Zero => 1,
             Self::Raw(_) | Self::Parts => 0,
         }
     }
 
-    /// Bytes of the codes of a row of `head_dim` channels (a multiple of 16); 0 for parts, which have their own.
+    /// Bytes of the codes of a row of `head_dim` channels (a multiple of 16); 0 for parts, which know their own.
     pub fn code_bytes(self, head_dim: usize) -> usize {
         match self {
             Self::Int8 => head_dim,
@@ -111,9 +82,7 @@ impl Format {
             Self::Int2 => head_dim / 4,
             Self::Ternary => head_dim.div_ceil(5),
             Self::Pair => head_dim / 8 + head_dim / 16,
-            Self::Int5 => head_dim / 2 + head_dim / 8,
-            Self::Int1 => head_dim / 8,
-            Self::Zero | Self::Parts => 0,
+            Self::Parts => 0,
             Self::Raw(dtype) => head_dim * dtype.size(),
         }
     }
@@ -263,21 +232,6 @@ impl RowLayout {
         self.code_bytes + self.metadata_bytes
     }
 
-    /// A row of parts: their codes one after the other, and one scale.
-    pub fn of_parts(head_dim: usize, metadata: Metadata, parts: &[(Format, usize)]) -> Result<Self> {
-        let whole = Self::new(Format::Parts, head_dim, head_dim, metadata, true)?;
-        let mut code_bytes = 0;
-        for &(format, width) in parts {
-            code_bytes += Self::new(format, width, width, metadata, true)?.code_bytes;
-        }
-        let widths: usize = parts.iter().map(|part| part.1).sum();
-        if widths != head_dim || code_bytes == 0 {
-            let expected = format!("widths that add up to head_dim = {head_dim}, not all of format \"0\"");
-            return Err(Error::value("parts", expected, format!("{widths} channels in {code_bytes} bytes")));
-        }
-        Ok(Self { code_bytes, ..whole })
-    }
-
     /// Number of codes in a row: one for each channel, or for each pair.
     pub fn codes(&self) -> usize {
         if self.format == Format::Pair { self.head_dim / 2 } else { self.head_dim }
@@ -288,35 +242,22 @@ impl RowLayout {
 pub fn pack(layout: &RowLayout, codes: &[u8], bytes: &mut [u8]) {
     match layout.format {
         Format::Int8 => bytes[..codes.len()].copy_from_slice(codes),
-        Format::Int4 => pack_four_bits(codes, bytes),
-        Format::Int2 => pack_two_bits(codes, bytes),
-        Format::Int5 => {
-            let (low, high) = bytes.split_at_mut(codes.len() / 2);
-            pack_four_bits(codes, low);
-            pack_bit(codes, 4, high);
+        Format::Int4 => {
+            let (low, high) = codes.split_at(codes.len() / 2);
+            for ((byte, l), h) in bytes.iter_mut().zip(low).zip(high) {
+                *byte = l | h << 4;
+            }
         }
+        Format::Int2 => pack_two_bits(codes, bytes),
         Format::Int3 | Format::Pair => {
             let (low, high) = bytes.split_at_mut(codes.len() / 4);
             pack_two_bits(codes, low);
-            pack_bit(codes, 2, high);
+            for (byte, eight) in high.iter_mut().zip(codes.chunks_exact(8)) {
+                *byte = eight.iter().enumerate().fold(0, |sum, (bit, code)| sum | (code >> 2 & 1) << bit);
+            }
         }
         Format::Ternary => pack_ternary(codes, bytes),
-        Format::Int1 => pack_bit(codes, 0, bytes),
-        Format::Zero | Format::Parts | Format::Raw(_) => {}
-    }
-}
-
-/// Bit `bit` of eight codes a byte.
-fn pack_bit(codes: &[u8], bit: u32, bytes: &mut [u8]) {
-    for (byte, eight) in bytes.iter_mut().zip(codes.chunks_exact(8)) {
-        *byte = eight.iter().enumerate().fold(0, |sum, (place, code)| sum | (code >> bit & 1) << place);
-    }
-}
-
-fn pack_four_bits(codes: &[u8], bytes: &mut [u8]) {
-    let (low, high) = codes.split_at(codes.len() / 2);
-    for ((byte, l), h) in bytes.iter_mut().zip(low).zip(high) {
-        *byte = (l & 15) | h << 4;
+        Format::Parts | Format::Raw(_) => {}
     }
 }
 
@@ -347,17 +288,20 @@ fn pack_ternary(codes: &[u8], bytes: &mut [u8]) {
 pub fn unpack(layout: &RowLayout, bytes: &[u8], codes: &mut [u8]) {
     match layout.format {
         Format::Int8 => codes.copy_from_slice(&bytes[..codes.len()]),
-        Format::Int4 => unpack_four_bits(bytes, codes),
-        Format::Int5 => {
+        Format::Int4 => {
             let half = codes.len() / 2;
-            unpack_four_bits(&bytes[..half], codes);
-            unpack_bit(&bytes[half..], 4, codes);
+            for b in 0..half {
+                codes[b] = bytes[b] & 15;
+                codes[b + half] = bytes[b] >> 4;
+            }
         }
         Format::Int2 => unpack_two_bits(bytes, codes),
         Format::Int3 | Format::Pair => {
             let quarter = codes.len() / 4;
             unpack_two_bits(&bytes[..quarter], codes);
-            unpack_bit(&bytes[quarter..], 2, codes);
+            for (c, code) in codes.iter_mut().enumerate() {
+                *code |= (bytes[quarter + c / 8] >> (c % 8) & 1) << 2;
+            }
         }
         Format::Ternary => {
             let planes = codes.len().div_ceil(5);
@@ -366,27 +310,7 @@ pub fn unpack(layout: &RowLayout, bytes: &[u8], codes: &mut [u8]) {
                 *code = ((((u16::from(bytes[c % planes]) * power) & 255) * 3) >> 8) as u8;
             }
         }
-        Format::Int1 => {
-            codes.fill(0);
-            unpack_bit(bytes, 0, codes);
-        }
-        Format::Zero => codes.fill(0),
         Format::Parts | Format::Raw(_) => {}
-    }
-}
-
-/// The inverse of `pack_bit`, into codes without that bit.
-fn unpack_bit(bytes: &[u8], bit: u32, codes: &mut [u8]) {
-    for (c, code) in codes.iter_mut().enumerate() {
-        *code |= (bytes[c / 8] >> (c % 8) & 1) << bit;
-    }
-}
-
-fn unpack_four_bits(bytes: &[u8], codes: &mut [u8]) {
-    let half = codes.len() / 2;
-    for b in 0..half {
-        codes[b] = bytes[b] & 15;
-        codes[b + half] = bytes[b] >> 4;
     }
 }
 
@@ -401,16 +325,7 @@ fn unpack_two_bits(bytes: &[u8], codes: &mut [u8]) {
 mod tests {
     use super::*;
 
-    const ALL: [Format; 8] = [
-        Format::Int8,
-        Format::Int5,
-        Format::Int4,
-        Format::Int3,
-        Format::Int2,
-        Format::Ternary,
-        Format::Pair,
-        Format::Int1,
-    ];
+    const ALL: [Format; 6] = [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair];
 
     #[test]
     fn every_format_unpacks_what_it_packed() {

@@ -10,6 +10,7 @@ pub mod error;
 pub mod format;
 pub mod layer;
 pub mod page;
+pub mod parts;
 mod py;
 pub mod tensor;
 pub mod transform;

@@ -6,12 +6,12 @@
 use std::sync::Arc;
 
 use crate::backend::simd::prefetch;
-use crate::codec::{Codec, Part};
+use crate::codec::Codec;
 use crate::format::{PAGE_ROWS, RowLayout};
 use crate::tensor::Dtype;
 use crate::transform::BlockStatistics;
 
-/// Up to [`PAGE_ROWS`] packed rows: all codes, then all metadata. Of rows of parts, all codes of the first part, then those of the second, …
+/// Up to [`PAGE_ROWS`] packed rows: all codes, then all metadata.
 #[derive(Clone)]
 pub struct Page {
     bytes: Box<[u8]>,
@@ -26,24 +26,11 @@ impl Page {
         &self.bytes[..layout.code_bytes * PAGE_ROWS]
     }
 
-    /// The codes of one part of all rows, those of a row back to back with the next row's.
-    pub fn part(&self, part: &Part) -> &[u8] {
-        &self.bytes[part.offset * PAGE_ROWS..][..part.layout.code_bytes * PAGE_ROWS]
-    }
-
-    /// Writes the codes of row `index`, those of its parts one after the other, where they belong.
-    pub fn store_codes(&mut self, parts: &[Part], index: usize, codes: &[u8]) {
-        for part in parts {
-            let size = part.layout.code_bytes;
-            self.bytes[part.offset * PAGE_ROWS + index * size..][..size].copy_from_slice(&codes[part.bytes()]);
-        }
-    }
-
     pub fn metadata(&self, layout: &RowLayout) -> &[u8] {
         &self.bytes[layout.code_bytes * PAGE_ROWS..]
     }
 
-    /// Code and metadata bytes of row `index`, to write. Not for codes of parts.
+    /// Code and metadata bytes of row `index`, to write.
     pub fn row_mut(&mut self, layout: &RowLayout, index: usize) -> (&mut [u8], &mut [u8]) {
         let (codes, metadata) = self.bytes.split_at_mut(layout.code_bytes * PAGE_ROWS);
         (

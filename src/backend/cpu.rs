@@ -8,7 +8,7 @@ use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
 use crate::layer::Stream;
-use crate::page::{Page, PlainRows};
+use crate::page::PlainRows;
 use crate::tensor::{Dtype, TensorView, TensorViewMut};
 use crate::transform::{Affine, Source, spans_of};
 
@@ -95,7 +95,7 @@ fn decode_past(
         if let Source::Block(rule) = &codec.source {
             changing = Some(past.block(first, rule.rows).expand(width));
         }
-        decode_page_levels(isa, codec, page, count, &mut tile);
+        decode_whole_rows(isa, codec, codes, count, &mut tile);
         for (i, levels) in tile.chunks_exact(width).take(count).enumerate() {
             let metadata = &metadata[i * layout.metadata_bytes..];
             if let (Some((mean, spans)), Some(affine)) = (&spans, &mut changing) {
@@ -108,17 +108,16 @@ fn decode_past(
     }
 }
 
-/// Levels `[rows, width]` of the first `rows` rows of a page, whatever parts they have.
-fn decode_page_levels(isa: Isa, codec: &Codec, page: &Page, rows: usize, tile: &mut [f32]) {
-    if let [part] = &codec.parts[..] {
-        return levels::decode_levels(isa, &part.layout, &part.codebook, page.part(part), rows, tile);
+/// Levels `[rows, width]` of rows whose codes lie back to back; channels that are not stored are 0.
+fn decode_whole_rows(isa: Isa, codec: &Codec, codes: &[u8], rows: usize, tile: &mut [f32]) {
+    let layout = &codec.layout;
+    if !codec.is_of_parts() {
+        return levels::decode_levels(isa, layout, &codec.codebook, codes, rows, tile);
     }
-    let width = codec.layout.head_dim;
-    let mut of_part = vec![0.0; rows * width + levels::SLACK];
-    for part in &codec.parts {
-        levels::decode_levels(isa, &part.layout, &part.codebook, page.part(part), rows, &mut of_part);
-        for (row, levels) in tile.chunks_exact_mut(width).zip(of_part.chunks_exact(part.width())).take(rows) {
-            row[part.channels()].copy_from_slice(levels);
-        }
+    let (width, stored) = (layout.head_dim, codec.stored_channels());
+    levels::decode_parts(isa, &codec.parts, layout.code_bytes, codes, rows, tile);
+    for row in (0..rows).rev() {
+        tile.copy_within(row * stored..(row + 1) * stored, row * width);
+        tile[row * width + stored..(row + 1) * width].fill(0.0);
     }
 }

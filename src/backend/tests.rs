@@ -4,9 +4,10 @@ use crate::backend::attend::{Attention, attend};
 use crate::backend::simd::Isa;
 use crate::backend::{cpu, simd};
 use crate::codebook::Codebook;
-use crate::codec::{Codec, Part, Rule};
+use crate::codec::{Codec, Rule};
 use crate::format::{Format, Metadata, RowLayout};
 use crate::layer::{Layer, LayerSpec, NonFinite, Regions};
+use crate::parts::parts_of_row;
 use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
 use crate::transform::{Affine, BlockRule, Matrix, Permutation, Rotation, Source, TurningMean, Turns};
 
@@ -42,7 +43,8 @@ fn codec(format: Format, head_dim: usize, group_size: usize, source: Source) -> 
     let layout = RowLayout::new(format, head_dim, group_size, Metadata::E4m3, true).unwrap();
     Codec {
         layout,
-        parts: Part::whole(layout, Codebook::named(name, format).unwrap()),
+        codebook: Codebook::named(name, format).unwrap(),
+        parts: Vec::new(),
         rule: if format == Format::Int8 { Rule::Range } else { Rule::Norm },
         clip: 1.0,
         refinements: 0,
@@ -78,7 +80,8 @@ fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
     let codebook = Codebook::named(if uniform { "uniform" } else { "lloyd-max" }, format).unwrap();
     Codec {
         layout,
-        parts: Part::whole(layout, codebook),
+        codebook,
+        parts: Vec::new(),
         rule: [Rule::Norm, Rule::Range][noise.below(2)],
         clip: 0.9 + 0.1 * noise.uniform(),
         refinements: noise.below(3) as u32,
@@ -93,12 +96,11 @@ fn random_codec(noise: &mut Noise, head_dim: usize) -> Codec {
 
 /// Random parts behind random matrices, with a mean that turns if asked for.
 fn random_codec_of_parts(noise: &mut Noise, head_dim: usize, heads: usize, turning: bool) -> Codec {
-    const PARTS: [&str; 8] = ["5", "4", "3", "2", "1.6", "1.5", "1", "0"];
-    let (mut parts, mut left) = (vec![(Format::Int4, 16)], head_dim - 16);
+    let (mut list, mut left) = (vec![(1 + noise.below(5), 16)], head_dim - 16);
     while left > 0 {
         let width = (16 * (1 + noise.below(4))).min(left);
-        parts.push((Format::of_part(PARTS[noise.below(8)]).unwrap(), width));
         left -= width;
+        list.push((if left == 0 { noise.below(6) } else { 1 + noise.below(5) }, width));
     }
     let metadata = [Metadata::E4m3, Metadata::Fp16][noise.below(2)];
     let square = |noise: &mut Noise| {
@@ -114,9 +116,11 @@ fn random_codec_of_parts(noise: &mut Noise, head_dim: usize, heads: usize, turni
     } else {
         Source::Static((0..heads).map(|_| Affine::new(row(noise), vec![1.0; head_dim])).collect())
     };
+    let (layout, parts) = parts_of_row(head_dim, metadata, &list).unwrap();
     let codec = Codec {
-        layout: RowLayout::of_parts(head_dim, metadata, &parts).unwrap(),
-        parts: Part::list(&parts, metadata).unwrap(),
+        layout,
+        codebook: Codebook::named("lloyd-max", Format::Parts).unwrap(),
+        parts,
         rule: Rule::Norm,
         clip: 0.9 + 0.2 * noise.uniform(),
         refinements: 0,
@@ -155,9 +159,10 @@ fn every_isa_makes_the_codes_and_rows_of_the_reference() {
                 assert_eq!(fast_metadata, metadata, "{isa} {codec:?}");
                 assert_eq!(fast_codes, codes, "{isa} {codec:?}");
                 let (mut levels, mut fast) = (vec![0.0; head_dim + simd::levels::SLACK], vec![0.0; head_dim]);
-                for part in &codec.parts {
-                    let target = &mut levels[part.first..][..part.width() + simd::levels::SLACK];
-                    simd::levels::decode_levels(isa, &part.layout, &part.codebook, &codes[part.bytes()], 1, target);
+                if codec.is_of_parts() {
+                    simd::levels::decode_parts(isa, &codec.parts, layout.code_bytes, &codes, 1, &mut levels);
+                } else {
+                    simd::levels::decode_levels(isa, layout, &codec.codebook, &codes, 1, &mut levels);
                 }
                 simd::rows::restore_row(isa, &codec, affine, 0, &metadata, &levels[..head_dim], &mut fast);
                 let bits = |row: &[f32]| row.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
@@ -625,7 +630,8 @@ fn golden_bytes_never_change() {
             RowLayout::new(format, head_dim, options[2].parse().unwrap(), metadata, options[4] == "True").unwrap();
         let codec = Codec {
             layout,
-            parts: Part::whole(layout, Codebook::named(options[5], format).unwrap()),
+            codebook: Codebook::named(options[5], format).unwrap(),
+            parts: Vec::new(),
             rule: Rule::from_name(options[6]).unwrap(),
             clip: 1.0,
             refinements: options[8].parse().unwrap(),

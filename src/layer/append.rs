@@ -35,7 +35,6 @@ pub(super) struct Scratch {
     row: Vec<f32>,
     block: Vec<f32>,
     affine: Affine,
-    codes: Vec<u8>,
 }
 
 /// One append to one stream.
@@ -147,9 +146,8 @@ impl StreamAppend<'_> {
     /// Encodes the rows that leave the window.
     fn pack(&self, stream: &mut Stream, scratch: &mut Scratch) {
         let Stream { past, window, .. } = stream;
-        let Scratch { row, affine: changing, codes: in_order, .. } = scratch;
+        let Scratch { row, affine: changing, .. } = scratch;
         row.resize(self.rows.width(), 0.0);
-        in_order.resize(self.codec.layout.code_bytes, 0);
         let position = |row: usize| (row + self.sinks) as i64 - self.padding as i64;
         let turning = self.codec.turning_mean(self.kv_head).map(|mean| {
             *changing = Affine::identity(row.len());
@@ -177,12 +175,7 @@ impl StreamAppend<'_> {
             self.read(window, i, row);
             let (index, page) = past.next_row(&self.codec.layout);
             let (codes, metadata) = page.row_mut(&self.codec.layout, index);
-            if self.codec.is_of_parts() {
-                cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, in_order, metadata);
-                page.store_codes(&self.codec.parts, index, in_order);
-            } else {
-                cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, codes, metadata);
-            }
+            cpu::encode_row(self.isa, self.codec, affine, self.kv_head, row, codes, metadata);
         }
     }
 }

@@ -8,10 +8,11 @@ use pyo3::types::PyList;
 use super::isa_named;
 use crate::backend::cpu;
 use crate::codebook::Codebook;
-use crate::codec::{Codec, Part, Rule};
+use crate::codec::{Codec, Rule};
 use crate::dlpack::{ImportedTensor, OwnedTensor};
 use crate::error::{Error, Result};
 use crate::format::{Format, Metadata, RowLayout};
+use crate::parts::parts_of_row;
 use crate::tensor::Dtype;
 use crate::transform::{Affine, BlockRule, Matrix, Permutation, Rotation, Source, TurningMean, Turns, spans_of};
 
@@ -147,19 +148,6 @@ fn parse_source(
     Ok(Source::Static(shift.into_iter().zip(scale).map(|(shift, scale)| Affine::new(shift, scale)).collect()))
 }
 
-fn parse_parts(
-    head_dim: usize,
-    metadata: Metadata,
-    parts: Option<Vec<(String, usize)>>,
-) -> Result<(RowLayout, Vec<Part>)> {
-    let named = parts.ok_or_else(|| Error::value("parts", "a list of (format, width) for format \"parts\"", "None"))?;
-    let parts = named
-        .iter()
-        .map(|(name, width)| Ok((Format::of_part(name)?, *width)))
-        .collect::<Result<Vec<(Format, usize)>>>()?;
-    Ok((RowLayout::of_parts(head_dim, metadata, &parts)?, Part::list(&parts, metadata)?))
-}
-
 /// A float32 tensor `[heads, width]`, head by head.
 fn parse_heads(tensor: &Bound<PyAny>, name: &'static str, width: usize) -> Result<Vec<Vec<f32>>> {
     let (data, [heads, found]) = ImportedTensor::new(tensor, name)?.matrix_f32()?;
@@ -238,7 +226,7 @@ impl PyCodec {
         scale_exponent: f32,
         shift: Option<Bound<PyAny>>,
         scale: Option<Bound<PyAny>>,
-        parts: Option<Vec<(String, usize)>>,
+        parts: Option<Vec<(usize, usize)>>,
         matrix: Option<Bound<PyAny>>,
         inverse: Option<Bound<PyAny>>,
         shift_sine: Option<Bound<PyAny>>,
@@ -246,13 +234,15 @@ impl PyCodec {
         noise: Option<Bound<PyAny>>,
     ) -> PyResult<Self> {
         let precision = Metadata::from_name(metadata)?;
-        let (layout, coded) = if format == "parts" || parts.is_some() {
+        let (layout, codebook, parts) = if format == "parts" || parts.is_some() {
             if format != "parts" || group_size.is_some_and(|size| size != head_dim) || !symmetric || codebook.is_some()
             {
                 let expected = "format \"parts\", one symmetric group and no codebook with parts";
                 return Err(Error::value("parts", expected, format!("format \"{format}\" or another of them")).into());
             }
-            parse_parts(head_dim, precision, parts)?
+            let missing = || Error::value("parts", "a list of (bits, width) for format \"parts\"", "None");
+            let (layout, parts) = parts_of_row(head_dim, precision, &parts.ok_or_else(missing)?)?;
+            (layout, Codebook::named("lloyd-max", Format::Parts)?, parts)
         } else {
             let format = Format::from_name(format, Dtype::F32)?;
             let default_group = if head_dim.is_multiple_of(128) { 128 } else { head_dim };
@@ -261,7 +251,7 @@ impl PyCodec {
                 Some(codebook) => parse_codebook(&codebook, format)?,
                 None => Codebook::named(if format == Format::Int8 { "uniform" } else { "lloyd-max" }, format)?,
             };
-            (layout, Part::whole(layout, codebook))
+            (layout, codebook, Vec::new())
         };
         let rotation = rotation.unwrap_or(if layout.format == Format::Parts { "identity" } else { "hadamard" });
         let block = if block == 0 { None } else { Some(BlockRule::new(block, block_shift, scale_exponent)?) };
@@ -284,7 +274,8 @@ impl PyCodec {
         let heads = heads.max(permutations.len()).max(matrices.len());
         let codec = Codec {
             layout,
-            parts: coded,
+            codebook,
+            parts,
             rule: Rule::from_name(rule)?,
             clip,
             refinements,
@@ -383,7 +374,7 @@ impl PyCodec {
             let reason = "the parts of a row have codebooks of their own".to_string();
             return Err(Error::Unsupported { name: "levels".into(), reason }.into());
         }
-        match self.codec.codebook() {
+        match &self.codec.codebook {
             Codebook::Uniform { levels } => {
                 PyList::new(py, (0..*levels).map(|i| i as f32 - (*levels as f32 - 1.0) * 0.5))
             }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{CHUNK, Chunk, Job, Plan, Region, State};
 use crate::backend::simd::{LANES, levels, matmul, prefetch, rows, vectors};
-use crate::codec::{Codec, Part};
+use crate::codec::Codec;
 use crate::format::{Format, PAGE_ROWS};
 use crate::layer::{Head, Stream};
 use crate::transform::{Source, TurningMean, spans_of};
@@ -239,13 +239,15 @@ impl<'a> Worker<'a> {
         if values { &spec.values } else { &spec.keys }
     }
 
-    /// The next tile of a chunk of plain rows: rows `start .. start + count` of it, widened.
-    fn load_plain(&mut self, chunk: Chunk, values: bool, start: usize, count: usize) {
-        let codec = self.codec(values);
-        let width = codec.layout.head_dim;
+    /// The next tile of a chunk: rows `start .. start + count` of it, decoded to levels or widened.
+    fn load_tile(&mut self, chunk: Chunk, values: bool, start: usize, count: usize) {
+        let (isa, first) = (self.plan.isa, chunk.first + start);
+        if chunk.region == Region::Past {
+            return self.load_past(values, first, count);
+        }
+        let width = self.codec(values).layout.head_dim;
         let stream = if values { &self.head.values } else { &self.head.keys };
         let tile = &mut self.tile[..count * width];
-        let (isa, first) = (self.plan.isa, chunk.first + start);
         match chunk.region {
             Region::Sinks => levels::decode_plain(isa, stream.sinks.rows(first, count), stream.sinks.dtype, tile),
             Region::Window => levels::decode_plain(isa, stream.window.rows(first, count), stream.window.dtype, tile),
@@ -256,26 +258,29 @@ impl<'a> Worker<'a> {
                     rows.read_row_f32(self.job.batch, self.job.kv_head, first + i, row);
                 }
             }
-            Region::Past => self.load_part(&codec.parts[0], values, first, count),
+            Region::Past => unreachable!("done above"),
         }
     }
 
-    /// Rows `first .. first + count` of one part of the past, decoded to levels (raw ones widened).
-    fn load_part(&mut self, part: &Part, values: bool, first: usize, count: usize) {
+    /// Rows `first .. first + count` of the past: levels of the stored channels, or raw rows widened.
+    fn load_past(&mut self, values: bool, first: usize, count: usize) {
+        let codec = self.codec(values);
         let stream = if values { &self.head.values } else { &self.head.keys };
-        let (layout, isa) = (&part.layout, self.plan.isa);
-        let (width, bytes) = (part.width(), part.layout.code_bytes);
+        let (layout, isa, width) = (&codec.layout, self.plan.isa, codec.stored_channels());
         // A tile may run over the end of a page.
         let mut done = 0;
         while done < count {
             let (page, row) = ((first + done) / PAGE_ROWS, (first + done) % PAGE_ROWS);
             let rows = (count - done).min(PAGE_ROWS - row);
-            let codes = &stream.past.page(page).part(part)[row * bytes..];
+            let codes = &stream.past.page(page).codes(layout)[row * layout.code_bytes..];
             let target = &mut self.tile[done * width..(done + rows) * width + levels::SLACK];
-            if let Format::Raw(dtype) = layout.format {
-                levels::decode_plain(isa, &codes[..rows * bytes], dtype, &mut target[..rows * width]);
-            } else {
-                levels::decode_levels(isa, layout, &part.codebook, codes, rows, target);
+            match layout.format {
+                Format::Raw(dtype) => {
+                    let bytes = &codes[..rows * layout.code_bytes];
+                    levels::decode_plain(isa, bytes, dtype, &mut target[..rows * width]);
+                }
+                Format::Parts => levels::decode_parts(isa, &codec.parts, layout.code_bytes, codes, rows, target),
+                _ => levels::decode_levels(isa, layout, &codec.codebook, codes, rows, target),
             }
             done += rows;
         }
@@ -284,9 +289,9 @@ impl<'a> Worker<'a> {
         if next < stream.past.len() {
             let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
             let rows = count.min(PAGE_ROWS - row);
-            prefetch(&page.part(part)[row * bytes..(row + rows) * bytes]);
-            if row == 0 && part.first == 0 {
-                prefetch(page.metadata(&self.codec(values).layout));
+            prefetch(&page.codes(layout)[row * layout.code_bytes..(row + rows) * layout.code_bytes]);
+            if row == 0 {
+                prefetch(page.metadata(layout));
             }
         }
     }
@@ -328,10 +333,10 @@ impl<'a> Worker<'a> {
     fn score(&mut self, chunk: Chunk) {
         let codec = self.codec(false);
         if !self.is_packed(chunk, false) {
-            let row = Tile::of_rows(codec.layout.head_dim);
-            for (start, count) in tiles(chunk.count, row.width) {
-                self.load_plain(chunk, false, start, count);
-                self.product(row, count, false);
+            let width = codec.layout.head_dim;
+            for (start, count) in tiles(chunk.count, width) {
+                self.load_tile(chunk, false, start, count);
+                self.product(width, 0..width, count, false);
                 self.keep_scores(start, count);
             }
             return;
@@ -339,27 +344,25 @@ impl<'a> Worker<'a> {
         self.fold_queries(chunk);
         self.load_metadata(chunk, false);
         self.begin_packed_scores(chunk);
-        for part in codec.parts.iter().filter(|part| part.is_coded()) {
-            for (start, count) in tiles(chunk.count, part.width()) {
-                self.load_part(part, false, chunk.first + start, count);
-                for g in 0..part.layout.groups() {
-                    self.product(Tile::of_group(part, g), count, true);
-                    self.keep_packed_scores(g, start, count);
-                }
+        let width = codec.stored_channels();
+        for (start, count) in tiles(chunk.count, width) {
+            self.load_tile(chunk, false, start, count);
+            for g in 0..codec.layout.groups() {
+                self.product(width, group_channels(codec, g), count, true);
+                self.keep_packed_scores(g, start, count);
             }
         }
     }
 
-    /// `partial[q][t]` for some channels of the present tile.
-    fn product(&mut self, tile: Tile, rows: usize, folded: bool) {
+    /// `partial[q][t]` for some channels of the present tile of `width`.
+    fn product(&mut self, width: usize, channels: Range<usize>, rows: usize, folded: bool) {
         let product = matmul::ScoreTile {
             queries: self.job.queries,
             query_stride: self.plan.key_width,
             rows,
-            width: tile.width,
-            first: tile.first,
-            count: tile.count,
-            query_first: tile.row_first,
+            width,
+            first: channels.start,
+            count: channels.len(),
             score_stride: CHUNK,
         };
         let queries = if folded { &self.folded } else { &self.plain };
@@ -515,8 +518,8 @@ impl<'a> Worker<'a> {
         let width = codec.layout.head_dim;
         if !self.is_packed(chunk, true) {
             for (start, count) in tiles(chunk.count, width) {
-                self.load_plain(chunk, true, start, count);
-                let product = self.weighing(Tile::of_rows(width), count);
+                self.load_tile(chunk, true, start, count);
+                let product = self.weighing(width, 0..width, count);
                 let weights = &self.scores[start..];
                 matmul::weigh_tile(self.plan.isa, &product, weights, &self.tile, &mut self.state.output);
             }
@@ -527,29 +530,28 @@ impl<'a> Worker<'a> {
             self.values.turn_to(codec, self.job.kv_head, &self.head.values, chunk.first);
         }
         self.load_metadata(chunk, true);
-        for part in codec.parts.iter().filter(|part| part.is_coded()) {
-            for (start, count) in tiles(chunk.count, part.width()) {
-                self.load_part(part, true, chunk.first + start, count);
-                for g in 0..part.layout.groups() {
-                    let product = self.weighing(Tile::of_group(part, g), count);
-                    self.scale_weights(g, start, count);
-                    matmul::weigh_tile(self.plan.isa, &product, &self.partial, &self.tile, &mut self.packed_output);
-                }
+        let stored = codec.stored_channels();
+        for (start, count) in tiles(chunk.count, stored) {
+            self.load_tile(chunk, true, start, count);
+            for g in 0..codec.layout.groups() {
+                let product = self.weighing(stored, group_channels(codec, g), count);
+                self.scale_weights(g, start, count);
+                matmul::weigh_tile(self.plan.isa, &product, &self.partial, &self.tile, &mut self.packed_output);
             }
         }
         self.add_weights(chunk);
     }
 
-    /// The product of weights with some channels of the present tile.
-    fn weighing(&self, tile: Tile, rows: usize) -> matmul::WeighTile {
+    /// The product of weights with some channels of the present tile of `width`.
+    fn weighing(&self, width: usize, channels: Range<usize>, rows: usize) -> matmul::WeighTile {
         matmul::WeighTile {
             queries: self.job.queries,
             weight_stride: CHUNK,
             rows,
-            width: tile.width,
-            first: tile.first,
-            count: tile.count,
-            output_first: tile.row_first,
+            width,
+            first: channels.start,
+            count: channels.len(),
+            output_first: channels.start,
             output_stride: self.plan.value_width,
         }
     }
@@ -613,26 +615,10 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Channels `first .. first + count` of a tile of rows of `width`, which are those from `row_first` on of a whole row.
-#[derive(Clone, Copy)]
-struct Tile {
-    width: usize,
-    first: usize,
-    count: usize,
-    row_first: usize,
-}
-
-impl Tile {
-    /// Whole rows.
-    fn of_rows(width: usize) -> Self {
-        Self { width, first: 0, count: width, row_first: 0 }
-    }
-
-    /// One group of a part.
-    fn of_group(part: &Part, g: usize) -> Self {
-        let count = part.layout.group_size;
-        Self { width: part.width(), first: g * count, count, row_first: part.first + g * count }
-    }
+/// The stored channels of group `g`.
+fn group_channels(codec: &Codec, g: usize) -> Range<usize> {
+    let size = codec.layout.group_size;
+    g * size..((g + 1) * size).min(codec.stored_channels())
 }
 
 /// First row and number of rows of the tiles of `count` rows of `width` channels.

@@ -334,6 +334,13 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn spread<const K: i32>(low: u32, high: u32) -> I {
+        let steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(K));
+        let shifted = |word: u32| _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), steps);
+        [shifted(low), shifted(high)]
+    }
+
+    #[inline(always)]
     unsafe fn to_f32(a: I) -> F {
         [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])]
     }

@@ -280,6 +280,13 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn spread<const K: i32>(low: u32, high: u32) -> __m512i {
+        let words = _mm512_inserti64x4::<1>(_mm512_set1_epi32(low as i32), _mm256_set1_epi32(high as i32));
+        let steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+        _mm512_srlv_epi32(words, _mm512_mullo_epi32(steps, _mm512_set1_epi32(K)))
+    }
+
+    #[inline(always)]
     unsafe fn to_f32(a: __m512i) -> __m512 {
         _mm512_cvtepi32_ps(a)
     }

@@ -92,6 +92,8 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn shr<const K: i32>(a: Self::I) -> Self::I;
     /// 0 ≤ K < 32.
     unsafe fn shl<const K: i32>(a: Self::I) -> Self::I;
+    /// Lane i is `low` >> K·i, lane i + 8 is `high` >> K·i, for i below 8 and 7·K below 32.
+    unsafe fn spread<const K: i32>(low: u32, high: u32) -> Self::I;
     /// Lanes below 2³¹.
     unsafe fn to_f32(a: Self::I) -> Self::F;
     /// Toward zero. For lanes in [0, 2³¹); any other value, NaN included, gives an arbitrary lane.

@@ -1,11 +1,13 @@
 //! Packed codes and plain rows to f32, a tile of rows at a time.
 //!
 //! `decode_levels` gives the *levels* of the codes: no scale, no zero point, no transform; attention applies those once per group or
-//! per query. `decode_plain` widens rows of the model's dtype. Output is `[rows, head_dim]`, contiguous.
+//! per query. `decode_parts` does so for rows of parts, `[rows, stored channels]`. `decode_plain` widens rows of the model's dtype. Output is
+//! `[rows, head_dim]`, contiguous.
 
 use super::{LANES, Lanes, multiversion};
 use crate::codebook::Codebook;
 use crate::format::{Format, MAX_HEAD_DIM, Metadata, RowLayout};
+use crate::parts::Part;
 use crate::tensor::Dtype;
 
 /// Floats that `decode_levels` may write behind its last row.
@@ -18,6 +20,8 @@ multiversion! {
     /// The levels of `rows` rows whose codes lie back to back in `codes`.
     /// `out` has room for `rows` rows and [`SLACK`] floats more.
     pub(crate) fn decode_levels(layout: &RowLayout, codebook: &Codebook, codes: &[u8], rows: usize, out: &mut [f32]) = decode_levels_kernel;
+    /// The levels `[rows, stored channels]` of `rows` rows of parts whose codes lie back to back in `codes`, `code_bytes` a row.
+    pub(crate) fn decode_parts(parts: &[Part], code_bytes: usize, codes: &[u8], rows: usize, out: &mut [f32]) = decode_parts_kernel;
     /// Elements of `dtype` as f32.
     pub(crate) fn decode_plain(bytes: &[u8], dtype: Dtype, out: &mut [f32]) = decode_plain_kernel;
     /// Whether no element is a NaN or an infinity.
@@ -93,9 +97,6 @@ unsafe fn decode_levels_kernel<S: Lanes>(
                 Format::Pair => pairs::<S>(&tables, source, layout, target),
                 Format::Int4 => four_bits::<S>(&tables, source, d, target),
                 Format::Int8 => eight_bits::<S>(source, d, target),
-                Format::Int5 => five_bits::<S>(&tables, source, d, target),
-                Format::Int1 => one_bit::<S>(codebook, source, d, target),
-                Format::Zero => target.write_bytes(0, d),
                 Format::Ternary | Format::Parts | Format::Raw(_) => unreachable!("done above, or without codes"),
             }
             source = source.add(layout.code_bytes);
@@ -112,6 +113,9 @@ struct Tables<S: Lanes> {
     second: S::Table8,
     sixteen: S::Table16,
     upper: S::Table16,
+    /// Of two levels.
+    first: f32,
+    last: f32,
 }
 
 impl<S: Lanes> Tables<S> {
@@ -139,6 +143,8 @@ impl<S: Lanes> Tables<S> {
                 second: S::table8(&second),
                 sixteen: S::table16(&levels[..16]),
                 upper: S::table16(&levels[16..]),
+                first: levels[0],
+                last: levels[1],
             }
         }
     }
@@ -296,36 +302,74 @@ unsafe fn four_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, t
     }
 }
 
-/// Low four bits as `four_bits`, then the high bits.
 #[inline(always)]
-unsafe fn five_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, target: *mut f32) {
-    let half = d / 2;
-    let mut b = 0;
-    // SAFETY: reads d/2 + d/8 bytes and writes d floats; the caller vouches for both.
-    unsafe {
-        let high = source.add(half);
-        while b < half {
-            let n = (half - b).min(LANES);
-            let low = S::load_u8_partial(source.add(b), n);
-            for (codes, channel) in [(S::and(low, 15), b), (S::shr::<4>(low), half + b)] {
-                let (lower, upper) = (S::lookup16(tables.sixteen, codes), S::lookup16(tables.upper, codes));
-                S::store_partial(S::select_bits(bits(high, channel, n), lower, upper), target.add(channel), n);
+unsafe fn decode_parts_kernel<S: Lanes>(parts: &[Part], code_bytes: usize, codes: &[u8], rows: usize, out: &mut [f32]) {
+    let stored = parts.last().map_or(0, |part| part.channels().end);
+    assert!(codes.len() >= rows * code_bytes && out.len() >= rows * stored, "tile too small for {rows} rows");
+    for part in parts {
+        assert!(part.bytes().end <= code_bytes, "a part outside its row");
+        // SAFETY: row i of the part reads its bytes, below (i + 1)·code_bytes, and writes its channels, below (i + 1)·stored; the
+        // caller has S's features.
+        unsafe {
+            let tables = Tables::<S>::new(&part.codebook);
+            let (source, target) = (codes.as_ptr().add(part.offset), out.as_mut_ptr().add(part.first));
+            match part.bits {
+                1 => part_rows::<S, 1>(&tables, part, source, code_bytes, rows, target, stored),
+                2 => part_rows::<S, 2>(&tables, part, source, code_bytes, rows, target, stored),
+                3 => part_rows::<S, 3>(&tables, part, source, code_bytes, rows, target, stored),
+                4 => part_rows::<S, 4>(&tables, part, source, code_bytes, rows, target, stored),
+                _ => part_rows::<S, 5>(&tables, part, source, code_bytes, rows, target, stored),
             }
-            b += LANES;
         }
     }
 }
 
+/// One part of all rows, sixteen channels at a time.
 #[inline(always)]
-unsafe fn one_bit<S: Lanes>(codebook: &Codebook, source: *const u8, d: usize, target: *mut f32) {
-    let levels = [codebook.level(0), codebook.level(1)];
-    let mut c = 0;
-    // SAFETY: d is a multiple of 16; reads d/8 bytes and writes d floats.
+unsafe fn part_rows<S: Lanes, const BITS: usize>(
+    tables: &Tables<S>,
+    part: &Part,
+    source: *const u8,
+    code_bytes: usize,
+    rows: usize,
+    target: *mut f32,
+    stored: usize,
+) {
+    // SAFETY: see `decode_parts_kernel`; sixteen channels take 2·BITS bytes.
     unsafe {
-        let (low, high) = (S::splat(levels[0]), S::splat(levels[1]));
-        while c < d {
-            S::store(S::select_bits(bits(source, c, LANES), low, high), target.add(c));
-            c += LANES;
+        let (low, high) = (S::splat(tables.first), S::splat(tables.last));
+        let mut row = 0;
+        while row < rows {
+            let (source, target) = (source.add(row * code_bytes), target.add(row * stored));
+            let mut c = 0;
+            while c < part.width {
+                let at = source.add(c / 8 * if BITS == 5 { 4 } else { BITS });
+                let levels = match BITS {
+                    1 => S::select_bits(at.cast::<u16>().read_unaligned().to_le(), low, high),
+                    2 => {
+                        let word = at.cast::<u32>().read_unaligned().to_le();
+                        S::lookup4(tables.low, S::spread::<2>(word, word >> 16))
+                    }
+                    3 => {
+                        let first = at.cast::<u32>().read_unaligned().to_le();
+                        let second = at.add(2).cast::<u32>().read_unaligned().to_le();
+                        S::lookup8(tables.eight, S::spread::<3>(first, second >> 8))
+                    }
+                    4 => {
+                        let words = at.cast::<u64>().read_unaligned().to_le();
+                        S::lookup16(tables.sixteen, S::spread::<4>(words as u32, (words >> 32) as u32))
+                    }
+                    _ => {
+                        let words = at.cast::<u64>().read_unaligned().to_le();
+                        let codes = S::spread::<4>(words as u32, (words >> 32) as u32);
+                        let bits = source.add(part.width / 2 + c / 8).cast::<u16>().read_unaligned().to_le();
+                        S::select_bits(bits, S::lookup16(tables.sixteen, codes), S::lookup16(tables.upper, codes))
+                    }
+                };
+                S::store(levels, target.add(c));
+                c += LANES;
+            }
+            row += 1;
         }
     }
 }

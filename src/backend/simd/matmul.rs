@@ -20,14 +20,12 @@ pub(crate) struct ScoreTile {
     /// The group's channels in the tile, multiples of 16.
     pub first: usize,
     pub count: usize,
-    /// The query's channel that belongs to `first`.
-    pub query_first: usize,
     pub score_stride: usize,
 }
 
 #[inline(always)]
 unsafe fn score_tile_kernel<S: Lanes>(p: &ScoreTile, queries: &[f32], tile: &[f32], scores: &mut [f32]) {
-    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.query_first + p.count <= p.query_stride);
+    assert!(p.count.is_multiple_of(LANES) && p.first + p.count <= p.width && p.first + p.count <= p.query_stride);
     assert!(queries.len() >= p.queries * p.query_stride && tile.len() >= p.rows * p.width);
     assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
     // SAFETY: by the assertions every block below stays inside the slices.
@@ -89,9 +87,9 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
     tile: &[f32],
     scores: &mut [f32],
 ) {
-    // SAFETY: q + Q ≤ queries, t + T ≤ rows, first + count ≤ width, query_first + count ≤ query_stride (see `score_tile_kernel`).
+    // SAFETY: q + Q ≤ queries, t + T ≤ rows, first + count ≤ width and query_stride (see `score_tile_kernel`).
     unsafe {
-        let query = queries.as_ptr().add(q * p.query_stride + p.query_first);
+        let query = queries.as_ptr().add(q * p.query_stride + p.first);
         let row = tile.as_ptr().add(t * p.width + p.first);
         let mut sums = [[S::zero(); T]; Q];
         let mut c = 0;

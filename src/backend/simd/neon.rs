@@ -406,6 +406,14 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
+    unsafe fn spread<const K: i32>(low: u32, high: u32) -> I {
+        let first = vld1q_s32([0, -K, -2 * K, -3 * K].as_ptr());
+        let counts = [first, vaddq_s32(first, vdupq_n_s32(-4 * K))];
+        let (low, high) = (vdupq_n_u32(low), vdupq_n_u32(high));
+        [vshlq_u32(low, counts[0]), vshlq_u32(low, counts[1]), vshlq_u32(high, counts[0]), vshlq_u32(high, counts[1])]
+    }
+
+    #[inline(always)]
     unsafe fn to_f32(a: I) -> F {
         parts!(vcvtq_f32_u32; a)
     }

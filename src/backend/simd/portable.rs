@@ -257,6 +257,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn spread<const K: i32>(low: u32, high: u32) -> I {
+        lanes!(i, 0, (if i < 8 { low } else { high }) >> (K as usize * (i % 8)))
+    }
+
+    #[inline(always)]
     unsafe fn to_f32(a: I) -> F {
         lanes!(i, 0.0, a[i].cast_signed() as f32)
     }

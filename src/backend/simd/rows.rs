@@ -168,23 +168,15 @@ unsafe fn encode_row_kernel<S: Lanes>(
 /// Scale and codes of a row of parts.
 #[inline(always)]
 unsafe fn encode_parts<S: Lanes>(codec: &Codec, y: &[f32], codes: &mut [u8], metadata: &mut [u8]) {
+    let stored = &y[..codec.stored_channels()];
     // SAFETY: parts are multiples of 16 channels; the caller has S's features.
     unsafe {
-        let mut sum = S::zero();
-        let mut count = 0;
-        for part in codec.parts.iter().filter(|part| part.is_coded()) {
-            for c in part.channels().step_by(LANES) {
-                let y = S::load(y.as_ptr().add(c));
-                sum = S::add(sum, S::mul(y, y));
-            }
-            count += part.width();
-        }
-        let a = codec.clip * (S::reduce_add(sum) / count as f32).sqrt();
+        let a = codec.clip * (squares::<S>(stored, 0.0) / stored.len() as f32).sqrt();
         let a = codec.layout.metadata.store(a, metadata);
         let mut unpacked = [0u8; MAX_HEAD_DIM];
-        for part in codec.parts.iter().filter(|part| part.is_coded()) {
+        for part in &codec.parts {
             quantize::<S>(&part.codebook, &y[part.channels()], a, 0.0, 0, &mut unpacked);
-            pack(&part.layout, &unpacked[..part.layout.codes()], &mut codes[part.bytes()]);
+            part.pack(&unpacked[..part.width], &mut codes[part.bytes()]);
         }
     }
 }
@@ -194,7 +186,7 @@ unsafe fn encode_parts<S: Lanes>(codec: &Codec, y: &[f32], codes: &mut [u8], met
 unsafe fn encode_group<S: Lanes>(codec: &Codec, group: &[f32], g: usize, codes: &mut [u8], metadata: &mut [u8]) {
     let (layout, groups) = (&codec.layout, codec.layout.groups());
     let (precision, size) = (layout.metadata, layout.metadata.size());
-    let codebook = codec.codebook();
+    let codebook = &codec.codebook;
     // SAFETY: the caller's.
     unsafe {
         let spread = Spread::<S>::of(group);
