@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use self::codec::PyCodec;
 use crate::backend::attend::{Attention, attend};
+use crate::backend::noise::score_noise;
 use crate::backend::simd::Isa;
 use crate::backend::threads;
 use crate::codec::Codec;
@@ -87,6 +88,14 @@ impl PyLayer {
         let (key_rows, value_rows) = (keys.view4()?, values.view4()?);
         py.detach(|| self.layer.append(key_rows, value_rows))?;
         Ok(())
+    }
+
+    /// The mean variance of the error that packing made in the scores scale · q·kᵀ of packed keys, as the codec expects it; the last
+    /// query of `[B, Hq, L, Dk]` counts.
+    fn score_noise(&self, py: Python, query: &Bound<PyAny>, scale: f32) -> PyResult<f32> {
+        let query = ImportedTensor::new(query, "query")?;
+        let view = query.view4()?;
+        Ok(py.detach(|| score_noise(&self.layer, &view, scale))?)
     }
 
     /// Writes softmax(scale · q·kᵀ + mask) · v over all regions to `output` `[B, Hq, L, Dv]`; query `[B, Hq, L, Dk]`.

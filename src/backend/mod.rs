@@ -2,6 +2,7 @@
 
 pub mod attend;
 pub mod cpu;
+pub mod noise;
 pub mod simd;
 pub mod threads;
 

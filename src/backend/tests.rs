@@ -1,6 +1,7 @@
 //! The fast paths against the plain ones: codes bit for bit, attention within float noise of an f64 oracle, the laws of the regions.
 
 use crate::backend::attend::{Attention, attend};
+use crate::backend::noise::score_noise;
 use crate::backend::simd::Isa;
 use crate::backend::{cpu, simd};
 use crate::codebook::Codebook;
@@ -413,6 +414,46 @@ fn noise_takes_its_share_off_the_scores_of_packed_rows() {
             let found = without[i] - with[i];
             assert!((found - expected).abs() < 0.02 * expected + 1e-3, "{isa}, token {token}: {found} {expected}");
         }
+    }
+}
+
+#[test]
+fn the_expected_noise_of_scores_is_what_decoded_keys_show() {
+    let (d, total, heads) = (64, 400, 2);
+    let mut noise = Noise(11);
+    let values = codec(Format::Int2, d, d, plain_source(d));
+    let block = Source::Block(BlockRule::new(128, true, 0.5).unwrap());
+    let list: Vec<Codec> = vec![
+        codec(Format::Int2, d, d, block.clone()),
+        codec(Format::Int3, d, 32, block),
+        codec(Format::Int4, d, 32, plain_source(d)),
+        random_codec_of_parts(&mut noise, d, heads, false),
+    ];
+    for (case, keys) in list.into_iter().enumerate() {
+        let rows: Vec<f32> = (0..heads * total * d).map(|_| noise.normal()).collect();
+        let query: Vec<f32> = (0..heads * d).map(|_| noise.normal()).collect();
+        let is_of_parts = keys.is_of_parts();
+        let stored = keys.stored_channels();
+        let mut layer = Layer::new(spec(heads, keys, values.clone(), 3, 20, Isa::best())).unwrap();
+        let view = TensorView::from_slice(&rows, [1, heads, total, d]);
+        layer.append(view, view).unwrap();
+        let expected = score_noise(&layer, &TensorView::from_slice(&query, [1, heads, 1, d]), 0.5).unwrap();
+        let decoded = decoded(&layer, false);
+        let packed = layer.regions().packed;
+        let mut squares = 0.0f64;
+        for head in 0..heads {
+            for t in 3..3 + packed {
+                let at = (head * total + t) * d;
+                let difference = |c: usize| f64::from(decoded[at + c] - rows[at + c]);
+                let error: f64 = (0..d).map(|c| 0.5 * f64::from(query[head * d + c]) * difference(c)).sum();
+                squares += error * error;
+            }
+        }
+        let found = squares / (heads * packed) as f64;
+        // Matrices that are no inverses of each other have an error of their own: there only the order of magnitude can be checked.
+        let (low, high) = if is_of_parts { (0.0, f64::from(expected) * 1e6) } else { (0.75, 1.3) };
+        let ratio = found / f64::from(expected);
+        assert!(expected > 0.0 && (ratio > low && ratio < high), "case {case} ({stored} channels): {found} {expected}");
     }
 }
 
