@@ -162,13 +162,17 @@ impl ImportedTensor {
             return Err(Error::dtype(self.name, expected, dtype_name(self.dtype)));
         }
         self.expect_aligned(size_of::<T>())?;
-        let ([.., rows, columns], [.., row_stride, column_stride]) = self.padded();
-        let element = |row: usize, column: usize| {
-            let offset = row as isize * row_stride + column as isize * column_stride;
+        let (shape, strides) = self.padded();
+        let element = |mut index: usize| {
+            let mut offset = 0;
+            for axis in (0..4).rev() {
+                offset += (index % shape[axis]) as isize * strides[axis];
+                index /= shape[axis];
+            }
             // SAFETY: inside the shape of the tensor, which the handle keeps alive; dtype and alignment were checked.
             unsafe { self.ptr.cast::<T>().offset(offset).read() }
         };
-        Ok((0..rows).flat_map(|row| (0..columns).map(move |column| element(row, column))).collect())
+        Ok((0..shape.iter().product()).map(element).collect())
     }
 
     /// Shape and strides with leading axes of size 1 up to rank 4.

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_directory.save(folder / "model", "gemma3")
     (folder / "a.txt").write_text(TEXT, encoding="utf-8")
     line = f"calibrate {folder}/model --texts {folder}/a.txt#0-0.9 -o {folder}/plan --chunks 2 --tokens 300"
-    line += f" --state {folder}/state --key-bits 3 --window 16 --dtype float32"
+    line += f" --state {folder}/state --method static --key-bits 3 --window 16 --dtype float32"
     assert cli.main(line.split()) == 0
     return folder
 
@@ -48,6 +48,59 @@ def test_calibrate_writes_a_plan_for_the_model(folder: Path) -> None:
     ids = torch.arange(200)[None] % 60 + 2
     model(ids[:, :-1], past_key_values=cache)
     assert torch.isfinite(model(ids[:, -1:], past_key_values=cache).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "key_bits", "value_bits"),
+    [
+        ("", (2.0, 2.0), (1.5, 1.5)),
+        ("--key-bits 2.5 --value-bits 16 --weights attention --no-noise", (2.5, 2.5), (16, 16)),
+        ("--bits 1.8 --parts 8", (0.5, 4.0), (0.5, 4.0)),
+    ],
+)
+def test_the_spectral_method(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    key_bits: tuple[float, float],
+    value_bits: tuple[float, float],
+) -> None:
+    """From the command line to a cache that generates; the default."""
+    tiny_directory.save(tmp_path / "model", "qwen3")
+    line = f"calibrate {tmp_path}/model --texts {folder}/a.txt -o {tmp_path}/plan --chunks 2 --tokens 300 --window 16"
+    line += f" --dtype float32 --state {tmp_path}/state {options}"
+    assert cli.main(line.split()) == 0
+    printed = capsys.readouterr().out
+    assert "predicted cost of keys at" in printed
+    assert "static " in printed
+    assert " → parts " in printed
+    assert "seconds, peak memory " in printed
+    model = load(str(tmp_path / "model"), dtype="float32").model
+    plan = QuantizationPlan.load(tmp_path / "plan", model)
+    assert plan.header.method == "spectral"
+    assert (plan.config.window, plan.config.sinks) == (16, 5)
+    for layer in plan.layers.values():
+        for stream, (low, high) in ((layer.keys, key_bits), (layer.values, value_bits)):
+            assert low <= stream.options.bits <= high
+            assert (stream.options.parts is None) == (stream.options.bits == 16)
+        assert layer.keys.frequencies is not None
+        assert (layer.keys.noise is None) == ("--no-noise" in options)
+    notes = plan.header.notes
+    assert notes["tokens"] == 600
+    assert notes["predicted"]["keys"]["parts"] <= notes["predicted"]["keys"]["mean"]
+    assert notes["remarks"] == []
+    if "--bits" in options:
+        assert 1.6 < plan.average_bits() <= 1.8
+        assert "predicted cost of both" in printed
+    ids = torch.arange(200)[None] % 60 + 2
+    cache = QuantizedDynamicCache.from_plan(model, tmp_path / "plan")
+    model(ids[:, :-1], past_key_values=cache)
+    assert torch.isfinite(model(ids[:, -1:], past_key_values=cache).logits).all()
+    # the same statistics serve another fit, and the same fit makes the same plan
+    first = (tmp_path / "plan").read_bytes()
+    assert cli.main(line.split()) == 0
+    assert (tmp_path / "plan").read_bytes() == first
 
 
 def test_static_scales_give_every_channel_the_same_spread(folder: Path) -> None:
@@ -117,6 +170,11 @@ def test_every_kind_of_stream_can_be_drawn(folder: Path, tmp_path: Path) -> None
         ("inspect {}/plan --layer 0 --plot x.png", "--layer 0: expected one of 1, 2"),
         ("inspect {}/plan --head 2 --plot x.png", "head=2: expected 0 to 1"),
         ("inspect {}/plan --texts {}/a.txt", "expected --plot FILE with them"),
+        ("calibrate {}/model -o {}/p --key-bits 6", "key_bits=6.0: expected a number above 0 and up to 5, or 16"),
+        ("calibrate {}/model -o {}/p --bits 2 --value-bits 2", "--value-bits 2: expected either this or --bits"),
+        ("calibrate {}/model -o {}/p --method static --bits 2", "--bits 2.0: expected --method spectral with it"),
+        ("calibrate {}/model -o {}/p --method static --no-noise", "--no-noise: expected --method spectral with it"),
+        ("calibrate {}/model -o {}/p --method static --key-bits 2.5", "key_bits=2.5: expected one of 16, 8, 4"),
         ("calibrate {}/model -o {}/none/plan", "expected a file in an existing directory"),
         ("calibrate {}/model --texts {}/a.txt -o {}/p --tokens 9000", "has no 9000 tokens left for its chunk 1"),
         (

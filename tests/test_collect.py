@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -14,6 +15,9 @@ from skvq import SkvqError
 from skvq.calibrate import Statistics, collect
 from skvq.calibrate.collect import sample_slot
 from skvq.calibrate.moments import StreamMoments
+from skvq.calibrate.turning import TurnedMoments, Turning, find_turning
+from skvq.evaluate.rope import Rotary
+from skvq.reference_parts import turn_tables
 
 SINKS, BLOCK, WINDOW, LAYER = 3, 32, 16, 1
 OPTIONS: dict[str, Any] = {
@@ -142,6 +146,7 @@ def test_attention_moments(statistics: Statistics, recorded: list[dict[str, torc
     found = statistics.layers[LAYER].attention
     assert found is not None
     expected = {name: torch.zeros_like(x) for name, x in vars(found).items()}
+    token_weights = []
     for chunk in recorded:
         length = chunk["keys"].shape[1]
         token_weight = torch.zeros(2, length, dtype=torch.float64)
@@ -151,18 +156,144 @@ def test_attention_moments(statistics: Statistics, recorded: list[dict[str, torc
                 p = (keys[: now + 1] @ q[now]).softmax(0)
                 last = max(SINKS, now + 1 - WINDOW)
                 expected["mass"][head] += torch.stack([p[:SINKS].sum(), p[SINKS:last].sum(), p[last:].sum()])
-                distance = (values[SINKS:last] - p @ values[: now + 1]).square().sum(-1)
+                output = p @ values[: now + 1]
+                expected["output_moment"][head] += torch.outer(output, output)
+                distance = (values[SINKS:last] - output).square().sum(-1)
                 weight = (p[SINKS:last].square() * distance).sum()
                 expected["query_weight"][head] += weight
                 expected["query_moment"][head] += weight * torch.outer(q[now], q[now])
                 token_weight[head, SINKS:last] += p[SINKS:last].square()
-        for start in range(SINKS, length - BLOCK + 1, BLOCK):
-            block, weight = chunk["values"][:, start : start + BLOCK], token_weight[:, start : start + BLOCK]
-            centred = block - block.mean(1, keepdim=True)
-            expected["value_weight"] += weight.sum(1)
-            expected["value_comoment"] += torch.einsum("hn,hnd,hne->hde", weight, centred, centred)
+        expected["value_weight"] += token_weight.sum(1)
+        expected["value_sum"] += torch.einsum("hn,hnd->hd", token_weight, chunk["values"])
+        expected["value_moment"] += torch.einsum("hn,hnd,hne->hde", token_weight, chunk["values"], chunk["values"])
+        token_weights.append(token_weight[:, SINKS:])
     for name, value in expected.items():
         assert_close(getattr(found, name), value, 1e-5)
+    rows, weight = rows_of(recorded, "values"), torch.cat(token_weights, dim=1)
+    centred = rows - rows.mean(1, keepdim=True)
+    direct = torch.einsum("hn,hnd,hne->hde", weight / weight.sum(1, keepdim=True), centred, centred)
+    assert_close(found.weighted_value_covariance(rows.mean(1)), direct, 1e-5)
+
+
+# ---- the mean that turns
+
+
+def turned_by_hand(chunks: list[dict[str, torch.Tensor]], model: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In two passes with the model's own rotation: the mean before RoPE, and the covariance about it, rotated."""
+    rope = Rotary(model)(layer)
+    plain = [rope.back(chunk["keys"][None].float(), 0)[0, :, SINKS:].double() for chunk in chunks]
+    mean = torch.cat(plain, dim=1).mean(1)
+    centred = []
+    for chunk in chunks:
+        rows = mean[None, :, None].expand(-1, -1, chunk["keys"].shape[1], -1).float()
+        centred.append((chunk["keys"] - rope.forward(rows, 0)[0])[:, SINKS:])
+    z = torch.cat(centred, dim=1)
+    return mean, z.mT @ z / z.shape[1]
+
+
+def test_covariance_about_the_turned_mean_is_that_of_two_passes(
+    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], llama: Any
+) -> None:
+    found = statistics.layers[LAYER].keys_turned
+    assert found is not None
+    mean, expected = turned_by_hand(recorded, llama, LAYER)
+    assert int(found.count) == int(statistics.layers[LAYER].keys.count)
+    assert_close(found.mean, mean, 1e-5)
+    assert_close(found.covariance, expected, 1e-5)
+    # the first chunk alone has another mean, which is what the correction is for
+    assert float(found.drift.abs().max()) > 0.02 * float(mean.abs().max())
+
+
+def test_large_means_cost_no_precision() -> None:
+    """Keys with a bias of a hundred deviations, in a model whose rotation leaves half of the channels alone."""
+    generator = torch.Generator().manual_seed(1)
+    turning = Turning(
+        torch.tensor([0.7, 0.7, 0.0, 0.0]), torch.tensor([1, 0, 2, 3]), torch.tensor([-1.0, 1.0, 0.0, 0.0])
+    )
+    moments, rows = TurnedMoments.empty(1, turning), []
+    for length in (50, 80, 30):
+        plain = torch.randn(1, length, 4, dtype=torch.float64, generator=generator) + 100.0
+        cos, sin = turning.tables(0, length)
+        keys = plain * cos + turning.quarter(plain) * sin
+        moments.update(keys.float(), 2)
+        rows.append((plain[:, 2:], cos[2:], sin[2:]))
+    mean = torch.cat([plain for plain, _, _ in rows], dim=1).mean(1)
+    z = [(x - mean[:, None]) * cos + turning.quarter(x - mean[:, None]) * sin for x, cos, sin in rows]
+    z = torch.cat(z, dim=1)
+    assert_close(moments.mean, mean, 1e-6)
+    assert_close(moments.mean_sine, torch.tensor([[-1.0, 1.0, 0.0, 0.0]]) * mean[:, [1, 0, 2, 3]], 1e-6)
+    assert_close(moments.covariance, z.mT @ z / z.shape[1], 2e-5)
+
+
+def rotated(name: str, **options: Any) -> Any:
+    """A tiny model of a family by the name of its configuration."""
+    return transformers.AutoModelForCausalLM.from_config(tiny_models._config(name, **options))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "original_max_position_embeddings": 512}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512}
+LONGROPE |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "partners"),
+    [
+        ("LlamaConfig", {}, [8, 9, 10]),
+        ("LlamaConfig", {"rope_parameters": YARN}, [8, 9, 10]),
+        ("LlamaConfig", {"rope_parameters": LLAMA3}, [8, 9, 10]),
+        ("Phi3Config", {"hidden_size": 128, "partial_rotary_factor": 0.5}, [8, 9, 10]),
+        ("CohereConfig", {}, [1, 0, 3]),
+        ("GlmConfig", {"head_dim": 32, "partial_rotary_factor": 0.5}, [1, 0, 3]),
+    ],
+)
+def test_frequencies_and_pairs_of_a_models_rotation(name: str, options: dict[str, Any], partners: list[int]) -> None:
+    model = rotated(name, **options)
+    dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    # half precision tables would hide the angles, so they are asked for in float32
+    rope = Rotary(model.to(torch.bfloat16).float(), torch.float32)(1)
+    turning = find_turning(rope, dim)
+    turns = turning.sign != 0.0
+    assert int(turns.sum()) == 16
+    assert turning.partner[:3].tolist() == partners
+    assert set(turning.frequencies[turns].tolist()) == set(model.base_model.rotary_emb.inv_freq.tolist())
+    assert not turning.frequencies[~turns].any()
+    mean = torch.linspace(-3, 2, dim)
+    factor = rope.forward(torch.ones(1, 1, 1, dim), 0)[0, 0, 0]
+    scaled = (factor * mean).double()
+    for position in (0, 1, 100, 5000):
+        cos, sin = turn_tables(turning.frequencies, position, 1)
+        found = scaled * cos + turning.quarter(scaled) * sin
+        expected = rope.forward(mean[None, None, None], position)[0, 0]
+        # a float32 angle near 5000 is known to 2.4e-4
+        assert_close(found, expected.double(), 1e-6 + position * 2.0**-23)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        (
+            "LlamaConfig",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+            "position 2048",
+        ),
+        ("Phi3Config", {"original_max_position_embeddings": 512, "rope_parameters": LONGROPE}, "position 512"),
+        ("StableLmConfig", {}, "cannot be turned back"),
+    ],
+)
+def test_other_rotations_leave_the_mean_static(name: str, options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    model = rotated(name, **options)
+    before = model.base_model.rotary_emb.inv_freq.clone()
+    found = collect(model, CHUNKS[:1], **OPTIONS)
+    assert torch.equal(model.base_model.rotary_emb.inv_freq, before)
+    for layer in found.layers.values():
+        assert layer.keys_turned is None
+        assert reason in layer.turning_refused
+    found.save(tmp_path / "state")
+    loaded = Statistics.load(tmp_path / "state")
+    assert loaded.layers[0].keys_turned is None
+    assert loaded.layers[0].turning_refused == found.layers[0].turning_refused
 
 
 # ---- samples
@@ -212,6 +343,10 @@ def test_every_family(family: str) -> None:
         assert_close(layer.keys.mean, cache.layers[index].keys[0, :, SINKS:].double().mean(1), 1e-4)
         assert_close(layer.values.mean, cache.layers[index].values[0, :, SINKS:].double().mean(1), 1e-4)
         assert layer.keys_before_rope is not None
+        assert layer.keys_turned is not None
+        # YaRN's rotation of gpt-oss has a factor, which the mean that turns includes
+        factor = getattr(model.base_model.rotary_emb, "attention_scaling", 1.0)
+        assert_close(layer.keys_turned.mean, factor * layer.keys_before_rope.mean, 1e-4)
         assert layer.attention is not None
         queries = 20 * model.config.num_attention_heads
         # gpt-oss lets a part of the attention go nowhere

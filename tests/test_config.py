@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import parts_examples
 from skvq import SkvqConfig, SkvqError, StreamOptions
 from skvq.plan import LayerPlan, StreamPlan
 
@@ -172,6 +173,108 @@ def test_bad_json_is_refused() -> None:
 def test_nothing_can_be_assigned() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SkvqConfig().window = 3  # type: ignore[misc]
+
+
+# ---- parts
+
+PARTS = ((4, 16), (1, 32), (0, 16))
+
+
+def test_parts_bring_their_bits() -> None:
+    options = StreamOptions(parts=[[4, 16], [1.0, 32], [0, 16]])  # type: ignore[list-item, arg-type]
+    assert options.parts == PARTS
+    assert [type(bits) for bits, _ in options.parts] == [int] * 3
+    assert (options.bits, options.format) == (1.5, "parts")
+    assert (options.is_packed, options.rotation, options.codebook) == (True, "identity", None)
+    assert options == StreamOptions(bits=options.bits, parts=PARTS) == dataclasses.replace(options)
+    assert (options.resolved().rule, options.resolved().metadata) == ("norm", "e4m3")
+    assert options.resolved().resolved() == options.resolved()
+    assert StreamOptions(parts=PARTS, metadata="fp16").resolved().metadata == "fp16"
+    assert StreamOptions(**json.loads(json.dumps(options.to_dict()))) == options
+    assert StreamOptions().parts is None
+    assert "parts" not in StreamOptions().to_dict()
+    assert hash(options) == hash(dataclasses.replace(options, parts=PARTS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 2}, "bits=2: expected 1.5"),
+        ({"group_size": 32}, "group_size=32: expected None with parts"),
+        ({"symmetric": False}, "symmetric=False: expected True with parts"),
+        ({"codebook": "lloyd-max"}, "codebook='lloyd-max': expected None with parts"),
+        ({"codebook": (-1.0, 1.0)}, "codebook="),
+        ({"rule": "range"}, "rule='range': expected None or 'norm' with parts"),
+        ({"refinements": 1}, "refinements=1: expected 0 with parts"),
+        ({"unbiased": True}, "unbiased=True: expected False with parts"),
+        ({"block": 128}, "block=128: expected 0 with parts"),
+        ({"block_shift": False}, "block_shift=False: expected True with parts"),
+        ({"scale_exponent": 0.5}, "scale_exponent=0.5: expected 1.0 with parts"),
+        ({"clip": 0}, "clip=0: expected"),
+        ({"metadata": "fp8"}, "metadata='fp8': expected"),
+        ({"parts": ()}, "parts=.*: expected pairs"),
+        ({"parts": 3}, "parts=3: expected pairs"),
+        ({"parts": (3,)}, "parts: 3: expected a pair"),
+        ({"parts": ((1.6, 16),)}, "parts: bits=1.6: expected one of 5, 4, 3, 2, 1, 0"),
+        ({"parts": ((2, 24),)}, "parts: width=24: expected a positive multiple of 16"),
+        ({"parts": ((2, 16.0),)}, "parts: width=16.0: expected"),
+        ({"parts": ((0, 64),)}, "expected 0 bits for the last part only"),
+        ({"parts": ((2, 16), (0, 16), (1, 16))}, "expected 0 bits for the last part only"),
+    ],
+)
+def test_what_does_not_go_with_parts_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SkvqError, match=message):
+        StreamOptions(**{"parts": PARTS} | options)
+
+
+def test_a_config_of_parts() -> None:
+    plain = StreamOptions(parts=PARTS)
+    for config in (SkvqConfig(keys=plain), SkvqConfig(keys={"parts": PARTS}, values={"clip": 0.9})):  # type: ignore[arg-type]
+        assert (config.keys, config.key_bits) == (plain, plain.bits)
+        assert SkvqConfig.from_dict(config.to_dict()) == config == SkvqConfig.from_json(config.to_json())
+        assert config.replace(window=7).keys == plain
+        assert config.replace(keys={"clip": 1.2}).keys == dataclasses.replace(plain, clip=1.2)
+        assert config.replace(keys={"parts": ((2, 32), (3, 32))}).key_bits == 2.5
+        assert config.replace(key_bits=3, keys={"parts": None}).keys.bits == 3
+        with refused("bits=3", "expected 1.5"):
+            config.replace(key_bits=3)
+    assert SkvqConfig().replace(keys={"parts": PARTS}).keys == plain
+    with refused("key_bits=3", "expected 1.5", "keys.bits"):
+        SkvqConfig(key_bits=3, keys=plain)
+    with refused("group_size=64", "with parts"):
+        SkvqConfig(group_size=64, keys=plain)
+
+
+PARTS_STATIC = parts_examples.static_data(64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matrix": None}, "keys: matrix: expected one with parts"),
+        ({"inverse": None}, "keys: inverse: expected one with parts"),
+        ({"scale": torch.ones(2, 64)}, "keys: scale: expected none with parts"),
+        ({"permutation": tuple(range(64))}, "keys: permutation: expected none with parts"),
+        ({"frequencies": None}, "keys: frequencies: expected one for a mean that turns"),
+        ({"shift_sine": None}, "keys: shift_sine: expected one for a mean that turns"),
+        ({"shift": None}, "keys: shift: expected one for a mean that turns"),
+        ({"inverse": PARTS_STATIC["inverse"][:1]}, r"inverse: torch.float32 \[1, 64, 64\], expected .* \[2, 64, 64\]"),
+        ({"matrix": PARTS_STATIC["matrix"].double()}, "matrix: torch.float64"),
+        ({"shift": torch.zeros(64)}, r"shift: .* expected torch.float32 \[2, 64\]"),
+        ({"frequencies": torch.zeros(32)}, r"frequencies: .* expected torch.float32 \[64\]"),
+        ({"noise": torch.full((64,), torch.nan)}, "noise: expected finite numbers"),
+        ({"noise": torch.full((64,), -1.0)}, "noise: -1.0, expected no negative number"),
+        ({"options": StreamOptions(parts=PARTS[:2])}, "expected widths that add up to head_dim=64"),
+        ({"options": StreamOptions(bits=2)}, "keys: shift_sine: expected none without parts"),
+    ],
+)
+def test_static_data_of_parts_is_checked(change: dict[str, Any], message: str) -> None:
+    given = {"options": StreamOptions(parts=PARTS)} | PARTS_STATIC
+    StreamPlan(**given).check("keys", 64)
+    with pytest.raises(SkvqError, match=message):
+        StreamPlan(**given | change).check("keys", 64)
+    with pytest.raises(SkvqError, match="values: noise: expected none for values"):
+        StreamPlan(**given).check("values", 64)
 
 
 # ---- plans

@@ -12,7 +12,6 @@ import torch
 from skvq.evaluate.calibration_rows import CalibrationRows
 from skvq.evaluate.methods import METHODS, Geometry, Method, Where, parse_method
 from skvq.evaluate.methods.kvquant import fit_levels
-from skvq.evaluate.methods.oscar import bit_reversal
 from skvq.evaluate.methods.quantizers import nearest_level
 from skvq.evaluate.methods.skvq import CLIP_GRID, cluster_channels
 from skvq.evaluate.simulation import Simulator
@@ -140,14 +139,6 @@ def test_kivi_by_plain_loops() -> None:
                 assert float(found[keys][0, 0, token, channel]) == pytest.approx(float(expected))
 
 
-def test_a_rotation_keeps_the_norm_and_meets_lloyd_max() -> None:
-    given = torch.randn(1, 2, 500, 64, generator=torch.Generator().manual_seed(1)) * 3
-    for spec in ("rotation:bits=2", "rotation:bits=2,rotation=random"):
-        read = parse_method(spec).fake_quantize(given, Where(0, True, 0))
-        # 0.1175 is the error of four Lloyd-Max levels for a normal variable
-        assert float((read - given).square().mean() / given.square().mean()) == pytest.approx(0.1175, rel=0.05)
-
-
 # ---- what calibration fits ------------------------------------------------------------------------------------------
 
 
@@ -197,20 +188,6 @@ def test_kvquant_keeps_exactly_the_counted_outliers(keys: bool) -> None:
     exact = (read == given).transpose(1, 2).flatten(2).sum(-1)
     assert int(exact.min()) >= round(0.03 * HEADS * WIDTH)
     assert float(exact.float().mean()) < round(0.03 * HEADS * WIDTH) + 1.5
-
-
-def test_oscar_rotations_diagonalize_and_are_orthogonal() -> None:
-    method: Any = prepared("oscar:bits=2")
-    moment = sum(x.queries.flatten(1, 2).mT @ x.queries.flatten(1, 2) for x in rows().of_layer(1))
-    rotation = method._rotations[1, True]
-    assert torch.allclose(rotation.mT @ rotation, torch.eye(WIDTH).expand(HEADS, -1, -1), atol=1e-4)
-    turned = rotation.mT @ moment @ rotation
-    spread = turned.diagonal(dim1=-2, dim2=-1)
-    assert bool((spread[:, :-1] >= spread[:, 1:] - 1e-2).all())
-    rest = turned - torch.diag_embed(spread)
-    assert float(rest.abs().max()) < 1e-3 * float(spread.max())
-    assert bit_reversal(8).tolist() == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert bit_reversal(96).tolist() == list(range(96))
 
 
 def test_fp8_saturates_where_transformers_has_nan() -> None:

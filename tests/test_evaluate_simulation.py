@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import parts_examples
 import skvq
 from skvq import SkvqConfig, StreamOptions
 from skvq.evaluate.method_cache import MethodCache, MethodLayer
 from skvq.evaluate.methods import Geometry, Method, parse_method
+from skvq.evaluate.methods.ours import _Codecs, _PackedRows, reference_codec
 from skvq.evaluate.region_rule import RegionRule
 from skvq.evaluate.rope import Rotary
-from skvq.evaluate.simulation import Simulator
-from skvq.plan import StreamPlan
+from skvq.evaluate.simulation import AttentionCall, MethodPass, Simulator
+from skvq.plan import LayerPlan, StreamPlan
 from skvq.plan_file import QuantizationPlan
+from skvq.reference_layer import ReferenceLayer
 from tiny_models import build, prompts
 
 SINKS, WINDOW = 3, 24
@@ -131,6 +135,83 @@ def test_simulation_is_the_packed_cache_of_a_plan(tmp_path: Path) -> None:
     method.check_model(llama)
     with pytest.raises(ValueError, match="made for another model"):
         method.check_model(model("qwen3"))
+
+
+class Parts(_PackedRows):
+    """Rows of parts in every layer, with another matrix in each; no plan file, so none of the native codec."""
+
+    def __init__(self, head_dim: int = 16, *, noise: bool) -> None:
+        self.name, self._codecs = "parts", _Codecs()
+        values = parts_examples.stream_plan(head_dim, 1, seed=7, turning=False, noise=False)
+        self._plans = [
+            LayerPlan(parts_examples.stream_plan(head_dim, 0, seed=seed, noise=noise), values, WINDOW, SINKS)
+            for seed in range(3)
+        ]
+
+    def layer_plan(self, layer: int) -> LayerPlan:
+        return self._plans[layer]
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("noise", [True, False])
+def test_parts_are_simulated_as_the_twin_steps(noise: bool, softcap: float | None) -> None:
+    """Positions of a mean that turns and noise off scores, grouped heads: against the slow store, token by token."""
+    length, head_dim, generator = 90, 64, torch.Generator().manual_seed(5)
+    method = Parts(head_dim, noise=noise)
+    query, keys, values = (torch.randn(heads, length, head_dim, generator=generator) for heads in (4, 2, 2))
+    call = AttentionCall(1, (0.3 * query).unflatten(0, (2, 2)), keys, values, None, softcap, None)
+    found = MethodPass(method, WINDOW, SINKS, {1: 1}).attend(call).flatten(0, 1)
+    plan = method.layer_plan(1)
+    layer = ReferenceLayer(
+        num_key_value_heads=2,
+        keys=reference_codec(plan.keys, head_dim),
+        values=reference_codec(plan.values, head_dim),
+        sinks=SINKS,
+        window=WINDOW,
+        dtype="float32",
+    )
+    expected = torch.empty(1, 4, length, head_dim)
+    for now in range(length):
+        one = slice(now, now + 1)
+        layer.append(keys[None, :, one], values[None, :, one])
+        layer.attend(query[None, :, one], expected[:, :, one], scale=0.3, softcap=softcap)
+    assert torch.allclose(found, expected[0], atol=2e-5)
+    if noise:
+        without = MethodPass(Parts(head_dim, noise=False), WINDOW, SINKS, {1: 1}).attend(call).flatten(0, 1)
+        assert float((without - found)[:, WINDOW + SINKS + 20 :].abs().amax(-1).median()) > 1e-2
+
+
+def test_parts_are_simulated_as_the_stepping_cache_steps() -> None:
+    config, token_ids = model("llama").config, prompts(1, 100, 6)[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="parts: MethodCache")
+        expected = stepped("llama", MethodCache(config, Parts(noise=False), WINDOW, SINKS), token_ids)
+    found = simulated("llama", Parts(noise=False), token_ids)
+    assert_agree(found, expected)
+    exact = simulated("llama", parse_method("full"), token_ids)
+    assert float(distances(exact, expected)[60:].median()) > LARGEST
+    # noise is the one thing that it cannot do, and it says so
+    with pytest.warns(UserWarning, match="parts: MethodCache does not take the noise"):
+        silent = stepped("llama", MethodCache(config, Parts(noise=True), WINDOW, SINKS), token_ids)
+    assert_agree(silent, expected)
+    assert float(distances(simulated("llama", Parts(noise=True), token_ids), expected)[60:].median()) > LARGEST
+
+
+def test_simulation_is_the_packed_cache_of_a_plan_of_parts(tmp_path: Path) -> None:
+    llama, method = model("llama"), Parts(noise=True)
+    static = StreamPlan(StreamOptions(bits=4), shift=torch.randn(2, 16, generator=torch.Generator().manual_seed(1)))
+    streams = {index: (plan.keys, plan.values) for index, plan in enumerate(method._plans)}
+    streams[2] = (streams[2][0], static)
+    path = tmp_path / "parts.safetensors"
+    QuantizationPlan.for_model(llama, SkvqConfig(window=WINDOW, sinks=SINKS), streams, method="test").save(path)
+    planned, token_ids = parse_method(f"plan:{path}"), prompts(1, 300, 4)[0]
+    cache = skvq.QuantizedDynamicCache.from_plan(llama, path)
+    found = simulated("llama", planned, token_ids)
+    assert_agree(found, stepped("llama", cache, token_ids))
+    assert cache.stats()["decoded"] == {}
+    geometry = Geometry(layer=1, num_key_value_heads=2, head_dim=16)
+    assert (planned.bits(geometry, True), planned.bits(geometry, False)) == (3.5, 1.5)
+    assert float(distances(simulated("llama", method, token_ids), found).median()) > MEDIAN
 
 
 @pytest.mark.parametrize("prompt", [2, 60])

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import parts_examples
 import tiny_models
 from skvq import QuantizedDynamicCache, SkvqConfig, SkvqError, StreamOptions
 from skvq.fingerprint import ModelFingerprint
+from skvq.inspect_plan import plan_report, plan_table
 from skvq.layer import PackedLayer
 from skvq.plan import LayerPlan, StreamPlan
 from skvq.plan_file import FILE_NAME, PlanHeader, QuantizationPlan
@@ -93,21 +95,69 @@ def test_every_field_of_a_stream_is_saved(saved: Path) -> None:
     """A field that is added to `StreamPlan` must reach the file, too."""
     with safe_open(saved, framework="pt") as file:
         names = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118
-    given = {x.name for x in dataclasses.fields(StreamPlan)} - {"options", "matrix", "inverse"}
+    given = {x.name for x in dataclasses.fields(StreamPlan)} - {"options", *OF_PARTS}
     assert names == given
 
 
-@pytest.mark.skipif(
-    "matrix" not in {x.name for x in dataclasses.fields(StreamPlan)}, reason="this release's StreamPlan has no matrix"
-)
-def test_matrices_are_saved(tmp_path: Path) -> None:
-    matrix = torch.linalg.qr(torch.randn(HEADS, D, D, generator=torch.Generator().manual_seed(0))).Q.contiguous()
-    options = StreamOptions(bits=2, rotation="matrix", block=128)
-    given = streams()
-    given[1] = (StreamPlan(options, matrix=matrix, inverse=matrix.mT.contiguous()), given[0][1])  # type: ignore[call-arg]
-    made = QuantizationPlan.for_model(LLAMA, SkvqConfig(), given, method="matrix")
+OF_PARTS = {"matrix", "inverse", "shift_sine", "frequencies", "noise"}
+
+
+def plan_of_parts() -> QuantizationPlan:
+    """Layer 1 of `streams` with parts instead: keys with all that there is, values with a matrix only."""
+    keys = parts_examples.stream_plan(D, 0, HEADS)
+    values = parts_examples.stream_plan(D, 1, HEADS, turning=False, noise=False)
+    given = streams() | {1: (keys, dataclasses.replace(values, shift=None))}
+    return QuantizationPlan.for_model(LLAMA, SkvqConfig(window=8, sinks=2), given, method="parts")
+
+
+def test_plans_of_parts_are_saved(tmp_path: Path) -> None:
+    made = plan_of_parts()
     made.save(tmp_path / "a")
-    assert_same(QuantizationPlan.load(tmp_path / "a"), made)
+    loaded = QuantizationPlan.load(tmp_path / "a", LLAMA)
+    assert_same(loaded, made)
+    loaded.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        names = {x for x in file.keys() if x.startswith("layers.1.")}  # noqa: SIM118
+    expected = {f"layers.1.keys.{x}" for x in OF_PARTS | {"shift"}}
+    assert names == expected | {"layers.1.values.matrix", "layers.1.values.inverse"}
+    # 3 bits, or 1, and a scale of one byte for 16 channels
+    assert [loaded.bits[1][name].bits for name in ("keys", "values")] == [3.5, 1.5]
+    assert "keys 3/4 bits, values 1/1.6/16 bits" in repr(loaded)
+    table = " ".join(plan_table(loaded).split())
+    assert "1 keys 3 3.500 3·16 row e4m3 lloyd-max norm 1 shift + shift_sine + matrix + noise 0" in table
+    assert "1 values 1 1.500 1·16 row e4m3 lloyd-max norm 1 matrix 0" in table
+    assert " 0 keys 3 3.750 - auto e4m3 lloyd-max norm 1 hadamard 128" in table
+    assert plan_report(loaded)["layers"][1]["keys"]["static_bytes"] == 4 * (2 * 2 * D * D + 2 * 2 * D + 2 * D)
+
+
+def test_plans_of_parts_are_checked(tmp_path: Path) -> None:
+    made = plan_of_parts()
+    pairs = {index: (layer.keys, layer.values) for index, layer in made.layers.items()}
+    more_heads = parts_examples.stream_plan(D, 0, 3)
+    with pytest.raises(SkvqError, match=r"layer 1: matrix: expected 1 or 2 matrices"):
+        QuantizationPlan.for_model(LLAMA, made.config, pairs | {1: (more_heads, pairs[1][1])}, method="")
+    bare = dataclasses.replace(pairs[1][0], matrix=None)
+    with pytest.raises(SkvqError, match="layer 1: keys: matrix: expected one with parts"):
+        QuantizationPlan.for_model(LLAMA, made.config, pairs | {1: (bare, pairs[1][1])}, method="")
+    made.save(tmp_path / "a.safetensors")
+    edit_header(tmp_path / "a.safetensors", lambda h: h["layers"]["1"]["keys"].update(parts=[[3, 32]]))
+    with pytest.raises(SkvqError, match=r"layer 1: keys: parts=.*: expected widths that add up to head_dim=16"):
+        QuantizationPlan.load(tmp_path / "a.safetensors")
+    edit_header(tmp_path / "a.safetensors", lambda h: h["layers"]["1"]["keys"].update(bits=2))
+    with pytest.raises(SkvqError, match=r"bits=2: expected 3\.0, the mean of parts"):
+        QuantizationPlan.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_plans_of_parts_can_be_drawn(tmp_path: Path, with_rows: bool) -> None:
+    from skvq.calibrate.statistics import Sample
+    from skvq.inspect_plot import save_picture
+
+    rows = torch.randn(HEADS, 40, D, generator=torch.Generator().manual_seed(0))
+    sample = Sample(rows, rows, rows, torch.arange(40)) if with_rows else None
+    save_picture(plan_of_parts(), 1, tmp_path / "a.png", head=1, sample=sample)
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -8,13 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from skvq.reference import (
+from skvq.reference import ReferenceCodec, hadamard, lane_sum
+from skvq.reference_codes import (
     LEVEL_COUNTS,
     NORMAL_PAIRS,
-    ReferenceCodec,
     code_bytes,
-    hadamard,
-    lane_sum,
     lloyd_max_levels,
     pack_codes,
     unpack_codes,

@@ -53,8 +53,8 @@ class Codec:
 
     Args:
         head_dim: channels of a row, a multiple of 16.
-        format: ``"8"``, ``"4"``, ``"3"``, ``"2"`` bits, ``"1.6"`` (ternary), ``"1.5"`` (pairs) or ``"raw"`` (the
-            layer's dtype).
+        format: ``"8"``, ``"4"``, ``"3"``, ``"2"`` bits, ``"1.6"`` (ternary), ``"1.5"`` (pairs), ``"raw"`` (the
+            layer's dtype) or ``"parts"`` (behind a matrix, FORMAT.md §6).
         group_size: channels that share a scale: 32, 64, 128 or head_dim, a divisor of head_dim.
             None: 128 if that divides head_dim, else head_dim.
         metadata: dtype of scales and zero points, ``"e4m3"`` or ``"fp16"``.
@@ -65,13 +65,22 @@ class Codec:
         clip: factor on the scale (SKVQ's alpha).
         refinements: least-squares steps that refit the scale to the codes.
         unbiased: the stored scale makes <d, decoded d> = |d|^2 for every group d, instead of its squared error least.
-        rotation: ``"hadamard"`` over the head, or ``"identity"``.
+        rotation: ``"hadamard"`` over the head, or ``"identity"``. None: ``"identity"`` for parts, else ``"hadamard"``.
         permutation: order of the channels after the rotation, one for all heads or one for each.
         block: 0: static shift and scale; else a multiple of 128: rows of a block that yields its own.
         block_shift: block statistics subtract the mean.
         scale_exponent: power of the standard deviation in block statistics, 0 to 1.
         shift: static shift, float32 ``[heads, D]``; not together with block.
         scale: static scale, float32 ``[heads, D]``; not together with block.
+        parts: bits and width of every part, with format ``"parts"`` only: 1 to 5 bits, for the last also 0, widths
+            that are multiples of 16 and add up to head_dim. Of the arguments above, head_dim, metadata, clip and shift
+            go with parts.
+        matrix: M, with which rows of parts are packed, float32 ``[heads, D, D]``.
+        inverse: B, with which they are read, float32 ``[heads, D, D]``.
+        shift_sine: shift turned by a quarter, float32 ``[heads, D]``: the mean turns with a row's position.
+        frequencies: by which angle from row to row, float32 ``[D]``; together with shift_sine.
+        noise: variance of every packed channel's error in units of the squared scale, float32 ``[D]``; attention takes
+            what it does to scores off them.
 
     Raises:
         SkvqError: a value outside these, or a combination that FORMAT.md excludes.
@@ -90,13 +99,19 @@ class Codec:
         clip: float = 1.0,
         refinements: int = 0,
         unbiased: bool = False,
-        rotation: str = "hadamard",
+        rotation: str | None = None,
         permutation: Sequence[int] | Sequence[Sequence[int]] | None = None,
         block: int = 0,
         block_shift: bool = True,
         scale_exponent: float = 1.0,
         shift: _Tensor | None = None,
         scale: _Tensor | None = None,
+        parts: Sequence[tuple[int, int]] | None = None,
+        matrix: _Tensor | None = None,
+        inverse: _Tensor | None = None,
+        shift_sine: _Tensor | None = None,
+        frequencies: _Tensor | None = None,
+        noise: _Tensor | None = None,
     ) -> Codec: ...
     def encode(
         self,
@@ -104,6 +119,7 @@ class Codec:
         head: int = 0,
         statistics: tuple[_Tensor, _Tensor] | None = None,
         isa: str | None = None,
+        position: int = 0,
     ) -> OwnedTensor:
         """Pack rows, float32 ``[N, D]``, into uint8 ``[N, row_bytes]``: the codes of each row, then its metadata.
 
@@ -112,16 +128,23 @@ class Codec:
             head: whose static shift, scale and permutation to use.
             statistics: shift and scale, float32 ``[D]`` each, for a codec with blocks (optional for a static one).
             isa: one of :func:`available_isas`, or ``"reference"`` for the plain implementation; None: the best.
+            position: of the first row, for a mean that turns.
 
         Raises:
             SkvqError: format ``"raw"``, wrong shape or dtype, or statistics missing for a codec with blocks.
         """
-    def decode(self, packed: _Tensor, head: int = 0, statistics: tuple[_Tensor, _Tensor] | None = None) -> OwnedTensor:
+    def decode(
+        self,
+        packed: _Tensor,
+        head: int = 0,
+        statistics: tuple[_Tensor, _Tensor] | None = None,
+        position: int = 0,
+    ) -> OwnedTensor:
         """The inverse of :meth:`encode`: uint8 ``[N, row_bytes]`` to float32 ``[N, D]``."""
     def block_statistics(self, rows: _Tensor) -> tuple[OwnedTensor, OwnedTensor]:
         """Shift and scale, float32 ``[D]`` each, of a block of these rows, float32 ``[N, D]`` (FORMAT.md §4)."""
     def levels(self) -> list[float] | list[tuple[float, float]]:
-        """The codebook: levels, or pairs for format ``"1.5"``."""
+        """The codebook: levels, or pairs for format ``"1.5"``. Refused for parts, each of which has its own."""
     @property
     def head_dim(self) -> int: ...
     @property

@@ -17,6 +17,7 @@ from typing import Any, cast
 from ._native import SkvqError
 
 Codebook = str | tuple[float, ...] | tuple[tuple[float, float], ...]
+Parts = tuple[tuple[int, int], ...]
 
 # bits -> (name of the format in src/FORMAT.md, number of levels; 0: the rows are kept as they are)
 FORMATS: dict[float, tuple[str, int]] = {
@@ -29,6 +30,8 @@ FORMATS: dict[float, tuple[str, int]] = {
     1.5: ("1.5", 8),
 }
 BITS = tuple(FORMATS)
+PART_BITS = (5, 4, 3, 2, 1, 0)
+PART_WIDTH_UNIT = 16
 GROUP_SIZES = (32, 64, 128)
 PAGE_ROWS = 128
 
@@ -43,11 +46,31 @@ def _known(prefix: str, options: Mapping[str, Any], cls: type) -> None:
             raise SkvqError(f"{prefix}{name}={options[name]!r}: unknown option, expected some of {', '.join(names)}")
 
 
-def _checked_bits(name: str, value: object) -> float:
-    for bits in BITS:
+def _checked_bits(name: str, value: object, allowed: tuple[float, ...] = BITS) -> float:
+    for bits in allowed:
         if not isinstance(value, bool) and value == bits:
             return bits
-    raise SkvqError(f"{name}={value!r}: expected one of {', '.join(map(str, BITS))}")
+    raise SkvqError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
+
+
+def _checked_parts(parts: object) -> Parts:
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise SkvqError(f"parts={parts!r}: expected pairs (bits, width), one for every part")
+    found = []
+    for part in parts:
+        if not isinstance(part, (list, tuple)) or len(part) != 2:
+            raise SkvqError(f"parts: {part!r}: expected a pair (bits, width)")
+        bits, width = int(_checked_bits("parts: bits", part[0], PART_BITS)), part[1]
+        if not isinstance(width, int) or isinstance(width, bool) or width <= 0 or width % PART_WIDTH_UNIT:
+            raise SkvqError(f"parts: width={width!r}: expected a positive multiple of {PART_WIDTH_UNIT}")
+        found.append((bits, width))
+    if not all(bits for bits, _ in found[: max(1, len(found) - 1)]):
+        raise SkvqError(f"parts={parts!r}: expected 0 bits for the last part only, behind others")
+    return tuple(found)
+
+
+def _mean_bits(parts: Parts) -> float:
+    return sum(bits * width for bits, width in parts) / sum(width for _, width in parts)
 
 
 def _checked_codebook(codebook: object, bits: float) -> Codebook | None:
@@ -102,13 +125,33 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+class _DefaultBits(float):
+    """The default of `bits`, which gives way to the mean of `parts`; a number that somebody named does not."""
+
+
+_DEFAULT_BITS = _DefaultBits(2)
+# What does not go with parts, and the values that say nothing else. "hadamard", the default, becomes "identity".
+_WITH_PARTS: dict[str, tuple[Any, ...]] = {
+    "group_size": (None,),
+    "symmetric": (True,),
+    "codebook": (None,),
+    "rule": (None, "norm"),
+    "refinements": (0,),
+    "unbiased": (False,),
+    "rotation": ("identity", "hadamard"),
+    "block": (0,),
+    "block_shift": (True,),
+    "scale_exponent": (1.0,),
+}
+
+
 @dataclass(frozen=True)
 class StreamOptions:
     """How the rows of one stream, the keys or the values, are packed (src/FORMAT.md).
 
     Attributes:
         bits: 16 (rows stay in the model's dtype), 8, 4, 3, 2, 1.6 (ternary: three levels, the paper's "1.5 bit") or
-            1.5 (a 3-bit index for every pair of channels).
+            1.5 (a 3-bit index for every pair of channels). With parts: their mean, which need not be named.
         group_size: channels that share a scale: 32, 64, 128 or the head's size; None: min(128, head size), or the
             whole head where 128 does not divide it.
         metadata: "e4m3" or "fp16", the type of scales and zero points. None: "fp16" for 8 bits, where a scale that E4M3
@@ -126,9 +169,12 @@ class StreamOptions:
         block: 0, or a multiple of 128: this many rows share a shift and a scale per channel, taken from the rows.
         block_shift: whether a block's statistics hold the channel means.
         scale_exponent: 1 standardizes every channel of a block, 0 keeps their proportions.
+        parts: bits and width of every part of a row behind a calibrated matrix (src/FORMAT.md section 6): 1 to 5 bits,
+            for the last also 0, and widths that are multiples of 16 and add up to the head's size. Only `metadata` and
+            `clip` go with them; the rotation is "identity", since the matrix is in its place, and the rule "norm".
     """
 
-    bits: float = 2
+    bits: float = _DEFAULT_BITS
     group_size: int | None = None
     metadata: str | None = None
     symmetric: bool = True
@@ -141,15 +187,20 @@ class StreamOptions:
     block: int = 0
     block_shift: bool = True
     scale_exponent: float = 1.0
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", _checked_bits("bits", self.bits))
+        if self.parts is None:
+            object.__setattr__(self, "bits", _checked_bits("bits", self.bits))
+        else:
+            self._take_parts(_checked_parts(self.parts))
         if self.group_size is not None:
             _integer("group_size", self.group_size, 16)
         if self.metadata is not None:
             _one_of("metadata", self.metadata, ("e4m3", "fp16"))
         _boolean("symmetric", self.symmetric)
-        object.__setattr__(self, "codebook", _checked_codebook(self.codebook, self.bits))
+        if self.parts is None:
+            object.__setattr__(self, "codebook", _checked_codebook(self.codebook, self.bits))
         if self.rule is not None:
             _one_of("rule", self.rule, ("norm", "range"))
         if not 0.0 < _number("clip", self.clip) <= 16.0:
@@ -164,10 +215,22 @@ class StreamOptions:
         if not 0.0 <= _number("scale_exponent", self.scale_exponent) <= 1.0:
             raise SkvqError(f"scale_exponent={self.scale_exponent!r}: expected a number from 0 to 1")
 
+    def _take_parts(self, parts: Parts) -> None:
+        mean = _mean_bits(parts)
+        if self.bits is not _DEFAULT_BITS and self.bits != mean:
+            raise SkvqError(f"bits={self.bits!r}: expected {mean!r}, the mean of parts={parts!r}, or none")
+        for name, allowed in _WITH_PARTS.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                expected = " or ".join(map(repr, allowed))
+                raise SkvqError(f"{name}={value!r}: expected {expected} with parts, which replace it")
+        for name, value in (("parts", parts), ("bits", mean), ("rotation", "identity")):
+            object.__setattr__(self, name, value)
+
     @property
     def format(self) -> str:
         """Name of the row format in src/FORMAT.md."""
-        return FORMATS[self.bits][0]
+        return "parts" if self.parts is not None else FORMATS[self.bits][0]
 
     @property
     def is_packed(self) -> bool:
@@ -175,17 +238,23 @@ class StreamOptions:
         return self.format != "raw"
 
     def resolved(self) -> StreamOptions:
-        """The same options with codebook, rule and metadata chosen where they are None."""
+        """The same options with codebook, rule and metadata chosen where they are None; every part has its codebook."""
+        if self.parts is not None:
+            return dataclasses.replace(self, rule="norm", metadata=self.metadata or "e4m3")
         codebook = self.codebook or ("uniform" if self.bits == 8 else "lloyd-max")
         rule = self.rule or ("range" if codebook == "uniform" else "norm")
         metadata = self.metadata or ("fp16" if self.bits == 8 else "e4m3")
         return dataclasses.replace(self, codebook=codebook, rule=rule, metadata=metadata) if self.is_packed else self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Plain values, ready for JSON; `parts` only where there are some."""
         values = dataclasses.asdict(self)
         if isinstance(self.codebook, tuple):
             values["codebook"] = [list(x) if isinstance(x, tuple) else x for x in self.codebook]
+        if self.parts is None:
+            del values["parts"]
+        else:
+            values["parts"] = [list(part) for part in self.parts]
         return values
 
 
@@ -201,6 +270,14 @@ def _block_of(stream: object) -> Any:
     return stream.get("block") if isinstance(stream, Mapping) else getattr(stream, "block", None)
 
 
+def _changed(options: StreamOptions, changes: Mapping[str, Any]) -> StreamOptions:
+    """`options` with fields changed. New parts bring their own bits, and replace options that knew no parts."""
+    if changes.get("parts") is None:
+        return dataclasses.replace(options, **changes)
+    base = options if options.parts is not None else StreamOptions(parts=changes["parts"])
+    return dataclasses.replace(base, **{"bits": _DEFAULT_BITS, **changes})
+
+
 # Default of fields that `SkvqConfig.__post_init__` always fills in.
 _UNSET: Any = None
 
@@ -213,7 +290,8 @@ class SkvqConfig:
     left out; afterwards both are complete and agree with `key_bits`, `value_bits` and `group_size`.
 
     Attributes:
-        key_bits, value_bits: bits of a packed element: 16 (pass-through), 8, 4, 3, 2, 1.6 or 1.5 (default 2 and 1.6).
+        key_bits, value_bits: bits of a packed element: 16 (pass-through), 8, 4, 3, 2, 1.6 or 1.5 (default 2 and 1.6);
+            the mean of a stream's parts, where it has some.
         group_size: for keys and values, see `StreamOptions`.
         window: the most recent tokens, kept in the model's dtype (the current one included).
         sinks: the first tokens, kept in the model's dtype.
@@ -257,18 +335,20 @@ class SkvqConfig:
 
     def _resolve(self, stream: str, given: object, bits: float | None, defaults: StreamOptions) -> StreamOptions:
         name = f"{stream}s"
-        if bits is not None:
-            bits = _checked_bits(f"{stream}_bits", bits)
         changes: dict[str, Any] = {}
         if given is None or isinstance(given, Mapping):
             changes = {} if given is None else dict(given)
             _known(f"{name}=", changes, StreamOptions)
             given_bits, given_group = changes.get("bits"), changes.get("group_size")
-            base = defaults
+            base = _changed(defaults, changes) if changes.get("parts") is not None else defaults
         elif isinstance(given, StreamOptions):
             given_bits, given_group, base = given.bits, given.group_size, given
         else:
             raise SkvqError(f"{name}={given!r}: expected a StreamOptions, a mapping of its fields, or None")
+        if base.parts is not None:
+            given_bits = base.bits
+        elif bits is not None:
+            bits = _checked_bits(f"{stream}_bits", bits)
         outer = (f"{stream}_bits", bits, given_bits), ("group_size", self.group_size, given_group)
         for argument, ours, theirs in outer:
             if ours is not None and theirs is not None and ours != theirs:
@@ -281,7 +361,7 @@ class SkvqConfig:
             changes["bits"] = bits
         if self.group_size is not None:
             changes["group_size"] = self.group_size
-        return dataclasses.replace(base, **changes)
+        return _changed(base, changes)
 
     @classmethod
     def from_options(cls, config: SkvqConfig | None = None, **options: Any) -> SkvqConfig:
@@ -305,7 +385,7 @@ class SkvqConfig:
                     outer = name if name == "group_size" else f"{stream}_bits"
                     if outer in changes:
                         inner.setdefault(name, changes[outer])
-                fields[f"{stream}s"] = dataclasses.replace(options, **inner)
+                fields[f"{stream}s"] = _changed(options, inner)
             if f"{stream}_bits" not in changes:
                 fields[f"{stream}_bits"] = None
         if "group_size" not in changes and ("keys" in changes or "values" in changes):

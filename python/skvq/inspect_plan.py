@@ -15,7 +15,21 @@ from .plan import StreamPlan
 from .plan_file import QuantizationPlan
 
 STATIC = tuple(x.name for x in dataclasses.fields(StreamPlan) if x.name != "options")
-_HEADER = ("layer", "rows", "bits", "counted", "group", "metadata", "codebook", "rule", "clip", "transform", "block")
+_HEADER = (
+    "layer",
+    "rows",
+    "bits",
+    "counted",
+    "parts",
+    "group",
+    "metadata",
+    "codebook",
+    "rule",
+    "clip",
+    "transform",
+    "block",
+)
+_PARTS = _HEADER.index("parts")
 
 
 def plan_report(plan: QuantizationPlan) -> dict[str, Any]:
@@ -57,7 +71,9 @@ def plan_table(plan: QuantizationPlan) -> str:
         for figures, members in groupby(cells, key=lambda pair: pair[1]):
             indices = [index for index, _ in members]
             rows.append((_layer_numbers(indices), name, *figures))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    if not any(x.options.parts for layer in plan.layers.values() for x in (layer.keys, layer.values)):
+        rows = [(*row[:_PARTS], *row[_PARTS + 1 :]) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     fingerprint, averages = plan.header.fingerprint, [plan.average_bits(x) for x in (("keys",), ("values",))]
     static = sum(_static_bytes(x) for layer in plan.layers.values() for x in (layer.keys, layer.values))
@@ -90,19 +106,29 @@ def _cells(plan: QuantizationPlan, index: int, name: str) -> tuple[str, ...]:
     if not options.is_packed:
         return (f"{options.bits:g}", bits, *["-"] * (len(_HEADER) - 4))
     codebook = options.codebook if isinstance(options.codebook, str) else f"own, {len(options.codebook or ())}"
+    group = "auto" if options.group_size is None else str(options.group_size)
+    if options.parts is not None:
+        codebook, group = "lloyd-max", "row"
     rule = str(options.rule) + ("" if options.symmetric else " + zero") + (" unbiased" if options.unbiased else "")
-    static = [x for x in _static(stream) if x not in ("matrix", "inverse")]
+    transform = [x for x in _static(stream) if x not in ("frequencies", "inverse")]
+    transform += [] if "matrix" in transform else [options.rotation]
     return (
         f"{options.bits:g}",
         bits,
-        "auto" if options.group_size is None else str(options.group_size),
+        parts_label(stream),
+        group,
         str(options.metadata),
         codebook,
         rule,
         f"{options.clip:g}",
-        " + ".join([*static, options.rotation]),
+        " + ".join(transform),
         str(options.block),
     )
+
+
+def parts_label(stream: StreamPlan) -> str:
+    """Bits and width of every part, such as "4·32 3·32 0·64"; "-" without parts."""
+    return " ".join(f"{bits}·{width}" for bits, width in stream.options.parts or ()) or "-"
 
 
 def _static(stream: StreamPlan) -> list[str]:

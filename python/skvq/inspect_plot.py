@@ -15,10 +15,13 @@ from torch import Tensor
 from ._native import SkvqError
 from .bench.plot import _pyplot
 from .calibrate.statistics import Sample
+from .config import Parts
 from .evaluate.methods.ours import reference_codec
 from .plan import StreamPlan
 from .plan_file import QuantizationPlan
 from .reference import ReferenceCodec
+from .reference_codes import LevelCodes
+from .reference_parts import part_levels
 
 _INK = "#475569"
 _BEFORE, _AFTER = "#c2410c", "#2563eb"
@@ -86,10 +89,9 @@ def _draw_channels(axis: Any, stream: StreamPlan, head: int) -> None:
 
 
 def _draw_matrix(figure: Any, axis: Any, stream: StreamPlan, head: int) -> None:
-    matrix = getattr(stream, "matrix", None)
-    if matrix is not None:
+    if stream.matrix is not None:
         axis.set_title("matrix", fontsize=10)
-        entries = _head_of(matrix, head)
+        entries = _head_of(stream.matrix, head)
         limit = float(entries.abs().max()) or 1.0
         image = axis.imshow(entries, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         figure.colorbar(image, ax=axis, shrink=0.8)
@@ -109,7 +111,11 @@ def _draw_codebook(axis: Any, stream: StreamPlan) -> None:
     if not stream.options.is_packed:
         _empty(axis, "rows are kept as they are")
         return
-    levels = reference_codec(StreamPlan(_plain(stream)), 128).codebook
+    if stream.options.parts is not None:
+        _draw_parts(axis, stream.options.parts)
+        return
+    options = stream.options.resolved()
+    levels = LevelCodes(options.format, options.codebook).levels
     if levels.ndim == 2:
         axis.plot(levels[:, 0], levels[:, 1], "o", color=_AFTER)
         axis.set_aspect("equal", adjustable="datalim")
@@ -122,11 +128,15 @@ def _draw_codebook(axis: Any, stream: StreamPlan) -> None:
     axis.set_xlabel("level (dotted: borders), in scales")
 
 
-def _plain(stream: StreamPlan) -> Any:
-    """The stream's options without what only its static data explains."""
-    import dataclasses
-
-    return dataclasses.replace(stream.options, rotation="identity", block=0, group_size=None)
+def _draw_parts(axis: Any, parts: Parts) -> None:
+    """The levels of every part, the first on top."""
+    axis.set_title(f"levels of {len(parts)} parts", fontsize=10)
+    for row, (bits, _) in enumerate(parts):
+        levels = part_levels(bits) if bits else torch.zeros(1)
+        axis.vlines(levels, row - 0.35, row + 0.35, color=_AFTER, linewidth=2)
+    axis.set_yticks(range(len(parts)), [f"{bits}·{width}" for bits, width in parts])
+    axis.invert_yaxis()
+    axis.set_xlabel("level, in scales")
 
 
 def _draw_transform(before: Any, after: Any, stream: StreamPlan, rows: Tensor, head: int, sinks: int) -> None:
@@ -134,7 +144,7 @@ def _draw_transform(before: Any, after: Any, stream: StreamPlan, rows: Tensor, h
     rows = rows[sinks:]
     before.set_title("channels before", fontsize=10)
     after.set_title("channels after", fontsize=10)
-    seen, decoded, exact = _transformed(stream, rows, head)
+    seen, decoded, exact = _transformed(stream, rows, head, sinks)
     _boxes(before, rows, _BEFORE)
     if seen.shape[0] == 0:
         _empty(after, "no complete block" if stream.options.is_packed else "rows are kept as they are")
@@ -145,13 +155,14 @@ def _draw_transform(before: Any, after: Any, stream: StreamPlan, rows: Tensor, h
     after.set_title(f"channels after (error {100 * error:.1f} % of the variance)", fontsize=10)
 
 
-def _transformed(stream: StreamPlan, rows: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
+def _transformed(stream: StreamPlan, rows: Tensor, head: int, position: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [n, D] as the quantizer sees them, as they are read back, and as they were; n may shrink to whole blocks."""
     if not stream.options.is_packed:
         return rows[:0], rows[:0], rows[:0]
     codec: ReferenceCodec = reference_codec(stream, rows.shape[1])
     if not codec.block:
-        return codec.transform(rows, head, None), codec.fake_quantize(rows, head), rows
+        read = codec.fake_quantize(rows, head, position=position)
+        return codec.transform(rows, head, None, position=position), read, rows
     whole = rows.shape[0] // codec.block * codec.block
     if not whole:
         return rows[:0], rows[:0], rows[:0]

@@ -1,12 +1,14 @@
 """What each layer of a cache is packed with: options plus static data, turned into native codecs and stores.
 
 Is: the seam between options (config.py) and `_native`. `LayerPlan.from_config` gives every layer the same plan without
-static data; a calibrated plan carries shift, scale and permutation per layer.
-Is not: calibration. Shapes: shift and scale float32 [Hkv, D], permutation [D] or [Hkv][D].
+static data; a calibrated plan carries shift, scale and permutation per layer, or a matrix with what belongs to it.
+Is not: calibration. Shapes: shift, scale and shift_sine float32 [Hkv, D], permutation [D] or [Hkv][D], frequencies and
+noise float32 [D], matrix and inverse float32 [Hkv, D, D].
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,12 +23,29 @@ DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat1
 
 @dataclass(frozen=True, eq=False)
 class StreamPlan:
-    """Options and static data of one stream of one layer."""
+    """Options and static data of one stream of one layer.
+
+    Attributes:
+        options: how rows are packed.
+        shift: mean of the rows; with `shift_sine` of the keys before RoPE.
+        scale: of the channels; not with parts.
+        permutation: of the channels; not with parts.
+        shift_sine: `shift` turned by a quarter. With it the mean of a key is shift·cos(θt) + shift_sine·sin(θt).
+        frequencies: θ of every channel.
+        matrix: M of src/FORMAT.md section 6, with which rows of parts are packed.
+        inverse: B, with which they are read.
+        noise: variance of every packed channel's error in units of the squared scale, taken off scores; keys only.
+    """
 
     options: StreamOptions
     shift: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     permutation: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
+    shift_sine: torch.Tensor | None = None
+    frequencies: torch.Tensor | None = None
+    matrix: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
 
     def check(self, name: str, head_dim: int) -> None:
         """Raise SkvqError if heads of `head_dim` channels cannot be packed; `name` is "keys" or "values"."""
@@ -38,6 +57,44 @@ class StreamPlan:
             raise SkvqError(
                 f"{name}: group_size={group}: expected one of {', '.join(map(str, allowed))} for head_dim={head_dim}"
             )
+        parts = self.options.parts
+        if parts is None:
+            for field in ("shift_sine", "frequencies", "matrix", "inverse", "noise"):
+                self._expect(name, field, False, "without parts")
+            return
+        if sum(width for _, width in parts) != head_dim:
+            raise SkvqError(f"{name}: parts={parts!r}: expected widths that add up to head_dim={head_dim}")
+        self._check_static(name, head_dim)
+
+    def _check_static(self, name: str, head_dim: int) -> None:
+        """Raise SkvqError if what lies behind the rows of parts is incomplete or has other shapes."""
+        for field in ("scale", "permutation"):
+            self._expect(name, field, False, "with parts")
+        for field in ("matrix", "inverse"):
+            self._expect(name, field, True, "with parts")
+        turns = self.shift_sine is not None or self.frequencies is not None
+        for field in ("shift", "shift_sine", "frequencies") if turns else ():
+            self._expect(name, field, True, "for a mean that turns")
+        if name == "values":
+            self._expect(name, "noise", False, "for values, which have no scores")
+        heads = cast(torch.Tensor, self.matrix).shape[0]
+        rows, channels, square = (heads, head_dim), (head_dim,), (heads, head_dim, head_dim)
+        shapes = {"matrix": square, "inverse": square, "shift": rows, "shift_sine": rows}
+        for field, shape in (shapes | {"frequencies": channels, "noise": channels}).items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or tuple(value.shape) != shape:
+                found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+                raise SkvqError(f"{name}: {field}: {found}, expected torch.float32 {list(shape)}")
+            if not bool(torch.isfinite(value).all()):
+                raise SkvqError(f"{name}: {field}: expected finite numbers, got a NaN or an infinity")
+        if self.noise is not None and bool((self.noise < 0.0).any()):
+            raise SkvqError(f"{name}: noise: {float(self.noise.min())}, expected no negative number")
+
+    def _expect(self, name: str, field: str, present: bool, when: str) -> None:
+        if (getattr(self, field) is not None) != present:
+            raise SkvqError(f"{name}: {field}: expected {'one' if present else 'none'} {when}")
 
     def codec(self, name: str, head_dim: int) -> Codec:
         """The native codec of this stream."""
@@ -45,7 +102,8 @@ class StreamPlan:
         options = self.options.resolved()
         if not options.is_packed:
             return Codec(head_dim=head_dim, format=options.format)
-        static: dict[str, Any] = {"shift": self.shift, "scale": self.scale, "permutation": self.permutation}
+        fields = (field.name for field in dataclasses.fields(self) if field.name != "options")
+        static: dict[str, Any] = {name: getattr(self, name) for name in fields} | {"parts": options.parts}
         return Codec(
             head_dim=head_dim,
             format=options.format,

@@ -4,8 +4,9 @@ Is: one safetensors file with a versioned header, refused by models it was not m
 bytes, and a loaded plan equals the saved one exactly. Is not: how a plan is found (calibrate/), or what a layer does
 with it (plan.py).
 
-Tensors are named `layers.INDEX.keys.FIELD` after the fields of `StreamPlan`: shift and scale float32 [Hkv, D], matrix
-and inverse float32 [Hkv, D, D], permutation int64 [D] or [Hkv, D]. Everything else is in the header.
+Tensors are named `layers.INDEX.keys.FIELD` after the fields of `StreamPlan` and have their shapes; a permutation is
+int64 [D] or [Hkv, D]. Everything else is in the header. There is one version: `parts` are named only where there are
+some, so a plan without them is the same bytes as ever, and a release that knows none refuses the option by its name.
 """
 
 from __future__ import annotations

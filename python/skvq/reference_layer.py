@@ -11,7 +11,10 @@ in the window or not. When a crop cuts the block, it keeps them if one of its ro
 is; its missing rows are then packed one by one as they leave the window.
 
 In a sequence that begins with p tokens of padding, the tokens [p, p + sinks) are the exact ones, the padding is zeros
-that nobody sees and that no statistics count, and everything else is as without padding.
+that nobody sees and that no statistics count, and everything else is as without padding. Token number i of it is at
+position i - p, for codecs with a mean that turns.
+
+A codec of keys with noise takes ½·a²·Σ κ q'² off the score, before a softcap, of every token that is read as packed.
 """
 
 from __future__ import annotations
@@ -35,10 +38,12 @@ class _Stream:
         self.codec = codec
         self.rows = rows[:, :, :0].to(torch.float32)
         self.blocks: list[Statistics] = []
+        self.noise = self.rows[..., 0]  # squared scale [B, H, T] of packed rows, 0 of others
         self.append(rows, padding)
 
     def append(self, rows: Tensor, padding: Sequence[int]) -> None:
         self.rows = torch.cat([self.rows, rows.to(torch.float32)], dim=2)
+        self.noise = torch.nn.functional.pad(self.noise, (0, rows.shape[2]))
         for sequence, count in enumerate(padding):
             self.rows[sequence, :, :count] = 0.0
 
@@ -69,21 +74,30 @@ class _Stream:
                 if block:
                     shift, scale = self.blocks[start // block]
                     statistics = (shift[:, head, None], scale[:, head, None])
-                quantized = self.codec.quantize(rows[:, head], head, statistics, nonfinite)
-                rows[:, head] = self.codec.dequantize(quantized, head, statistics)
+                for some, position in self._positions(sinks + start, padding):
+                    quantized = self.codec.quantize(rows[some, head], head, statistics, nonfinite, position=position)
+                    rows[some, head] = self.codec.dequantize(quantized, head, statistics, position=position)
+                    self.noise[some, head, sinks + start : sinks + end] = quantized.scale[..., 0].square()
             start = end
         for sequence, exact in enumerate(kept):
             self.rows[sequence, :, : exact.shape[1]] = exact
+            self.noise[sequence, :, : exact.shape[1]] = 0.0
+
+    def _positions(self, token: int, padding: Sequence[int]) -> list[tuple[slice, int]]:
+        """The position of a token in the sequences of the batch, together where it is the same or does not matter."""
+        if self.codec.map is None or not any(padding):
+            return [(slice(None), token)]
+        return [(slice(sequence, sequence + 1), token - count) for sequence, count in enumerate(padding)]
 
     def crop(self, length: int, sinks: int, packed: int) -> None:
-        self.rows = self.rows[:, :, :length].clone()
+        self.rows, self.noise = self.rows[:, :, :length].clone(), self.noise[:, :, :length].clone()
         block = self.codec.block
         if block:
             complete, begun = max(0, length - sinks) // block, math.ceil(packed / block)
             self.blocks = self.blocks[: max(complete, begun)]
 
     def gather(self, indices: Tensor) -> None:
-        self.rows = self.rows[indices]
+        self.rows, self.noise = self.rows[indices], self.noise[indices]
         self.blocks = [(shift[indices], scale[indices]) for shift, scale in self.blocks]
 
     def nbytes(self, packed: int, element: int) -> int:
@@ -238,6 +252,7 @@ class ReferenceLayer:
         shared = query.shape[1] // self.num_key_value_heads
         keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
         scores = query.to(torch.float64) @ keys.transpose(-1, -2) * scale
+        scores = scores - self._noise(query.to(torch.float64) * scale, fresh_keys)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         visible = torch.ones_like(scores, dtype=torch.bool)
@@ -263,6 +278,17 @@ class ReferenceLayer:
         spoilt = (visible & ~finite[:, :, None, :]).any(-1, keepdim=True)
         attended = weights @ torch.where(finite[..., None], values, 0.0)
         output.copy_(torch.where(spoilt, math.nan, attended))
+
+    def _noise(self, query: Tensor, fresh: Tensor | None) -> Tensor:
+        """What noise takes off the scores [B, Hq, L, T] of queries [B, Hq, L, Dk] that are scaled as scores are."""
+        factors, head_map = self._streams[0].noise.to(torch.float64), self._codecs[0].map
+        if head_map is None:
+            return torch.zeros(())
+        if fresh is not None:
+            factors[:, :, self.length - fresh.shape[2] :] = 0.0
+        heads = query.unflatten(1, (self.num_key_value_heads, -1)).unbind(1)
+        taken = torch.stack([head_map.score_noise(queries, head) for head, queries in enumerate(heads)], dim=1)
+        return (taken[..., None] * factors[:, :, None, None]).flatten(1, 2)
 
     def _read(self, index: int, fresh: Tensor | None) -> Tensor:
         if not self._streams:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .collect import collect
     from .moments import AttentionMoments, StreamMoments
     from .statistics import CollectOptions, LayerStatistics, Sample, Statistics
+    from .turning import TurnedMoments
 
 __all__ = [
     "AttentionMoments",
@@ -22,6 +23,7 @@ __all__ = [
     "Sample",
     "Statistics",
     "StreamMoments",
+    "TurnedMoments",
     "collect",
 ]
 
@@ -31,5 +33,6 @@ __getattr__, __dir__ = lazy_names(
         "collect": ("collect",),
         "moments": ("AttentionMoments", "StreamMoments"),
         "statistics": ("CollectOptions", "LayerStatistics", "Sample", "Statistics"),
+        "turning": ("TurnedMoments",),
     },
 )

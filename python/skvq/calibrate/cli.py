@@ -6,15 +6,22 @@ Only parses arguments and calls what does the work; torch and transformers are i
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import add_counts, add_dtype, add_model, add_texts, parse_bits, whole_number
+from ..arguments import add_counts, add_dtype, add_model, add_texts, whole_number
 
 if TYPE_CHECKING:
+    from ..config import SkvqConfig
+    from ..plan import StreamPlan
     from ..plan_file import QuantizationPlan
+    from .statistics import Statistics
 
-METHODS = ("static",)
+METHODS = ("spectral", "static")
+WEIGHTS = ("query", "attention")  # as in spectral_plan.py, which loads torch
 
 
 def add_commands(commands: Any) -> None:
@@ -38,9 +45,21 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the plan, .safetensors")
     add_texts(parser)
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="(default: %(default)s)")
-    parser.add_argument("--key-bits", type=parse_bits, metavar="BITS", help="16, 8, 4, 3, 2, 1.6 or 1.5 (default: 2)")
-    parser.add_argument("--value-bits", type=parse_bits, metavar="BITS", help="likewise (default: 1.6, ternary)")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="spectral: parts behind a matrix, a mean that turns with the position; static: a shift and a scale per "
+        "channel, a baseline (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--key-bits",
+        type=_bits,
+        metavar="BITS",
+        help="of codes: up to 4 on average, or 16 (default: 2); for static 16, 8, 4, 3, 2, 1.6 or 1.5",
+    )
+    parser.add_argument("--value-bits", type=_bits, metavar="BITS", help="likewise (default: 1.5, for static 1.6)")
+    _add_spectral(parser)
     counts = {
         "--window": (1, 128, "most recent tokens kept as they are"),
         "--sinks": (0, 5, "first tokens kept as they are"),
@@ -60,18 +79,53 @@ def _add_calibrate(commands: Any) -> None:
     parser.set_defaults(run=_run_calibrate)
 
 
+def _add_spectral(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("for --method spectral")
+    group.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="BITS",
+        help="instead of both: counted bits of an element with its scales, shared out over all layers, keys and values",
+    )
+    group.add_argument(
+        "--parts", type=whole_number(1), metavar="N", help="of a row that may differ in bits (default: 4)"
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what errors are weighed by: all queries alike, or what attention does with them (default: query)",
+    )
+    group.add_argument("--no-noise", action="store_true", help="do not correct scores for the noise of packed keys")
+
+
+def _bits(text: str) -> float:
+    """Bits on average."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 16.0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0 and up to 16")
+    return value
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Arguments that were given, by name."""
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     from ..bench.machine import set_threads
-    from ..config import SkvqConfig
+    from ..display import human_bytes
     from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, packaged_texts, read_text
     from ..inspect_plan import plan_table
     from ..models import load
     from ..plan_file import QuantizationPlan
     from .collect import collect
-    from .static import static_plan
 
-    given = {name: getattr(arguments, name) for name in ("key_bits", "value_bits", "window", "sinks")}
-    config = SkvqConfig.from_options(**{name: value for name, value in given.items() if value is not None})
+    start = time.monotonic()
+    config, fit = _static(arguments) if arguments.method == "static" else _spectral(arguments)
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {str(arguments.output)!r}: expected a file in an existing directory")
     texts = [read_text(x) for x in arguments.texts] or packaged_texts(CALIBRATION_TEXTS)
@@ -90,14 +144,62 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     print(f"read: {statistics.describe()}")
-    streams = {"static": static_plan}[arguments.method](statistics, config)
-    notes = {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
+    streams, notes = fit(model, statistics)
+    notes |= {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
     plan = QuantizationPlan.for_model(
         model, config, streams, method=arguments.method, texts=statistics.texts, notes=notes
     )
     plan.save(arguments.output)
     print(plan_table(plan))
     print(f"written: {arguments.output}")
+    print(f"{time.monotonic() - start:.0f} seconds, peak memory {human_bytes(_peak_bytes())}")
+
+
+Fit = Callable[[Any, "Statistics"], tuple[dict[int, tuple["StreamPlan", "StreamPlan"]], dict[str, Any]]]
+
+
+def _static(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
+    """The options of the plan, and what makes its streams and notes."""
+    from ..config import SkvqConfig
+    from .static import static_plan
+
+    for name in ("bits", "parts", "weights"):
+        value = getattr(arguments, name)
+        if value is not None:
+            raise ValueError(f"--{name} {value}: expected --method spectral with it")
+    if arguments.no_noise:
+        raise ValueError("--no-noise: expected --method spectral with it")
+    config = SkvqConfig.from_options(**_given(arguments, "key_bits", "value_bits", "window", "sinks"))
+    return config, lambda _, statistics: (static_plan(statistics, config), {})
+
+
+def _spectral(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
+    """Likewise. Every layer has options of its own; those of the plan say no more than the regions."""
+    from ..config import SkvqConfig
+    from .spectral_plan import SpectralOptions, spectral_plan
+
+    per_stream = _given(arguments, "key_bits", "value_bits")
+    if arguments.bits is not None and per_stream:
+        name, value = next(iter(per_stream.items()))
+        raise ValueError(f"--{name.replace('_', '-')} {value:g}: expected either this or --bits, which shares bits out")
+    options = SpectralOptions(
+        **per_stream, **_given(arguments, "bits", "parts", "weights"), noise=not arguments.no_noise
+    )
+
+    def fit(model: Any, statistics: Statistics) -> tuple[dict[int, tuple[StreamPlan, StreamPlan]], dict[str, Any]]:
+        found = spectral_plan(model, statistics, options)
+        print(found.describe())
+        return found.streams, found.notes
+
+    return SkvqConfig.from_options(**_given(arguments, "window", "sinks")), fit
+
+
+def _peak_bytes() -> int:
+    """Largest resident set of this process; getrusage counts it in KiB, on macOS in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------

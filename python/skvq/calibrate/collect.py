@@ -27,6 +27,7 @@ from ..fingerprint import ModelFingerprint
 from ..model_layers import decoder_config
 from .moments import AttentionMoments, StreamMoments
 from .statistics import CollectOptions, LayerStatistics, Sample, Statistics, chained_sha256
+from .turning import TurnedMoments, turning_or_reason
 
 NAME = "skvq_collect"
 
@@ -70,7 +71,7 @@ def collect(
     if state_path is not None and Path(state_path).is_file():
         statistics = _continued(Statistics.load(state_path, model), statistics, state_path)
         done = statistics.chunks
-    collector = _Collector(statistics, Rotary(model))
+    collector = _Collector(statistics, Rotary(model), Rotary(model, torch.float32))
     with (
         _attention_of(model, collector),
         torch.no_grad(),
@@ -136,10 +137,10 @@ _ACTIVE: ContextVar[_Collector | None]
 class _Collector:
     """Takes the rows of one chunk after the other into the statistics."""
 
-    def __init__(self, statistics: Statistics, rotary: Rotary) -> None:
+    def __init__(self, statistics: Statistics, rotary: Rotary, exact_rotary: Rotary) -> None:
         self.statistics, self.options = statistics, statistics.options
         self.packed = set(statistics.fingerprint.packed_layers)
-        self.rotary = rotary
+        self.rotary, self.exact_rotary = rotary, exact_rotary
         self.last: tuple[Tensor, int] | None = None
         self.seen: set[int] = set()
         self.slot: int | None = None
@@ -179,7 +180,7 @@ class _Collector:
         self.last = (key, index)
         layer = self.statistics.layers.get(index)
         if layer is None:
-            layer = self._new_layer(key, value, scaling)
+            layer = self._new_layer(index, key, value, scaling)
             self.statistics.layers[index] = layer
             self.statistics.layers = dict(sorted(self.statistics.layers.items()))
         sinks, block = self.options.sinks, self.options.block
@@ -187,6 +188,8 @@ class _Collector:
         layer.keys.update(keys[:, sinks:], block)
         layer.values.update(values[:, sinks:], block)
         self._queries(layer, query, key.shape[1], scaling)
+        if layer.keys_turned is not None:
+            layer.keys_turned.update(keys, sinks)
         if layer.keys_before_rope is not None:
             plain = self._before_rope(index, key)
             layer.keys_before_rope.update(plain[0, :, sinks:], block)
@@ -197,7 +200,6 @@ class _Collector:
                 values,
                 sinks=sinks,
                 window=self.options.window,
-                block=block,
                 stride=self.options.attention_stride,
                 softcap=extra.get("softcap"),
                 sink_logits=extra.get("s_aux"),
@@ -205,7 +207,9 @@ class _Collector:
         if self.slot is not None:
             layer.samples[self.slot] = self._sample(query[0], key[0], value[0])
 
-    def _new_layer(self, key: Tensor, value: Tensor, scaling: float) -> LayerStatistics:
+    def _new_layer(self, index: int, key: Tensor, value: Tensor, scaling: float) -> LayerStatistics:
+        turning = turning_or_reason(self.exact_rotary, index, key.shape[3], key.device)
+        reason = turning if isinstance(turning, str) else ""
         heads, key_dim, value_dim, device = key.shape[1], key.shape[3], value.shape[3], key.device
         attention, before_rope = self.options.attention_stride > 0, self.options.before_rope
         return LayerStatistics(
@@ -213,6 +217,8 @@ class _Collector:
             values=StreamMoments.empty(heads, value_dim, device),
             queries=StreamMoments.empty(heads, key_dim, device),
             scaling=scaling,
+            keys_turned=None if isinstance(turning, str) else TurnedMoments.empty(heads, turning),
+            turning_refused=reason,
             keys_before_rope=StreamMoments.empty(heads, key_dim, device) if before_rope else None,
             attention=AttentionMoments.empty(heads, key_dim, value_dim, device) if attention else None,
         )

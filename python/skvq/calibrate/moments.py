@@ -171,21 +171,25 @@ class AttentionMoments:
         query_weight: Σ w_q with w_q = Σ_t p² |v_t − o|²: an error e_t of every key, independent over tokens, changes
             the output of q by the power Σ_t p² (q·e_t)² |v_t − o|², to first order [H].
         query_moment: Σ w_q q qᵀ of the scaled queries [H, D, D].
-        value_weight: Σ w_t over tokens in whole blocks, with w_t = Σ_q p²: an error e_t of every value, independent
-            over tokens, changes outputs by the power w_t |e_t|² [H].
-        value_comoment: Σ w_t (v_t − m)(v_t − m)ᵀ over the same tokens, m the plain mean of the block [H, D, D].
+        value_weight: Σ w_t with w_t = Σ_q p²: an error e_t of every value, independent over tokens, changes outputs
+            by the power w_t |e_t|² [H].
+        value_sum, value_moment: Σ w_t v_t [H, D] and Σ w_t v_t v_tᵀ [H, D, D].
+        output_moment: Σ o oᵀ of the queries that were looked at [H, D, D].
     """
 
     mass: Tensor
     query_weight: Tensor
     query_moment: Tensor
     value_weight: Tensor
-    value_comoment: Tensor
+    value_sum: Tensor
+    value_moment: Tensor
+    output_moment: Tensor
 
     @classmethod
     def empty(cls, heads: int, key_dim: int, value_dim: int, device: torch.device) -> AttentionMoments:
         """Of no queries."""
-        shapes = ((heads, 3), (heads,), (heads, key_dim, key_dim), (heads,), (heads, value_dim, value_dim))
+        square = (heads, value_dim, value_dim)
+        shapes = ((heads, 3), (heads,), (heads, key_dim, key_dim), (heads,), (heads, value_dim), square, square)
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def update(
@@ -196,7 +200,6 @@ class AttentionMoments:
         *,
         sinks: int,
         window: int,
-        block: int,
         stride: int,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
@@ -225,21 +228,23 @@ class AttentionMoments:
             weighted = (q * weight[..., None].sqrt()).flatten(1, 2)
             self.query_moment += (weighted.transpose(1, 2) @ weighted).double()
             token_weight[:, :end] += power.sum((1, 2), dtype=torch.float64)
-        centred = centred_by_block(values[:, sinks:], block)
-        token_weight = token_weight[:, sinks : sinks + centred.shape[1]]
+            flat = output.flatten(1, 2)
+            self.output_moment += (flat.transpose(1, 2) @ flat).double()
         self.value_weight += token_weight.sum(-1)
-        centred *= token_weight.sqrt().float()[..., None]
-        self.value_comoment += (centred.transpose(1, 2) @ centred).double()
+        self.value_sum += (values * token_weight[..., None]).sum(1)
+        weighted = values * token_weight.sqrt().float()[..., None]
+        self.value_moment += (weighted.transpose(1, 2) @ weighted).double()
 
     @property
     def weighted_query_moment(self) -> Tensor:
         """Σ w q qᵀ / Σ w, float64 [H, D, D]."""
         return self.query_moment / self.query_weight.clamp(min=1e-300)[:, None, None]
 
-    @property
-    def weighted_value_covariance(self) -> Tensor:
-        """Block-centred covariance of values, weighted by the attention they get, float64 [H, D, D]."""
-        return self.value_comoment / self.value_weight.clamp(min=1e-300)[:, None, None]
+    def weighted_value_covariance(self, mean: Tensor) -> Tensor:
+        """Covariance of values about a given mean [H, D], weighted by the attention they get, float64 [H, D, D]."""
+        weight = self.value_weight.clamp(min=1e-300)[:, None, None]
+        cross = (self.value_sum[:, :, None] * mean[:, None, :]) / weight
+        return self.value_moment / weight - cross - cross.mT + mean[:, :, None] * mean[:, None, :]
 
 
 def _probabilities(scores: Tensor, positions: Tensor, softcap: float | None, sink_logits: Tensor | None) -> Tensor:

@@ -20,8 +20,9 @@ from .._native import SkvqError
 from ..fingerprint import ModelFingerprint
 from ..tensor_file import read_tensors, take, write_tensors
 from .moments import AttentionMoments, StreamMoments
+from .turning import TurnedMoments
 
-KIND, VERSION = "calibration statistics", 1
+KIND, VERSION = "calibration statistics", 2
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class LayerStatistics:
         keys, values: moments of the rows that a cache may pack, after RoPE.
         queries: moments of the queries times `scaling`, those of a kv head's whole group together.
         scaling: what attention multiplies scores by.
+        keys_turned: moments of the keys about their mean before RoPE, turned to each position. None if the model's
+            rotation does not allow it.
+        turning_refused: why `keys_turned` is None.
         keys_before_rope: None unless asked for.
         attention: None if `attention_stride` is 0.
         samples: by slot; the same chunks in every layer.
@@ -106,6 +110,8 @@ class LayerStatistics:
     values: StreamMoments
     queries: StreamMoments
     scaling: float
+    keys_turned: TurnedMoments | None = None
+    turning_refused: str = ""
     keys_before_rope: StreamMoments | None = None
     attention: AttentionMoments | None = None
     samples: dict[int, Sample] = field(default_factory=dict)
@@ -142,6 +148,7 @@ class Statistics:
         header: dict[str, Any] = {x: getattr(self, x) for x in ("chunks", "tokens", "chunks_sha256", "texts")}
         header |= {"fingerprint": self.fingerprint.to_dict(), "options": asdict(self.options)}
         header["scaling"] = {str(index): layer.scaling for index, layer in self.layers.items()}
+        header["turning_refused"] = {str(index): layer.turning_refused for index, layer in self.layers.items()}
         write_tensors(path, KIND, VERSION, header, self._tensors())
 
     @classmethod
@@ -159,7 +166,8 @@ class Statistics:
         try:
             options = CollectOptions(**take(path, header, "options"))
             scaling = take(path, header, "scaling")
-            layers = {int(index): _layer(f"layers.{index}", tensors, scaling[index]) for index in scaling}
+            refused = take(path, header, "turning_refused")
+            layers = {int(x): _layer(f"layers.{x}", tensors, scaling[x], refused[x]) for x in scaling}
         except (TypeError, KeyError, ValueError) as error:
             raise SkvqError(f"{path}: {error}, expected complete {KIND}") from None
         return cls(fingerprint=fingerprint, options=options, layers=dict(sorted(layers.items())), **values)
@@ -167,7 +175,7 @@ class Statistics:
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for index, layer in self.layers.items():
-            for name in ("keys", "values", "queries", "keys_before_rope", "attention"):
+            for name in ("keys", "values", "queries", *_OPTIONAL):
                 part = getattr(layer, name)
                 if part is not None:
                     tensors |= {f"layers.{index}.{name}.{x.name}": getattr(part, x.name) for x in fields(part)}
@@ -186,10 +194,13 @@ class Statistics:
         )
 
 
-def _layer(prefix: str, tensors: Mapping[str, Tensor], scaling: float) -> LayerStatistics:
+_OPTIONAL = ("keys_turned", "keys_before_rope", "attention")
+
+
+def _layer(prefix: str, tensors: Mapping[str, Tensor], scaling: float, refused: str) -> LayerStatistics:
     def part(kind: type, name: str) -> Any:
         found = {x.name: tensors.get(f"{prefix}.{name}.{x.name}") for x in fields(kind)}
-        if all(tensor is None for tensor in found.values()) and name in ("keys_before_rope", "attention"):
+        if all(tensor is None for tensor in found.values()) and name in _OPTIONAL:
             return None
         missing = [x for x, tensor in found.items() if tensor is None]
         if missing:
@@ -203,6 +214,8 @@ def _layer(prefix: str, tensors: Mapping[str, Tensor], scaling: float) -> LayerS
         values=part(StreamMoments, "values"),
         queries=part(StreamMoments, "queries"),
         scaling=float(scaling),
+        keys_turned=part(TurnedMoments, "keys_turned"),
+        turning_refused=str(refused),
         keys_before_rope=part(StreamMoments, "keys_before_rope"),
         attention=part(AttentionMoments, "attention"),
         samples={slot: part(Sample, f"samples.{slot}") for slot in sorted(slots)},

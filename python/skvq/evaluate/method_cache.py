@@ -2,13 +2,16 @@
 
 Is: the stepping twin of the parallel simulation, for generation and tasks. A prompt attends to itself in full
 precision; a later call of several tokens attends to them in full precision, and to those before as they are stored.
-Is not: compact (decoded rows are held in the model's dtype), and for methods before RoPE not for left-padded batches,
-whose positions do not start at 0.
+Is not: compact (decoded rows are held in the model's dtype), and for methods that know positions (keys before RoPE, a
+mean that turns) not for left-padded batches, whose positions do not start at 0. Nor does it take noise off scores
+(`Method.score_noise`): the model's attention makes them, from decoded rows. It warns once where a method asks for that;
+the packed cache and the simulation do it.
 Shapes: keys and values [B, Hkv, n, D].
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +25,8 @@ from .methods.base import Geometry, Method, Where
 from .region_rule import RegionRule
 from .rope import Rotary
 from .simulation import rule_of
+
+_NOISE = "{}: MethodCache does not take the noise of packed keys off scores, the packed cache and the simulation do"
 
 
 class MethodLayer(DynamicLayer):
@@ -81,12 +86,13 @@ class MethodLayer(DynamicLayer):
         made = []
         for held, is_key in zip(self._rows(), (True, False), strict=True):
             rows = held[:, :, begin:end].float()
-            read = self.method.fake_quantize(rows, Where(self.index, is_key, begin, self._rope if is_key else None))
-            if read.shape != rows.shape:
-                raise ValueError(
-                    f"{self.method.name}: fake_quantize returned {tuple(read.shape)}, expected {tuple(rows.shape)}"
-                )
-            made.append(read.to(held.dtype))
+            read = self.method.read_back(rows, Where(self.index, is_key, begin, self._rope if is_key else None))
+            if read.rows.shape != rows.shape:
+                found, expected = tuple(read.rows.shape), tuple(rows.shape)
+                raise ValueError(f"{self.method.name}: fake_quantize returned {found}, expected {expected}")
+            if read.noise is not None:
+                warnings.warn(_NOISE.format(self.method.name), stacklevel=2)
+            made.append(read.rows.to(held.dtype))
         before = self._ahead if self._ahead is not None else (made[0][:, :, :0], made[1][:, :, :0])
         keys, values = (torch.cat(pair, dim=2) for pair in zip(before, made, strict=True))
         self._ahead, self._known = (keys, values), known

@@ -45,10 +45,14 @@ class Rope:
 
 
 class Rotary:
-    """The rotations of a model's layers, made when first asked for. `Rotary(model)` changes nothing."""
+    """The rotations of a model's layers, made when first asked for. `Rotary(model)` changes nothing.
 
-    def __init__(self, model: Any) -> None:
+    `dtype`: of the tables of cosines and sines; None: the model's, as its keys are rotated.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype | None = None) -> None:
         self._model = model
+        self._dtype = dtype or model.dtype
         self._ropes: dict[int, Rope] = {}
 
     def __call__(self, layer: int) -> Rope:
@@ -68,7 +72,7 @@ class Rotary:
         types = getattr(base.config, "layer_types", None)
         by_type = "layer_type" in inspect.signature(rotary.forward).parameters
         options = {"layer_type": types[layer]} if by_type and types else {}
-        example = torch.empty(1, dtype=self._model.dtype, device=self._model.device)
+        example = torch.empty(1, dtype=self._dtype, device=self._model.device)
 
         def tables(start: int, count: int) -> Tables:
             positions = torch.arange(start, start + count, device=example.device)[None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from .memory import full_attention_layers
-from .methods.base import Geometry, Method, Where
+from .methods.base import Geometry, Method, ReadBack, Where
 from .region_rule import RegionRule
 from .rope import Rotary
 
@@ -73,7 +73,11 @@ class MethodPass:
             rule = rule_of(self.method, self.owners[call.layer], self.window, self.sinks)
             stop = self.sinks + rule.known(length)
             if rule.packed(length):
-                packed = (self._packed(call, True, stop), self._packed(call, False, stop))
+                keys, values = self._packed(call, True, stop), self._packed(call, False, stop)
+                packed = (keys.rows[0], values.rows[0])
+                if keys.noise is not None:
+                    call, packed = self._with_noise(call), (_beside(keys.rows[0], -keys.noise[0]), packed[1])
+                    exact = (call.keys, call.values)
         output = torch.empty(*call.query.shape[:-1], call.values.shape[-1])
         for start in range(0, length, QUERY_CHUNK):
             now = torch.arange(start, min(length, start + QUERY_CHUNK))
@@ -82,17 +86,31 @@ class MethodPass:
             output[:, :, start : start + QUERY_CHUNK] = _attend_chunk(call, exact, packed, now, packed_until)
         return output
 
-    def _packed(self, call: AttentionCall, keys: bool, stop: int) -> Tensor:
+    def _packed(self, call: AttentionCall, keys: bool, stop: int) -> ReadBack:
+        """Rows [1, Hkv, T, D] of which those behind the sinks and before `stop` are read back, with their noise."""
         assert self.method is not None
         rows, layer = call.keys if keys else call.values, self.owners[call.layer]
         rope = self.rotary(layer) if keys and self.rotary is not None and self.method.before_rope else None
         given = rows[:, self.sinks : stop]
-        read = self.method.fake_quantize(given[None], Where(layer, keys, self.sinks, rope))[0]
-        if read.shape != given.shape:
-            raise ValueError(
-                f"{self.method.name}: fake_quantize returned {tuple(read.shape)}, expected {tuple(given.shape)}"
-            )
-        return torch.cat([rows[:, : self.sinks], read.float(), rows[:, stop:]], dim=1)
+        read = self.method.read_back(given[None], Where(layer, keys, self.sinks, rope))
+        if read.rows.shape != given[None].shape:
+            found, expected = tuple(read.rows[0].shape), tuple(given.shape)
+            raise ValueError(f"{self.method.name}: fake_quantize returned {found}, expected {expected}")
+        whole = torch.cat([rows[:, : self.sinks], read.rows[0].float(), rows[:, stop:]], dim=1)[None]
+        exact_rows = (self.sinks, rows.shape[1] - stop)
+        return ReadBack(whole, None if read.noise is None else torch.nn.functional.pad(read.noise, exact_rows))
+
+    def _with_noise(self, call: AttentionCall) -> AttentionCall:
+        """Queries with one more channel, what noise takes off their scores, and exact keys with a 0 there."""
+        assert self.method is not None
+        taken = self.method.score_noise(call.query, self.owners[call.layer])
+        zeros = torch.zeros(call.keys.shape[:-1])
+        return replace(call, query=_beside(call.query, taken), keys=_beside(call.keys, zeros))
+
+
+def _beside(rows: Tensor, channel: Tensor) -> Tensor:
+    """Rows [..., D] and one more channel [...]."""
+    return torch.cat([rows, channel[..., None]], dim=-1)
 
 
 def _attend_chunk(

@@ -9,12 +9,13 @@ a row that is read back are right on average, where the scale of least squared e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...calibrate.moments import centred_by_block
+from ...calibrate.output_weight import output_weight
 from ...calibrate.transform import balanced_transform
 from ...config import FORMATS
 from ...reference import LARGEST_SCALE, ReferenceCodec
@@ -54,7 +55,7 @@ class Balanced(TwoStreams):
                 _add(moments, "weight", queries.mT @ queries)
                 _add(moments, "keys", self._block_moment(chunk.keys))
                 _add(moments, "values", self._block_moment(chunk.values))
-            weight = _output_weight(rows.model, layer, *moments["values"].shape[:2])
+            weight = output_weight(rows.model, layer, *moments["values"].shape[:2])
             for keys in (True, False):
                 name = "keys" if keys else "values"
                 matrix, inverse = balanced_transform(moments[name], moments["weight"] if keys else weight, self.damping)
@@ -95,16 +96,3 @@ class Balanced(TwoStreams):
 
 def _add(moments: dict[str, Tensor], name: str, moment: Tensor) -> None:
     moments[name] = moments[name] + moment if name in moments else moment
-
-
-def _output_weight(model: Any, layer: int, heads: int, head_dim: int) -> Tensor:
-    """Σ Wₒᵀ Wₒ over the query heads of each kv head, float64 [Hkv, Dv, Dv].
-
-    Raises ValueError if the layer has no `self_attn.o_proj` to read it from.
-    """
-    try:
-        projection = model.base_model.layers[layer].self_attn.o_proj.weight.detach().double()
-    except AttributeError as error:
-        raise ValueError(f"layer {layer} has no self_attn.o_proj: expected a Llama-like model ({error})") from None
-    per_head = projection.unflatten(1, (heads, -1, head_dim))  # [hidden, Hkv, group, Dv]
-    return torch.einsum("ohgd,ohge->hde", per_head, per_head)

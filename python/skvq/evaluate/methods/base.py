@@ -48,6 +48,14 @@ class Where:
     rope: Rope | None = None
 
 
+@dataclass(frozen=True)
+class ReadBack:
+    """Rows as they would be read back [B, Hkv, n, D], and a factor [B, Hkv, n] for each on `Method.score_noise`."""
+
+    rows: Tensor
+    noise: Tensor | None = None
+
+
 class Method(ABC):
     """A way of quantizing keys and values.
 
@@ -75,6 +83,16 @@ class Method(ABC):
     @abstractmethod
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Rows as they would be read back from the packed store, in their shape and dtype."""
+
+    def read_back(self, rows: Tensor, where: Where) -> ReadBack:
+        """`fake_quantize`, and for keys how much noise a row has, if the method takes noise off scores."""
+        return ReadBack(self.fake_quantize(rows, where))
+
+    def score_noise(self, queries: Tensor, layer: int) -> Tensor:
+        """What is taken off the scores of queries [Hkv, ..., D], scaled as scores are, for a key whose factor of noise
+        is 1: [Hkv, ...]. Asked for only if `read_back` gives such factors.
+        """
+        raise NotImplementedError(f"{self.name}: score_noise")
 
     def prepare(self, rows: CalibrationRows) -> None:  # noqa: B027 - most methods have nothing to fit
         """Fit to keys, values and queries of calibration texts."""

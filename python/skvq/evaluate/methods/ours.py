@@ -14,7 +14,7 @@ from torch import Tensor
 from ...config import SkvqConfig, StreamOptions
 from ...plan import LayerPlan, StreamPlan
 from ...reference import ReferenceCodec
-from .base import Geometry, Method, Where
+from .base import Geometry, Method, ReadBack, Where
 from .quantizers import bits_label
 
 
@@ -74,12 +74,27 @@ class _PackedRows(Method):
 
     def fake_quantize(self, rows: Tensor, where: Where) -> Tensor:
         """Encoded and decoded."""
+        return self.read_back(rows, where).rows
+
+    def read_back(self, rows: Tensor, where: Where) -> ReadBack:
+        """Encoded and decoded, and the squared scale of a row where the plan takes noise off scores."""
         plan = self.layer_plan(where.layer)
         codec = self._codecs.get(plan, where.layer, where.keys, rows.shape[-1])
         if not has_static_data(plan.keys if where.keys else plan.values):
-            return codec.fake_quantize(rows)
-        heads = [codec.fake_quantize(rows[:, head], head) for head in range(rows.shape[1])]
-        return torch.stack(heads, dim=1)
+            return ReadBack(codec.fake_quantize(rows))
+        heads = range(rows.shape[1])
+        if codec.map is None or codec.map.noise is None:
+            read = [codec.fake_quantize(rows[:, head], head, position=where.start) for head in heads]
+            return ReadBack(torch.stack(read, dim=1))
+        coded = [codec.quantize(rows[:, head], head, position=where.start) for head in heads]
+        read = [codec.dequantize(coded[head], head, position=where.start) for head in heads]
+        return ReadBack(torch.stack(read, dim=1), torch.stack([x.scale[..., 0].square() for x in coded], dim=1))
+
+    def score_noise(self, queries: Tensor, layer: int) -> Tensor:
+        """½·Σ_j κ_j (Bᵀq)_j²."""
+        codec = self._codecs.get(self.layer_plan(layer), layer, True, queries.shape[-1])
+        assert codec.map is not None
+        return torch.stack([codec.map.score_noise(queries[head], head) for head in range(queries.shape[0])])
 
 
 @dataclass(eq=False)

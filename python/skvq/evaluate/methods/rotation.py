@@ -1,7 +1,11 @@
 """Rotations without calibration: TurboQuant-like (a norm per token, Lloyd–Max levels) and QuaRot-like (min/max groups).
 
 TurboQuant: arXiv 2504.19874; QuaRot: arXiv 2404.00456. Rows are turned by a fixed orthogonal matrix, so that their
-channels look normal, and quantized token by token.
+channels look normal, and quantized token by token. TurboQuant's one-bit sketch of the residual is left out, as all
+public ports leave it out, and so is their habit of keeping the first and last two layers in 16 bits.
+
+Rows are not centred, there as here: an error is a share of a row's whole norm, so keys with a large constant part (the
+biases of Qwen2 and Qwen2.5) lose what tells tokens apart, and these methods collapse.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...reference import hadamard, lloyd_max_levels, round_metadata
+from ...reference import hadamard, round_metadata
+from ...reference_codes import lloyd_max_levels
 from .base import Geometry, Where
 from .quantizers import (
     TwoStreams,
@@ -43,14 +48,16 @@ def random_signs(width: int, seed: int) -> Tensor:
 class Rotation(TwoStreams):
     """`rotation` "hadamard" (random signs, then Walsh–Hadamard) or "random" (a random orthogonal matrix).
 
-    With `levels` "lloyd-max" a row has one scale, its root mean square; with "uniform" groups of `group` channels have
-    a minimum and a step.
+    With `levels` "lloyd-max" a row has one scale, its root mean square, or with `norm_correction` the one that gives
+    the row that is read back its norm (the ports' setting); with "uniform" groups of `group` channels have a minimum
+    and a step. Levels are those of a normal variable; a channel's exact distribution differs by less than a percent.
     """
 
     rotation: str = "hadamard"
     levels: str = "lloyd-max"
     group: int = 128
     metadata: str = "fp16"
+    norm_correction: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +70,7 @@ class Rotation(TwoStreams):
         self.name = f"{family} {self.bits_label}"
         self.name += f" g{self.group}" if self.levels == "uniform" else ""
         self.name += " random" if self.rotation == "random" else ""
+        self.name += "" if self.norm_correction or self.levels == "uniform" else " without norm correction"
 
     def bits(self, geometry: Geometry, keys: bool) -> float:
         """Codes, and one number a row or two a group."""
@@ -79,7 +87,13 @@ class Rotation(TwoStreams):
         if self.levels == "uniform":
             y = grouped_min_max(y, self.group, level_count(bits), self.metadata)
         else:
-            scale = round_metadata(y.square().mean(-1, keepdim=True).sqrt(), self.metadata)
-            levels = torch.tensor(lloyd_max_levels(level_count(bits)))
-            y = scale * nearest_level(y / scale.clamp(min=1e-20), levels)
+            size = _root_mean_square(y)
+            read = nearest_level(y / size.clamp(min=1e-20), torch.tensor(lloyd_max_levels(level_count(bits))))
+            scale = size / _root_mean_square(read).clamp(min=1e-20) if self.norm_correction else size
+            y = read * round_metadata(scale, self.metadata)
         return hadamard(y) * signs if matrix is None else y @ matrix.T
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    """[..., 1] of rows [..., D]."""
+    return rows.square().mean(-1, keepdim=True).sqrt()

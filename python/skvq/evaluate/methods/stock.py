@@ -3,6 +3,9 @@
 Is: their arithmetic, called through transformers' own layers on the rows that this package's rule packs. Is not: their
 own rule (the whole prompt is quantized at once, the rest again and again whenever a residual of 128 tokens is full);
 `skvq eval` runs those caches as they are in its generating tasks.
+
+Whatever the documentation of transformers says, its settings (axis 0 of quanto, axis 1 of HQQ) make groups of channels
+of one token. Few key channels of Qwen2 and Qwen2.5 have large biases: they set the step of all, and both collapse.
 """
 
 from __future__ import annotations
@@ -79,20 +82,31 @@ class _Grouped(Method):
 
 @dataclass(eq=False)
 class Quanto(_Grouped):
-    """optimum-quanto, transformers' default axis 0: groups of 64 channels of a token."""
+    """optimum-quanto, transformers' default axis 0: groups of 64 channels of a token. `key_axis` -1: keys in groups of
+    64 tokens of a channel, which transformers offers but does not take by itself.
+    """
+
+    key_axis: int = 0
 
     def __post_init__(self) -> None:
+        if self.key_axis not in (0, -1):
+            raise ValueError(f"key_axis={self.key_axis!r}: expected 0 or -1")
         self._check("quanto")
+        self.unit = self.group if self.key_axis else 1
+        self.name += " keys per channel" if self.key_axis else ""
 
     def _make(self, bits: int) -> Any:
         from transformers.cache_utils import QuantoQuantizedLayer
 
-        return QuantoQuantizedLayer(nbits=bits, q_group_size=self.group)
+        return QuantoQuantizedLayer(nbits=bits, q_group_size=self.group, axis_key=self.key_axis)
 
 
 @dataclass(eq=False)
 class Hqq(_Grouped):
-    """HQQ, axis 1: groups of 64 channels of a token, zero points improved by iterations over all rows at once."""
+    """HQQ, axis 1: groups of 64 channels of a token, zero points improved by iterations over all rows at once.
+
+    Axis 0 makes groups of elements as far apart as the number of rows has it: nothing that one pass could simulate.
+    """
 
     def __post_init__(self) -> None:
         for option in ("key_bits", "value_bits"):

@@ -1,0 +1,182 @@
+"""The spectral transform: channels in order of what their error costs, and rows of parts with bits by that order.
+
+Is: closed-form linear algebra on moments, its predicted costs, and the static data of a stream (src/FORMAT.md
+section 6). Is not: which moments (spectral_plan.py), or the choice of bits (allocate.py).
+
+With S the covariance of a head's rows about their mean and W what an error costs (for keys the second moment of the
+scaled queries, for values Σ Wₒᵀ Wₒ), the eigenvalues λ of S^½ W S^½ say what there is to lose: in the basis
+λ^¼ Vᵀ S^-½ every channel has the variance √λ and an error of variance 1 costs √λ (transform.py). Sorted and cut into
+parts, each behind a flat rotation that gives its channels one variance, a part with bits b costs
+error(b) · (Σ √λ)² / width. All in float64 on the CPU; leading dimension H, the kv heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import StreamOptions
+from ..plan import StreamPlan
+from .allocate import MSE, Candidate, Parts, candidates, equal_error, error_of
+from .transform import flat_rotation, power
+
+SMALLEST_RATIO = 1e-9  # of an eigenvalue to the largest
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Predicted costs of one stream, step by step.
+
+    Attributes:
+        static: equal bits behind a scale per channel and a rotation, about the static mean.
+        mean: the same about the mean that is used.
+        transform: equal bits behind the fitted transform.
+        parts: with parts.
+    """
+
+    static: float = 0.0
+    mean: float = 0.0
+    transform: float = 0.0
+    parts: float = 0.0
+
+    def __add__(self, other: Chain) -> Chain:
+        return Chain(*(x + y for x, y in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Chain:
+        return Chain(*(x * factor for x in astuple(self)))
+
+    def __str__(self) -> str:
+        names = ("static", "mean", "transform", "parts")
+        return " → ".join(f"{name} {getattr(self, name):.4g}" for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The balanced basis of a stream, its channels in falling order of what there is to lose.
+
+    Attributes:
+        basis, inverse: rows to channels and back, float64 [H, D, D].
+        spread: variance of every channel, which is also what an error of variance 1 costs there [H, D].
+    """
+
+    basis: Tensor
+    inverse: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, covariance: Tensor, weight: Tensor) -> Spectrum:
+        """From damped moments float64 [H, D, D]."""
+        root, inverse_root = power(covariance, 0.5), power(covariance, -0.5)
+        values, vectors = torch.linalg.eigh(root @ weight @ root)
+        values, vectors = values.flip(-1), vectors.flip(-1)
+        spread = values.clamp(min=values[..., :1] * SMALLEST_RATIO).sqrt()
+        quarter = spread.sqrt()
+        basis = quarter[..., :, None] * (vectors.mT @ inverse_root)
+        return cls(basis, (root @ vectors) / quarter[..., None, :], spread)
+
+    def harm(self, weight: Tensor) -> Tensor:
+        """What an error of variance 1 in a channel costs by another weight [H, D, D]: [H, D]."""
+        return (self.inverse * (weight @ self.inverse)).sum(-2)
+
+    def cost(self, parts: Parts, harm: Tensor) -> float:
+        """Predicted cost of all heads. A flat rotation spreads the errors of a part over its channels."""
+        total, start = 0.0, 0
+        for bits, width in parts:
+            part = slice(start, start + width)
+            total += error_of(bits) * float((self.spread[:, part].mean(-1) * harm[:, part].sum(-1)).sum())
+            start += width
+        return total
+
+    def matrices(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """M and B of src/FORMAT.md section 6, float32: y = M (x − m) has unit variance, B has the gain 1 / (1 − MSE)
+        for channels with codes.
+        """
+        forward, back, start = [], [], 0
+        for bits, width in parts:
+            rotation, part = flat_rotation(width), slice(start, start + width)
+            deviation = self.spread[:, part].mean(-1).sqrt()[:, None, None]
+            gain = 1.0 / (1.0 - MSE[bits]) if bits else 1.0
+            forward.append(rotation @ self.basis[:, part] / deviation)
+            back.append(self.inverse[:, :, part] @ rotation.mT * (deviation * gain))
+            start += width
+        return torch.cat(forward, dim=-2).float(), torch.cat(back, dim=-1).float()
+
+
+def noise_of(parts: Parts) -> Tensor:
+    """κ of src/FORMAT.md section 6, float32 [D]: the variance of the errors of ŷ, in units of the scale squared.
+
+    Of a Lloyd-Max quantizer E[ŷ²] = E[y ŷ] = 1 − MSE, so ŷ = (1 − MSE) y + an error of variance MSE (1 − MSE). (Behind
+    the gain of B that is MSE / (1 − MSE).) A channel without codes is off by itself.
+    """
+    return torch.cat([torch.full((width,), MSE[bits] * (1.0 - MSE[bits]) if bits else 1.0) for bits, width in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What errors of one stream of one layer cost.
+
+    Attributes:
+        weight: float64 [H, D, D].
+        unit: what costs are divided by.
+    """
+
+    weight: Tensor
+    unit: float
+
+
+@dataclass(frozen=True, eq=False)
+class StreamFit:
+    """One stream of one layer, fitted up to its bits.
+
+    Attributes:
+        own: the objective that the transform is fitted to.
+        output: the squared error of the attention output, relative to its power; None if it was not asked for.
+        static_variance, variance: of the channels about the static mean and about the mean that is used [H, D].
+        shift, shift_sine, frequencies: that mean (src/FORMAT.md section 6).
+    """
+
+    spectrum: Spectrum
+    own: Objective
+    output: Objective | None
+    static_variance: Tensor
+    variance: Tensor
+    shift: Tensor
+    shift_sine: Tensor | None = None
+    frequencies: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Kv heads and channels."""
+        return self.variance.shape[0], self.variance.shape[1]
+
+    def candidates(self, parts: int, objective: Objective) -> list[Candidate]:
+        """What the stream may be given, with costs by the objective."""
+        harm = self.spectrum.harm(objective.weight)
+        return candidates(self.shape[1], parts, lambda x: self.spectrum.cost(x, harm) / objective.unit)
+
+    def chain(self, objective: Objective, bits: float, parts: Parts) -> Chain:
+        """Predicted costs, those before the parts with equal `bits`."""
+        harm, equal = self.spectrum.harm(objective.weight), equal_error(bits)
+        diagonal = objective.weight.diagonal(dim1=-2, dim2=-1)
+        costs = (
+            equal * float((diagonal * self.static_variance).sum()),
+            equal * float((diagonal * self.variance).sum()),
+            equal * float((self.spectrum.spread.mean(-1) * harm.sum(-1)).sum()),
+            self.spectrum.cost(parts, harm),
+        )
+        return Chain(*(cost / objective.unit for cost in costs))
+
+    def plan(self, parts: Parts, *, noise: bool) -> StreamPlan:
+        """With bits."""
+        matrix, inverse = self.spectrum.matrices(parts)
+        return StreamPlan(
+            StreamOptions(parts=parts),
+            shift=self.shift.float(),
+            shift_sine=None if self.shift_sine is None else self.shift_sine.float(),
+            frequencies=self.frequencies,
+            matrix=matrix,
+            inverse=inverse,
+            noise=noise_of(parts) if noise else None,
+        )

@@ -1,0 +1,220 @@
+"""The mean of keys that a model rotates by their position, and the moments of keys about it.
+
+Is: `Turning`, the rotation R_t of a rotary embedding as R_t m = m·cos(θ t) + (Jm)·sin(θ t), with a frequency θ for
+every channel and J the quarter-turn, a permutation with signs (src/FORMAT.md section 6); `find_turning`, which reads
+both from a model's own rotation; `TurnedMoments`, streaming sums about R_t μ. Is not: the pass over texts (collect.py).
+Shapes: rows float32 [H, T, D], the row of position t at index t; matrices float64 [H, D, D].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import SkvqError
+from ..evaluate.rope import Rope
+
+# Positions 2^k: a float32 product of such a position and a frequency is exact, so the angles there tell the frequency
+# to the last bit. Far positions also show rotations that change with the length, such as dynamic NTK and longrope.
+DOUBLINGS = 20
+ANGLE_TOLERANCE = 1e-5  # of an angle that is known to about 4e-7
+PROBES = (1, 100, 5000)
+
+
+@dataclass(frozen=True, eq=False)
+class Turning:
+    """A rotation by the position.
+
+    Attributes:
+        frequencies: θ, float32 [D]; 0 for a channel that is not rotated.
+        partner: the channel that each is rotated with, int64 [D]; itself where it is not rotated.
+        sign: of the partner in the quarter-turn, float32 [D]: (Jm)_c = sign_c · m_partner(c); 0 where not rotated.
+    """
+
+    frequencies: Tensor
+    partner: Tensor
+    sign: Tensor
+
+    def quarter(self, rows: Tensor) -> Tensor:
+        """J of rows [..., D]."""
+        return rows[..., self.partner] * self.sign.to(rows.dtype)
+
+    def tables(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos(θ t) and sin(θ t) of the positions from `start` on, float64 [count, D]."""
+        positions = torch.arange(start, start + count, dtype=torch.float64, device=self.frequencies.device)
+        angles = positions[:, None] * self.frequencies.double()
+        return angles.cos(), angles.sin()
+
+    def matrix(self, position: int) -> Tensor:
+        """R_t, float64 [D, D]."""
+        cos, sin = self.tables(position, 1)
+        unit = torch.eye(self.frequencies.numel(), dtype=torch.float64, device=self.frequencies.device)
+        return (unit * cos + self.quarter(unit) * sin).mT
+
+
+@torch.no_grad()
+def find_turning(rope: Rope, head_dim: int, device: torch.device | None = None) -> Turning:
+    """The frequencies and the quarter-turn of a model's rotation, checked against it.
+
+    A factor that the model multiplies keys by on the way (attention_scaling) is left to the mean, which is taken of
+    rotated keys.
+
+    Raises:
+        ValueError: the rotation is not one of pairs of channels by an angle in proportion to the position.
+    """
+    device = device or torch.device("cpu")
+    try:
+        first = _matrix_at(rope, 1, head_dim, device)
+        turning, factor = _first_guess(first)
+        theta, sign = turning.frequencies.double(), turning.sign.double()
+        for doubling in range(1, DOUBLINGS + 1):
+            position = 2**doubling
+            found = _matrix_at(rope, position, head_dim, device)
+            own, other = found.diagonal(), found.gather(1, turning.partner[:, None])[:, 0] * sign
+            angle = torch.where(sign == 0.0, 0.0, torch.atan2(other, own)) - theta * position
+            angle -= (angle / (2 * torch.pi)).round() * 2 * torch.pi
+            if float(angle.abs().max()) > ANGLE_TOLERANCE:
+                raise ValueError(f"the angles at position {position} are not in proportion to the position")
+            theta = theta + angle / position
+        turning = Turning(theta.float(), turning.partner, turning.sign)
+        for position in PROBES:
+            # float32 angles are known to half a unit in the last place, tables to another
+            allowed = (position * float(theta.max()) + 8.0) * 2.0**-23
+            error = (_matrix_at(rope, position, head_dim, device) / factor[:, None] - turning.matrix(position)).abs()
+            if float(error.max()) > allowed:
+                raise ValueError(f"at position {position} it is off by {float(error.max()):.2g}")
+    finally:
+        # rotations that change with the length go back to that of short texts
+        _matrix_at(rope, 0, head_dim, device)
+    return turning
+
+
+def _matrix_at(rope: Rope, position: int, head_dim: int, device: torch.device) -> Tensor:
+    """What the model does to a row at `position`, float64 [D, D]."""
+    rows = torch.eye(head_dim, device=device)[None, :, None]
+    return rope.forward(rows, position)[0, :, 0].double().mT
+
+
+def _first_guess(first: Tensor) -> tuple[Turning, Tensor]:
+    """Pairs, signs, roughly the frequencies and the factor of every channel, from the matrix at position 1."""
+    own = first.diagonal()
+    others = first - torch.diag(own)
+    if int((others != 0.0).sum(1).max()) > 1:
+        raise ValueError("it mixes more than two channels, expected pairs")
+    channels = torch.arange(first.shape[0], device=first.device)
+    rotated = (others != 0.0).any(1)
+    partner = torch.where(rotated, (others != 0.0).int().argmax(1), channels)
+    value = others.gather(1, partner[:, None])[:, 0]
+    sign = value.sign()
+    turning = Turning(torch.atan2(value.abs(), own).where(rotated, 0.0).float(), partner, sign.float())
+    if not torch.equal(partner[partner], channels) or not torch.equal(sign[partner], -sign):
+        raise ValueError("channels are not rotated in pairs")
+    return turning, torch.hypot(own, value)
+
+
+@dataclass
+class TurnedMoments:
+    """Moments of one layer's rotated keys about R_t μ, μ the mean of the keys before the rotation; all tensors.
+
+    Rows are summed about the reference R_t μ₀, with μ₀ the mean of the first chunk; what μ differs from μ₀ by is
+    corrected exactly when the sums are read, since the sums with cos(θ t) and sin(θ t) are kept too. A factor of the
+    rotation is part of μ.
+
+    Attributes:
+        count: rows, int64 [].
+        frequencies, partner, sign: the rotation.
+        reference: μ₀ [H, D].
+        comoment: Σ z zᵀ with z = x − R_t μ₀ [H, D, D].
+        cross: Σ z (cos(θ t), sin(θ t))ᵀ [H, D, 2D].
+        turns: Σ (cos, sin)(cos, sin)ᵀ over the same rows [2D, 2D].
+    """
+
+    count: Tensor
+    frequencies: Tensor
+    partner: Tensor
+    sign: Tensor
+    reference: Tensor
+    comoment: Tensor
+    cross: Tensor
+    turns: Tensor
+
+    @classmethod
+    def empty(cls, heads: int, turning: Turning) -> TurnedMoments:
+        """Of no rows."""
+        dim = turning.frequencies.numel()
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": turning.frequencies.device}
+        return cls(
+            count=torch.zeros((), dtype=torch.int64),
+            frequencies=turning.frequencies,
+            partner=turning.partner,
+            sign=turning.sign,
+            reference=torch.zeros(heads, dim, **wide),
+            comoment=torch.zeros(heads, dim, dim, **wide),
+            cross=torch.zeros(heads, dim, 2 * dim, **wide),
+            turns=torch.zeros(2 * dim, 2 * dim, **wide),
+        )
+
+    @property
+    def turning(self) -> Turning:
+        """The rotation."""
+        return Turning(self.frequencies, self.partner, self.sign)
+
+    def update(self, keys: Tensor, sinks: int) -> None:
+        """Add the keys [H, T, D] of one chunk from position `sinks` on, after the rotation."""
+        for field in fields(self):
+            if field.name != "count":
+                setattr(self, field.name, getattr(self, field.name).to(keys.device))
+        rows = keys[:, sinks:]
+        cos, sin = self.turning.tables(sinks, rows.shape[1])
+        if int(self.count) == 0:
+            self.reference = (rows * cos - self.turning.quarter(rows) * sin).mean(1)
+        mean = self.reference[:, None] * cos + self.turning.quarter(self.reference)[:, None] * sin
+        z, tables = (rows - mean).float(), torch.cat([cos, sin], dim=-1).float()
+        self.comoment += (z.mT @ z).double()
+        self.cross += (z.mT @ tables).double()
+        self.turns += (tables.mT @ tables).double()
+        self.count += rows.shape[1]
+
+    @property
+    def drift(self) -> Tensor:
+        """μ − μ₀, float64 [H, D]: the mean of R_tᵀ z."""
+        self._check_count()
+        dim = self.frequencies.numel()
+        cosine, sine = self.cross.split(dim, dim=-1)
+        turned = sine[:, self.partner, torch.arange(dim, device=sine.device)] * self.sign.double()
+        return (cosine.diagonal(dim1=1, dim2=2) - turned) / int(self.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """μ, float64 [H, D]."""
+        return self.reference + self.drift
+
+    @property
+    def mean_sine(self) -> Tensor:
+        """Jμ, what sin(θ t) multiplies, float64 [H, D]."""
+        return self.turning.quarter(self.mean)
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[(x − R_t μ)(x − R_t μ)ᵀ], float64 [H, D, D]."""
+        drift = self.drift
+        # R_t δ as a map of (cos, sin): [H, D, 2D]
+        change = torch.cat([torch.diag_embed(drift), torch.diag_embed(self.turning.quarter(drift))], dim=-1)
+        cross = self.cross @ change.mT
+        total: Tensor = self.comoment - cross - cross.mT + change @ self.turns @ change.mT
+        return total / int(self.count)
+
+    def _check_count(self) -> None:
+        if int(self.count) == 0:
+            raise SkvqError("statistics of no rows: expected longer or more chunks")
+
+
+def turning_or_reason(rotary: Any, layer: int, head_dim: int, device: torch.device) -> Turning | str:
+    """The rotation of a layer, or why its mean cannot turn."""
+    try:
+        return find_turning(rotary(layer), head_dim, device)
+    except (ValueError, RuntimeError, TypeError) as error:
+        return f"rotation not known: {error}"
