@@ -32,12 +32,12 @@ Key = TypeVar("Key")
 
 
 def error_of(bits: int) -> float:
-    """Error variance of a decoded channel of unit variance.
+    """What the bits of a channel of unit variance are chosen by: the quantizer's error, before the decoder's gain.
 
-    The decoder divides by 1 - MSE, so that products with a decoded row are right on average: MSE / (1 - MSE). A channel
-    without bits reads as 0 and is off by its variance.
+    The error of a decoded channel is MSE / (1 - MSE), since the decoder divides by 1 - MSE. Choosing by that gives
+    fewer parts with one bit, and measured KL divergences that are a third higher (tests/bench/LOG.md).
     """
-    return MSE[bits] / (1.0 - MSE[bits]) if bits else 1.0
+    return MSE[bits]
 
 
 def equal_error(bits: float) -> float:

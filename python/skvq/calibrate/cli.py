@@ -93,7 +93,7 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="what errors are weighed by: all queries alike, or what attention does with them (default: query)",
+        help="what errors are weighed by: all queries alike, or what attention does with them (default: attention)",
     )
     group.add_argument("--no-noise", action="store_true", help="do not correct scores for the noise of packed keys")
 

@@ -47,7 +47,7 @@ class SpectralOptions:
     value_bits: float = 1.5
     bits: float | None = None
     parts: int = 4
-    weights: str = "query"
+    weights: str = "attention"
     noise: bool = True
     damping: float = 1e-3
 
