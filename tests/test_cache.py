@@ -479,9 +479,34 @@ def test_repr_shows_layers_regions_bytes_and_bits() -> None:
 
 def test_stats_count_prompts_and_decodes() -> None:
     cache = filled()
-    assert cache.stats() == {"packed": 0, "prefill": 3, "decoded": {}}
+    assert cache.stats() == {"packed": 0, "prefill": 3, "decoded": {}, "score_noise": {}}
     contents(cache)
     assert cache.stats()["decoded"] == {"layer.keys": 3, "layer.values": 3}
+
+
+@pytest.mark.parametrize("wide", [1.0, 40.0])
+def test_a_cache_warns_where_its_own_estimate_of_the_error_is_large(wide: float) -> None:
+    layer = packed_layer(keys={"block": 0, "rotation": "identity"}, values={"block": 0})
+    keys, values = states(100, batch=1)
+    layer.update(keys * wide, values)
+    query = torch.randn(1, 2 * HEADS, 1, D, generator=torch.Generator().manual_seed(5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2):
+            states_ = layer.update(*(x[:, :, :1] * wide for x in states(1, batch=1, seed=7 + step)))
+            with torch.no_grad():
+                torch.nn.functional.scaled_dot_product_attention(query, *states_, enable_gqa=True)
+    noise = layer.counts.score_noise[3]
+    # the estimate against the error itself, of the rows packed by then
+    exact = torch.cat([keys, states(1, batch=1, seed=7)[0][:, :, :1]], dim=2) * wide
+    error = (layer.keys[:, :, :101] - exact)[:, :, 2 : 101 - 8].repeat_interleave(2, dim=1)
+    found = float((query * D**-0.5 @ error.mT).square().mean().sqrt())
+    assert noise == pytest.approx(found, rel=0.35)
+    messages = [str(x.message) for x in caught if "packing puts the scores" in str(x.message)]
+    assert len(messages) == (wide > 1.0)
+    if messages:
+        assert "layer 3" in messages[0]
+        assert "key_bits" in messages[0]
 
 
 def test_human_bytes() -> None:

@@ -215,6 +215,14 @@ class Layer:
         Raises:
             SkvqError: the layer has tokens. A later append of another batch size is refused.
         """
+    def score_noise(self, query: _Tensor, scale: float) -> float:
+        """Mean variance of the error that packing made in the scores of packed keys, as the codec expects it.
+
+        The last query of ``query`` ``[B, Hq, L, Dk]`` counts; 0 if no key is packed.
+
+        Raises:
+            SkvqError: another shape.
+        """
     def attend(
         self,
         query: _Tensor,

@@ -228,7 +228,9 @@ class QuantizedDynamicCache(Cache):
 
         Returns:
             "packed": attention calls computed on packed bytes; "prefill": prompts attended in full precision;
-            "decoded": for each reason, how often keys or values of a layer were decoded to a plain tensor.
+            "decoded": for each reason, how often keys or values of a layer were decoded to a plain tensor;
+            "score_noise": for each layer with packed keys, the standard deviation of their scores' error as the codec
+            expects it, at the first step that saw any.
         """
         return self._counts.as_dict()
 

@@ -23,6 +23,10 @@ from ._native import Layer, SkvqError
 
 # A layer whose handles were decoded on this many updates in a row warns, once in a cache.
 DECODED_STEPS_BEFORE_WARNING = 3
+# Standard deviation of the error of a packed key's score, by the codec's own estimate, above which a cache warns
+# (tests/bench/LOG.md): 0.6 for the defaults on Gemma 3 270M, 1.8 on Qwen2.5-Coder 0.5B, where they find one line among
+# many no more, 0.3 with plans, 4 and more for settings that lose the text.
+LARGEST_SCORE_NOISE = 1.5
 # The reason for decoding that is nobody's fallback.
 ASKED_FOR = "decode()"
 
@@ -48,10 +52,13 @@ class AttentionCounts:
         self.warned = False
         self.looked_for_padding = False
         self.warned_of_gradients = False
+        self.score_noise: dict[int, float] = {}  # by layer
+        self.warned_of_noise = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; see `QuantizedDynamicCache.stats`."""
-        return {"packed": self.packed, "prefill": self.prefill, "decoded": dict(self.decoded)}
+        noise = dict(sorted(self.score_noise.items()))
+        return {"packed": self.packed, "prefill": self.prefill, "decoded": dict(self.decoded), "score_noise": noise}
 
 
 class PackedSource(Protocol):
@@ -140,7 +147,25 @@ class Snapshot:
             fresh_values=self.fresh_values,
         )
         source.counts.packed += 1
+        if source.index not in source.counts.score_noise and source.native.packed_tokens:
+            self._estimate_noise(query, scale)
         return output
+
+    def _estimate_noise(self, query: torch.Tensor, scale: float | None) -> None:
+        """Once for every layer: how far the scores of its packed keys are off, by the codec's own estimate."""
+        source, counts = self.source, self.source.counts
+        scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
+        noise = source.native.score_noise(query, scale) ** 0.5
+        counts.score_noise[source.index] = noise
+        if noise > LARGEST_SCORE_NOISE and not counts.warned_of_noise:
+            counts.warned_of_noise = True
+            warnings.warn(
+                f"layer {source.index}: packing puts the scores of keys off by about {noise:.1f} (standard deviation, "
+                f"expected at most {LARGEST_SCORE_NOISE:g}), so answers may be wrong: use more key_bits, or a plan "
+                "made for this model by `skvq calibrate`. cache.stats()['score_noise'] has all layers.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def decode(self, is_key: bool, reason: str) -> torch.Tensor:
         """Keys or values as a plain tensor; `reason` is counted."""
