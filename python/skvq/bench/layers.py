@@ -2,7 +2,8 @@
 transformers).
 
 A case's format is written like the paper does: "K2V1.6" (keys 2 bits, values ternary), "K4V4", "raw" (both in the
-model's dtype).
+model's dtype). "plan" is a calibrated layer as `skvq calibrate` makes it, at 2 and 1.5 bits, with random matrices: keys
+of 4, 3, 1 and 0 bits about a mean that turns, with the noise taken off, values of 3, 2, 1 and 0 bits.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .._native import Layer
-from ..config import SkvqConfig
-from ..plan import LayerPlan
+from ..config import SkvqConfig, StreamOptions
+from ..plan import LayerPlan, StreamPlan
 
 FILL_TOKENS = 4096
+PLAN = "plan"
 _FORMAT = re.compile(r"K(raw|8|4|3|2|1\.6|1\.5)V(raw|8|4|3|2|1\.6|1\.5)")
 
 
@@ -42,13 +45,16 @@ class Shape:
 
 
 def parse_format(name: str) -> tuple[str, str]:
-    """("2", "1.6") for "K2V1.6", ("raw", "raw") for "raw"; raises ValueError for anything else."""
+    """("2", "1.6") for "K2V1.6", ("raw", "raw") for "raw", ("2", "1.5") for "plan"; raises ValueError for others."""
     if name == "raw":
         return "raw", "raw"
+    if name == PLAN:
+        return "2", "1.5"
     match = _FORMAT.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"format is {name!r}, expected 'raw' or like 'K2V1.6' with 8, 4, 3, 2, 1.6, 1.5 or raw for each of K and V"
+            f"format is {name!r}, expected 'raw' or like 'K2V1.6' with 8, 4, 3, 2, 1.6, 1.5 or raw for each of K and "
+            "V, or 'plan'"
         )
     return str(match[1]), str(match[2])
 
@@ -70,11 +76,35 @@ def options_of(name: str, *, static: bool) -> SkvqConfig:
 
 def has_statistics(name: str) -> bool:
     """Whether the default options for a format take statistics from the rows (else `static` changes nothing)."""
+    if name == PLAN:
+        return False
     options = options_of(name, static=False)
     return any(stream.is_packed and stream.block > 0 for stream in (options.keys, options.values))
 
 
 def packed_layer(shape: Shape, name: str, *, static: bool, dtype: str = "bfloat16") -> Layer:
     """An empty layer store for this shape and a format such as "K2V1.6", with the default window and sinks."""
-    plan = LayerPlan.from_config(options_of(name, static=static))
+    plan = _calibrated(shape) if name == PLAN else LayerPlan.from_config(options_of(name, static=static))
     return plan.build(shape.num_key_value_heads, shape.head_dim, shape.head_dim, getattr(torch, dtype))
+
+
+def _calibrated(shape: Shape) -> LayerPlan:
+    heads, dim = shape.num_key_value_heads, shape.head_dim
+    generator = torch.Generator().manual_seed(0)
+
+    def stream(bits: tuple[int, ...], **static: Any) -> StreamPlan:
+        matrix = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0].contiguous()
+        parts = tuple((x, dim // len(bits)) for x in bits)
+        return StreamPlan(StreamOptions(parts=parts), matrix=matrix, inverse=matrix.mT.contiguous(), **static)
+
+    mean = torch.randn(heads, dim, generator=generator)
+    frequencies = 1e6 ** -(torch.arange(dim // 2) * 2.0 / dim)
+    keys = stream(
+        (4, 3, 1, 0),
+        shift=mean,
+        shift_sine=torch.cat([-mean[:, dim // 2 :], mean[:, : dim // 2]], dim=1),
+        frequencies=torch.cat([frequencies, frequencies]),
+        noise=torch.full((dim,), 0.1),
+    )
+    config = SkvqConfig()
+    return LayerPlan(keys, stream((3, 2, 1, 0), shift=mean), config.window, config.sinks)
