@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,3 +177,36 @@ def test_a_store_of_parts_equals_the_twin(head_dim: int, index: int, padding: li
         for layer, output in ((native, found), (twin, expected)):
             layer.attend(query, output, scale=head_dim**-0.5, causal=True, **options)
         assert torch.allclose(found, expected, atol=2e-4), options.keys()
+
+
+# ---- golden bytes
+
+
+def golden() -> list[tuple[dict[str, Any], int, list[bytes], torch.Tensor]]:
+    """Keywords of the codec, position of the first row, the bytes of the rows, and the rows."""
+    folder = Path(__file__).parent / "golden"
+    specification = importlib.util.spec_from_file_location("make_parts", folder / "make_parts.py")
+    assert specification is not None
+    assert specification.loader is not None
+    sys.path.insert(0, str(folder))
+    try:
+        made = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(made)
+    finally:
+        sys.path.remove(str(folder))
+    cases = []
+    for line in (folder / "parts.txt").read_text().splitlines():
+        options, rows = line.split(" | ")
+        head_dim, parts, metadata, position = options.split()
+        wanted = [bytes.fromhex(row) for row in rows.split()]
+        cases.append((made.options(int(head_dim), parts, metadata), int(position), wanted, made.rows(int(head_dim))))
+    return cases
+
+
+def test_golden_bytes_of_parts() -> None:
+    cases = golden()
+    assert len(cases) >= 8
+    for options, position, wanted, rows in cases:
+        for codec in (_native.Codec(**options), ReferenceCodec(**options)):
+            packed = torch.from_dlpack(codec.encode(rows, position=position))
+            assert [bytes(row.tolist()) for row in packed] == wanted, options["parts"]

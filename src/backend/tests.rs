@@ -692,3 +692,51 @@ fn golden_bytes_never_change() {
         }
     }
 }
+
+#[test]
+fn golden_bytes_of_parts_never_change() {
+    for line in include_str!("../../tests/golden/parts.txt").lines() {
+        let (options, rows) = line.split_once(" | ").unwrap();
+        let options: Vec<&str> = options.split(' ').collect();
+        let d: usize = options[0].parse().unwrap();
+        let list: Vec<(usize, usize)> = options[1]
+            .split(',')
+            .map(|part| part.split_once('x').unwrap())
+            .map(|(bits, width)| (bits.parse().unwrap(), width.parse().unwrap()))
+            .collect();
+        let metadata = Metadata::from_name(options[2]).unwrap();
+        let position: i64 = options[3].parse().unwrap();
+        // The static data of tests/golden/make_parts.py.
+        let entry = |i: usize| ((31 * (i / d) + 17 * (i % d) + (i / d) * (i % d)) % 101) as f32 - 50.0;
+        let matrix: Vec<f32> = (0..d * d).map(|i| entry(i) / 64.0).collect();
+        let shift: Vec<f32> = (0..d).map(|c| ((13 * c) % 29) as f32 - 14.0).map(|shift| shift / 8.0).collect();
+        let sine: Vec<f32> = (0..d).map(|c| shift[(c + d / 2) % d]).collect();
+        let frequencies: Vec<f32> = (0..d).map(|c| 1.0 / (1 + c % (d / 2)) as f32).collect();
+        let turning = TurningMean::new(shift, sine, Turns::shared(&frequencies).unwrap()).unwrap();
+        let (layout, parts) = parts_of_row(d, metadata, &list).unwrap();
+        let codec = Codec {
+            layout,
+            codebook: Codebook::named("lloyd-max", Format::Parts).unwrap(),
+            parts,
+            rule: Rule::Norm,
+            clip: 1.0,
+            refinements: 0,
+            unbiased: false,
+            rotation: Rotation::Identity,
+            permutations: Vec::new(),
+            source: Source::Turning(vec![turning.clone()]),
+            matrices: vec![Matrix::new(&matrix, &matrix, d).unwrap()],
+            noise: Vec::new(),
+        };
+        let spans = turning.turns.spans(position.unsigned_abs() as usize / 256 + 2);
+        for (r, wanted) in rows.split(' ').enumerate() {
+            let mut affine = Affine::identity(d);
+            turning.at(&spans, position + r as i64, &mut affine.shift);
+            let mut packed = vec![0; layout.row_bytes()];
+            let (codes, metadata) = packed.split_at_mut(layout.code_bytes);
+            codec.encode_row(&golden_row(d, r), &affine, 0, codes, metadata);
+            let byte = |i: usize| u8::from_str_radix(&wanted[2 * i..2 * i + 2], 16).unwrap();
+            assert_eq!(packed, (0..wanted.len() / 2).map(byte).collect::<Vec<_>>(), "{line}");
+        }
+    }
+}
