@@ -5,10 +5,10 @@
 //! queries and a range of *chunks* (up to [`CHUNK`] rows of one region with one shift and scale); it yields a partial softmax state
 //! {m, l, o}, and the states of a query are merged at the end (flash-decoding). Per chunk:
 //!
-//! 1. fold the transform into the queries: q·x̂ = (R(s∘q))_π · `ŷ_π` + q·μ;
+//! 1. fold the transform into the queries, once for a shift and scale: q·x̂ = (R(s∘q))_π · `ŷ_π` + q·μ, or (Bᵀq)·ŷ + q·m(t);
 //! 2. tile by tile, levels to f32 and one small product; the scale a and the zero point z of a group are applied to the scores;
 //! 3. softcap, mask, running maximum, exponentials;
-//! 4. tile by tile, weights (times a) by levels; then, once, π⁻¹, R, s and (Σp)·μ bring the sum back to the model's space.
+//! 4. tile by tile, weights (times a) by levels; then, once for a shift and scale, π⁻¹, R, s (or B) and (Σp)·μ bring the sum back to the model's space.
 //!
 //! Sinks, window and the fresh rows of this very call are plain: the same way with nothing to fold.
 
