@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from skvq.evaluate import MethodCache
 from skvq.evaluate.calibration_rows import CalibrationRows
 from skvq.evaluate.methods import Geometry, Where, parse_method
 from skvq.evaluate.methods.oscar import bit_reversal, clip_rows
@@ -188,11 +187,3 @@ def test_quanto_by_hand(axis: int) -> None:
     assert relative(expected, given) < 0.01 if axis else relative(expected, given) > 0.2
     with pytest.raises(ValueError, match="key_axis=1"):
         parse_method("quanto:key_axis=1")
-
-
-def test_keys_per_channel_wait_for_their_group() -> None:
-    pytest.importorskip("optimum.quanto")
-    model, tokens = build("llama", head_dim=WIDTH), prompts(1, 140)
-    cache = MethodCache(model.config, parse_method("quanto:bits=4,key_axis=-1"), 32, 4)
-    model(tokens, past_key_values=cache, use_cache=True)
-    assert cache.get_seq_length() == 140
