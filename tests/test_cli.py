@@ -138,3 +138,21 @@ def test_threads_are_set_for_torch_and_skvq(monkeypatch: pytest.MonkeyPatch) -> 
 def test_python_dash_m_is_the_command() -> None:
     found = subprocess.run([sys.executable, "-m", "skvq", "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("skvq ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")]
+)
+def test_the_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch, capability: str, expected: str) -> None:
+    import argparse
+
+    import torch
+
+    from skvq.arguments import resolve_dtype
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for given, wanted in (("auto", expected), ("float16", "float16")):
+        arguments = argparse.Namespace(dtype=given)
+        resolve_dtype(arguments)
+        assert arguments.dtype == wanted
+    resolve_dtype(argparse.Namespace())

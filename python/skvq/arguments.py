@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .config import BITS
 
-DTYPES = ("bfloat16", "float32", "float16")
+DTYPES = ("auto", "bfloat16", "float32", "float16")
 
 
 def parse_bits(text: str) -> float:
@@ -49,8 +49,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """`--dtype`."""
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the model (default: %(default)s)")
+    """`--dtype`; `resolve_dtype` turns "auto" into a name before a command runs."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="of the model (default: %(default)s, bfloat16 where this processor multiplies it fast, else float32)",
+    )
+
+
+def resolve_dtype(arguments: argparse.Namespace) -> None:
+    """Replaces the dtype "auto", if the command has one."""
+    if getattr(arguments, "dtype", None) == DTYPES[0]:
+        from .models import fast_dtype
+
+        arguments.dtype = fast_dtype()
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import add_attention, add_model, add_output, parse_bits, whole_number
+from .arguments import add_attention, add_model, add_output, parse_bits, resolve_dtype, whole_number
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -213,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .models import ExtraNotInstalledError, ModelFileError
 
     try:
+        resolve_dtype(arguments)
         arguments.run(arguments)
     except (ExtraNotInstalledError, ModelFileError, ValueError, OSError) as error:
         print(f"skvq: {error}", file=sys.stderr)
