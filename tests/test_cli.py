@@ -11,7 +11,7 @@ import pytest
 from skvq import cli, demo
 from skvq.bench import attend, growth, machine
 from skvq.demo import DemoOptions
-from skvq.models import ExtraNotInstalledError
+from skvq.models import ExtraNotInstalledError, fast_dtype
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def demo_options(monkeypatch: pytest.MonkeyPatch) -> list[DemoOptions]:
 
 def test_demo_without_options_is_the_default(demo_options: list[DemoOptions]) -> None:
     assert cli.main(["demo"]) == 0
-    assert demo_options == [DemoOptions()]
+    assert demo_options == [DemoOptions(dtype=fast_dtype())]
 
 
 def test_demo_options_arrive(demo_options: list[DemoOptions]) -> None:

@@ -2,9 +2,9 @@
 
 Keys are turned to the eigenvectors of the queries' second moment, values to those of a moment weighted by attention; a
 Hadamard transform spreads what remains over the channels, in bit-reversed order (R = U·H·P). A row is clipped at a
-quantile of its magnitudes, and its groups have an fp16 minimum and step. All of it is the released code's arithmetic,
-but for rotations, which are of a head here and of a layer there: a layer's are worse. Its window of 256, its 64 sinks
-and its float32 scales are not used: all methods share the comparison's window and sinks, metadata are fp16.
+quantile of its magnitudes, and its groups have an fp16 minimum and step. That is the released code's arithmetic, but
+for rotations, which are of a head here and of a layer there. Its window of 256, its 64 sinks and its float32 scales
+are not used: all methods share the comparison's window and sinks, metadata are fp16.
 
 Keys are not centred, there as here: where keys have a large constant part (the biases of Qwen2 and Qwen2.5) the step
 follows that part, in which tokens do not differ, and the method collapses.

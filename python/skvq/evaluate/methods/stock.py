@@ -4,8 +4,9 @@ Is: their arithmetic, called through transformers' own layers on the rows that t
 own rule (the whole prompt is quantized at once, the rest again and again whenever a residual of 128 tokens is full);
 `skvq eval` runs those caches as they are in its generating tasks.
 
-Whatever the documentation of transformers says, its settings (axis 0 of quanto, axis 1 of HQQ) make groups of channels
-of one token. Few key channels of Qwen2 and Qwen2.5 have large biases: they set the step of all, and both collapse.
+Whatever the docstring of transformers says, axis 0 of quanto (its default) and axis 1 of HQQ (what its guide advises)
+make groups of channels of one token. A few key channels of Qwen2 and Qwen2.5 have large biases: they set the step of
+their group, and both collapse.
 """
 
 from __future__ import annotations
