@@ -88,6 +88,14 @@ impl Codec {
         }
     }
 
+    /// Power of what queries put on a channel in the scales of a block; 0: none.
+    pub fn query_exponent(&self) -> f32 {
+        match &self.source {
+            Source::Block(rule) if !self.is_raw() => rule.query_exponent,
+            _ => 0.0,
+        }
+    }
+
     pub fn is_raw(&self) -> bool {
         matches!(self.layout.format, Format::Raw(_))
     }

@@ -7,10 +7,12 @@
 //! the places of the padding and of those tokens, behind the sinks, hold zeros that nobody sees. Attention itself is in `backend::attend`.
 
 mod append;
+mod queries;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use half::f16;
 use rayon::prelude::*;
 
 use crate::backend::{cpu, simd::Isa, threads};
@@ -21,6 +23,7 @@ use crate::page::{PackedRows, PlainRows};
 use crate::tensor::{Dtype, TensorView, TensorViewMut};
 use crate::transform::Source;
 use append::{AppendPlan, Scratch, StreamAppend};
+use queries::QueryWeights;
 
 /// What `append` does with a NaN or an infinity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +70,9 @@ impl LayerSpec {
         if matches!(self.values.source, Source::Turning(_)) || !self.values.noise.is_empty() {
             return Err(Error::value("values", "a plain shift and no noise: both are for keys", "shift_sine or noise"));
         }
+        if self.values.query_exponent() > 0.0 {
+            return Err(Error::value("values", "query_exponent 0: queries meet keys only", self.values.query_exponent()));
+        }
         let (keys, values) = (self.keys.block_rows(), self.values.block_rows());
         if keys != values && keys != 0 && values != 0 {
             return Err(Error::value("block", "one size for keys and values, or 0", format!("{keys} and {values}")));
@@ -103,6 +109,7 @@ impl Stream {
 pub struct Head {
     pub keys: Stream,
     pub values: Stream,
+    queries: QueryWeights,
 }
 
 impl Head {
@@ -195,39 +202,111 @@ impl Layer {
         self.padding.get(batch).copied().unwrap_or(0)
     }
 
-    /// Stores the rows of `n` new tokens: keys `[batch, heads, n, key width]`, values `[batch, heads, n, value width]`.
-    /// Nothing changes if this fails.
-    pub fn append(&mut self, keys: TensorView, values: TensorView) -> Result<()> {
-        self.check_rows("keys", &keys, &self.spec.keys)?;
-        self.check_rows("values", &values, &self.spec.values)?;
+    /// Factors that the queries have put on the scales of a head's channels, once they are fixed.
+    pub fn query_factors(&self, batch: usize, kv_head: usize) -> Option<&[f16]> {
+        self.head(batch, kv_head).queries.factors()
+    }
+
+    /// Whether the queries of this layer still have a say in how its keys are packed.
+    pub fn wants_queries(&self) -> bool {
+        let any_open = || self.heads.is_empty() || self.heads.iter().any(|head| head.queries.factors().is_none());
+        self.spec.keys.query_exponent() > 0.0 && any_open()
+    }
+
+    /// Takes note of the queries `[batch, query heads, L, key width]` of the last L tokens.
+    pub fn observe_queries(&mut self, query: &TensorView) -> Result<()> {
+        self.check_query(query, self.batch_size(), self.regions.total())?;
+        self.observe(query, self.regions.total());
+        Ok(())
+    }
+
+    fn check_query(&self, query: &TensorView, batch: usize, tokens: usize) -> Result<()> {
+        let (heads, width) = (self.spec.num_key_value_heads, self.spec.keys.layout.head_dim);
+        let [found_batch, query_heads, length, found_width] = query.shape();
+        let fits = query_heads > 0 && query_heads.is_multiple_of(heads) && (1..=tokens).contains(&length);
+        if fits && found_batch == batch && found_width == width {
+            return Ok(());
+        }
+        let expected = format!("[{batch}, a multiple of {heads}, 1 to {tokens} tokens, {width}]");
+        Err(Error::shape("query", expected, &query.shape().map(|size| size as i64)))
+    }
+
+    /// Of the last tokens of `tokens` in all.
+    fn observe(&mut self, query: &TensorView, tokens: usize) {
+        if !self.wants_queries() {
+            return;
+        }
+        let (kv_heads, padding) = (self.spec.num_key_value_heads, &self.padding);
+        let (group, start) = (query.num_heads() / kv_heads, tokens - query.tokens());
+        let take = |(index, head): (usize, &mut Head)| {
+            let (batch, kv_head) = (index / kv_heads, index % kv_heads);
+            let first = padding.get(batch).copied().unwrap_or(0).saturating_sub(start);
+            head.queries.observe(query, batch, kv_head * group..(kv_head + 1) * group, first);
+        };
+        if query.tokens() < 64 {
+            self.heads.iter_mut().enumerate().for_each(take);
+        } else {
+            let heads = &mut self.heads;
+            threads::install(|| heads.par_iter_mut().enumerate().for_each(take));
+        }
+    }
+
+    /// Refuses what `append` would refuse.
+    pub fn check(&self, keys: &TensorView, values: &TensorView) -> Result<()> {
+        self.check_rows("keys", keys, &self.spec.keys)?;
+        self.check_rows("values", values, &self.spec.values)?;
         if keys.tokens() != values.tokens() || keys.batch_size() != values.batch_size() {
             let expected = format!("[{}, …, {}, …] as keys have", keys.batch_size(), keys.tokens());
             return Err(Error::shape("values", expected, &values.shape().map(|size| size as i64)));
         }
         if self.spec.nonfinite == NonFinite::Raise {
-            cpu::check_finite(self.spec.isa, "keys", &keys)?;
-            cpu::check_finite(self.spec.isa, "values", &values)?;
+            cpu::check_finite(self.spec.isa, "keys", keys)?;
+            cpu::check_finite(self.spec.isa, "values", values)?;
+        }
+        Ok(())
+    }
+
+    /// Stores the rows of `n` new tokens: keys `[batch, heads, n, key width]`, values `[batch, heads, n, value width]`.
+    /// Nothing changes if this fails.
+    pub fn append(&mut self, keys: TensorView, values: TensorView) -> Result<()> {
+        self.append_queried(keys, values, None)
+    }
+
+    /// `append` where the queries `[batch, query heads, L ≤ n, key width]` of the last of the tokens are known already.
+    pub fn append_queried(&mut self, keys: TensorView, values: TensorView, query: Option<TensorView>) -> Result<()> {
+        self.check(&keys, &values)?;
+        if let Some(query) = &query {
+            self.check_query(query, keys.batch_size(), keys.tokens())?;
         }
         if self.heads.is_empty() {
             let spec = &self.spec;
             let head = Head {
                 keys: Stream::new(spec.dtype, spec.keys.layout.head_dim),
                 values: Stream::new(spec.dtype, spec.values.layout.head_dim),
+                queries: QueryWeights::default(),
             };
             self.heads = vec![head; keys.batch_size() * spec.num_key_value_heads];
         }
         let plan = self.plan(keys.tokens());
+        if let Some(query) = &query {
+            self.observe(query, self.regions.total() + keys.tokens());
+        }
+        let (fixes_block, exponent) = (plan.blocks > self.blocks, self.spec.keys.query_exponent());
         let (spec, padding) = (Arc::clone(&self.spec), &self.padding);
         let append_head = |scratch: &mut Scratch, (index, head): (usize, &mut Head)| {
             let (batch, kv_head) = (index / spec.num_key_value_heads, index % spec.num_key_value_heads);
-            let mut append = |stream: &mut Stream, codec: &Codec, rows: TensorView| {
+            if fixes_block && exponent > 0.0 {
+                head.queries.fix(exponent);
+            }
+            let factors = head.queries.factors();
+            let mut append = |stream: &mut Stream, codec: &Codec, rows: TensorView, factors: Option<&[f16]>| {
                 let rows = rows.head(batch, kv_head);
                 let padding = padding.get(batch).copied().unwrap_or(0);
-                StreamAppend { codec, isa: spec.isa, kv_head, rows, padding, sinks: spec.sinks, plan }
+                StreamAppend { codec, isa: spec.isa, kv_head, rows, factors, padding, sinks: spec.sinks, plan }
                     .run(stream, scratch);
             };
-            append(&mut head.keys, &spec.keys, keys);
-            append(&mut head.values, &spec.values, values);
+            append(&mut head.keys, &spec.keys, keys, factors);
+            append(&mut head.values, &spec.values, values, None);
         };
         let work = plan.to_pack + (plan.blocks - self.blocks) * self.spec.block_rows();
         if work * self.heads.len() >= 64 {
@@ -373,6 +452,7 @@ impl Layer {
         for head in &self.heads {
             held.extend(head.keys.held(&self.spec.keys));
             held.extend(head.values.held(&self.spec.values));
+            held.extend(head.queries.held());
         }
         held.values().sum()
     }

@@ -12,7 +12,7 @@ use crate::backend::noise::score_noise;
 use crate::backend::simd::Isa;
 use crate::backend::threads;
 use crate::codec::Codec;
-use crate::dlpack::ImportedTensor;
+use crate::dlpack::{ImportedTensor, OwnedTensor};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::layer::{self, LayerSpec, NonFinite};
@@ -81,13 +81,61 @@ impl PyLayer {
         Ok(Self { layer: layer::Layer::new(spec)? })
     }
 
-    /// Stores new tokens: keys `[B, Hkv, n, Dk]`, values `[B, Hkv, n, Dv]` in the layer's dtype. Nothing changes on an error.
-    fn append(&mut self, py: Python, keys: &Bound<PyAny>, values: &Bound<PyAny>) -> PyResult<()> {
+    /// Stores new tokens: keys `[B, Hkv, n, Dk]`, values `[B, Hkv, n, Dv]` in the layer's dtype; query `[B, Hq, L, Dk]`, where it is
+    /// known, of the last L of them. Nothing changes on an error.
+    #[pyo3(signature = (keys, values, query=None))]
+    fn append(
+        &mut self,
+        py: Python,
+        keys: &Bound<PyAny>,
+        values: &Bound<PyAny>,
+        query: Option<Bound<PyAny>>,
+    ) -> PyResult<()> {
+        let keys = ImportedTensor::new(keys, "keys")?;
+        let values = ImportedTensor::new(values, "values")?;
+        let query = query.map(|query| ImportedTensor::new(&query, "query")).transpose()?;
+        let (key_rows, value_rows) = (keys.view4()?, values.view4()?);
+        let query_rows = query.as_ref().map(ImportedTensor::view4).transpose()?;
+        py.detach(|| self.layer.append_queried(key_rows, value_rows, query_rows))?;
+        Ok(())
+    }
+
+    /// Refuses what `append` would refuse, and stores nothing.
+    fn check(&self, py: Python, keys: &Bound<PyAny>, values: &Bound<PyAny>) -> PyResult<()> {
         let keys = ImportedTensor::new(keys, "keys")?;
         let values = ImportedTensor::new(values, "values")?;
         let (key_rows, value_rows) = (keys.view4()?, values.view4()?);
-        py.detach(|| self.layer.append(key_rows, value_rows))?;
+        py.detach(|| self.layer.check(&key_rows, &value_rows))?;
         Ok(())
+    }
+
+    /// Takes note of the queries `[B, Hq, L, Dk]` of the last L tokens.
+    fn observe_queries(&mut self, py: Python, query: &Bound<PyAny>) -> PyResult<()> {
+        let query = ImportedTensor::new(query, "query")?;
+        let view = query.view4()?;
+        py.detach(|| self.layer.observe_queries(&view))?;
+        Ok(())
+    }
+
+    /// What queries have put on the scales of a head's channels, float32 `[Dk]`; None before it is fixed.
+    fn query_factors(&self, batch: usize, head: usize) -> PyResult<Option<OwnedTensor>> {
+        let (rows, heads) = (self.layer.batch_size(), self.layer.spec().num_key_value_heads);
+        if batch >= rows || head >= heads {
+            let expected = format!("a row of the batch below {rows} and a head below {heads}");
+            return Err(Error::value("batch and head", expected, format!("{batch} and {head}")).into());
+        }
+        let factors = self.layer.query_factors(batch, head);
+        Ok(factors.map(|factors| {
+            OwnedTensor::build(&[factors.len()], |out: &mut [f32]| {
+                out.iter_mut().zip(factors).for_each(|(out, factor)| *out = factor.to_f32());
+            })
+        }))
+    }
+
+    /// Whether queries still have a say in how keys are packed.
+    #[getter]
+    fn wants_queries(&self) -> bool {
+        self.layer.wants_queries()
     }
 
     /// The mean variance of the error that packing made in the scores scale · q·kᵀ of packed keys, as the codec expects it; the last

@@ -148,27 +148,37 @@ pub struct BlockRule {
     pub rows: usize,
     pub shift: bool,
     pub scale_exponent: f32,
+    /// Power of 1 / (what queries put on a channel) in its scale; keys only.
+    pub query_exponent: f32,
 }
 
 impl BlockRule {
-    pub fn new(rows: usize, shift: bool, scale_exponent: f32) -> Result<Self> {
+    pub fn new(rows: usize, shift: bool, scale_exponent: f32, query_exponent: f32) -> Result<Self> {
         if rows == 0 || !rows.is_multiple_of(PAGE_ROWS) {
             return Err(Error::value("block", format!("0 or a multiple of {PAGE_ROWS}"), rows));
         }
         if !(0.0..=1.0).contains(&scale_exponent) {
             return Err(Error::value("scale_exponent", "a number in [0, 1]", scale_exponent));
         }
-        Ok(Self { rows, shift, scale_exponent })
+        if !(0.0..=1.0).contains(&query_exponent) {
+            return Err(Error::value("query_exponent", "a number in [0, 1]", query_exponent));
+        }
+        Ok(Self { rows, shift, scale_exponent, query_exponent })
+    }
+
+    /// Scales of a block: one for each channel, or one for all.
+    fn scales(&self, head_dim: usize) -> usize {
+        if self.scale_exponent > 0.0 || self.query_exponent > 0.0 { head_dim } else { 1 }
     }
 
     /// Bytes that one block's statistics take: they are stored as fp16.
     pub fn bytes(&self, head_dim: usize) -> usize {
-        let scales = if self.scale_exponent > 0.0 { head_dim } else { 1 };
-        2 * (scales + if self.shift { head_dim } else { 0 })
+        2 * (self.scales(head_dim) + if self.shift { head_dim } else { 0 })
     }
 
-    /// Statistics of `rows` (whole rows of `head_dim` channels); rows that are not finite are left out.
-    pub fn statistics(&self, rows: &[f32], head_dim: usize) -> BlockStatistics {
+    /// Statistics of `rows` (whole rows of `head_dim` channels); rows that are not finite are left out. `factors` of the channels'
+    /// scales come from the queries (`layer::queries`).
+    pub fn statistics(&self, rows: &[f32], head_dim: usize, factors: Option<&[f16]>) -> BlockStatistics {
         let finite: Vec<&[f32]> =
             rows.chunks_exact(head_dim).filter(|row| row.iter().all(|value| value.is_finite())).collect();
         let count = finite.len().max(1) as f64;
@@ -191,17 +201,21 @@ impl BlockRule {
         }
         let variances: Vec<f64> = squares.iter().map(|square| square / count).collect();
         let whole = (variances.iter().sum::<f64>() / head_dim as f64).sqrt();
-        let exponent = f64::from(self.scale_exponent);
-        let scales = if self.scale_exponent > 0.0 { head_dim } else { 1 };
+        // Without queries the spread of a channel stands in for them: the wider, the less they tend to look at it.
+        let stand_in = if factors.is_none() { self.query_exponent / 2.0 } else { 0.0 };
+        let exponent = f64::from((self.scale_exponent + stand_in).min(1.0));
+        let factor = |channel: usize| factors.map_or(1.0, |factors| factors[channel].to_f64());
+        let spread = |variance: f64| variance.sqrt().powf(exponent) * whole.powf(1.0 - exponent);
         BlockStatistics {
             shift: shift
                 .iter()
                 .take(if self.shift { head_dim } else { 0 })
                 .map(|&shift| f16::from_f32(shift))
                 .collect(),
-            scale: variances[..scales]
+            scale: variances[..self.scales(head_dim)]
                 .iter()
-                .map(|variance| block_scale(variance.sqrt().powf(exponent) * whole.powf(1.0 - exponent)))
+                .enumerate()
+                .map(|(channel, variance)| block_scale(spread(*variance) * factor(channel)))
                 .collect(),
         }
     }
@@ -290,15 +304,19 @@ mod tests {
 
     #[test]
     fn block_statistics_standardize_and_leave_out_broken_rows() {
-        let rule = BlockRule::new(128, true, 1.0).unwrap();
+        let rule = BlockRule::new(128, true, 1.0, 0.0).unwrap();
         let mut rows: Vec<f32> = (0..128 * 16).map(|i| (i % 16) as f32 * 10.0 + ((i / 16) % 2) as f32 * 2.0).collect();
-        let clean = rule.statistics(&rows, 16).expand(16);
+        let clean = rule.statistics(&rows, 16, None).expand(16);
         assert_eq!(clean.shift[3], 31.0);
         assert_eq!(clean.scale, vec![1.0; 16]);
         rows[5 * 16 + 3] = f32::NAN;
         rows[6 * 16 + 3] = f32::INFINITY;
-        assert_eq!(rule.statistics(&rows, 16).expand(16), clean);
+        assert_eq!(rule.statistics(&rows, 16, None).expand(16), clean);
         assert_eq!(rule.bytes(16), 64);
-        assert_eq!(BlockRule::new(256, false, 0.0).unwrap().bytes(16), 2);
+        assert_eq!(BlockRule::new(256, false, 0.0, 0.0).unwrap().bytes(16), 2);
+        let weighed = BlockRule::new(128, true, 1.0, 0.5).unwrap();
+        let factors: Vec<f16> = (0..16).map(|i| f16::from_f32(if i == 3 { 0.5 } else { 1.0 })).collect();
+        let scale = weighed.statistics(&rows, 16, Some(&factors)).expand(16).scale;
+        assert!(scale.iter().enumerate().all(|(i, scale)| *scale == if i == 3 { 0.5 } else { 1.0 }));
     }
 }

@@ -258,8 +258,9 @@ def test_early_initialization() -> None:
     cache.early_initialization(2, HEADS, D, torch.float32, torch.device("cpu"))
     assert cache.is_initialized
     assert cache.get_seq_length() == 0
-    returned = cache.update(*states(9, batch=4), 0)
-    assert type(returned[0]) is torch.Tensor
+    keys, values = states(9, batch=4)
+    returned = cache.update(keys, values, 0)
+    assert torch.equal(returned[0], keys)
     assert cache.batch_size == 4
 
 

@@ -105,12 +105,13 @@ def test_bytes_and_rows_equal_the_twin(options: dict[str, Any], seed: int, permu
         options["shift"] = torch.randn(1, head_dim, generator=generator)
         options["scale"] = torch.rand(1, head_dim, generator=generator) + 0.1
     if source == "block":
-        options |= {"block": 128, "scale_exponent": 0.5}
+        options |= {"block": 128, "scale_exponent": 0.5, "query_exponent": 0.75 * (seed % 2)}
     native, twin = _native.Codec(**options), ReferenceCodec(**options)
     statistics = None
     if source == "block":
-        statistics = twin.block_statistics(rows)
-        found = tuple(torch.from_dlpack(part) for part in native.block_statistics(rows))
+        factors = twin.query_factors(torch.rand(head_dim, generator=generator).double()) if seed % 3 else None
+        statistics = twin.block_statistics(rows, factors)
+        found = tuple(torch.from_dlpack(part) for part in native.block_statistics(rows, factors))
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, statistics, strict=True))
     wanted = twin.encode(rows, statistics=statistics)
     for isa in ISAS:

@@ -20,6 +20,7 @@ import skvq
 from skvq import SkvqConfig, StreamOptions
 from skvq.evaluate.method_cache import MethodCache, MethodLayer
 from skvq.evaluate.methods import Geometry, Method, parse_method
+from skvq.evaluate.methods.base import Where
 from skvq.evaluate.methods.ours import _Codecs, _PackedRows, reference_codec
 from skvq.evaluate.region_rule import RegionRule
 from skvq.evaluate.rope import Rotary
@@ -34,7 +35,8 @@ SINKS, WINDOW = 3, 24
 # fell the other way by up to 1e-3, a window longer by one token by 1e-2 to 1e-1 in nearly all tokens.
 MEDIAN, LARGEST = 1e-4, 1e-2
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt-oss", "kv-shared")
-METHODS = ("full", "rtn:bits=2", "kivi:bits=2,group=16", "rotation:bits=2", "ours:keys.block=128")
+UNQUERIED = "ours:keys.block=128,keys.query_exponent=0"  # a MethodCache is given no queries
+METHODS = ("full", "rtn:bits=2", "kivi:bits=2,group=16", "rotation:bits=2", UNQUERIED)
 
 
 @functools.cache
@@ -66,7 +68,7 @@ def assert_agree(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 CASES = [("llama", spec) for spec in METHODS] + [
-    (family, spec) for family in FAMILIES[1:] for spec in ("kivi:bits=2,group=16", "ours:keys.block=128")
+    (family, spec) for family in FAMILIES[1:] for spec in ("kivi:bits=2,group=16", UNQUERIED)
 ]
 
 
@@ -216,7 +218,7 @@ def test_simulation_is_the_packed_cache_of_a_plan_of_parts(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("prompt", [2, 60])
 def test_a_prompt_attends_to_itself_exactly_and_packs_the_same(prompt: int) -> None:
-    method: Any = parse_method("ours:keys.block=128")
+    method: Any = parse_method(UNQUERIED)
     config, token_ids = model("qwen3").config, prompts(1, 200, 3)[0]
     caches = [
         MethodCache(config, method, WINDOW, SINKS),
@@ -305,6 +307,17 @@ def test_beams_and_crops_of_the_stepping_cache() -> None:
 def test_bad_rules_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RegionRule(*arguments)
+
+
+def test_a_method_that_needs_queries_gets_them_in_the_simulation_only() -> None:
+    llama, method = model("llama"), parse_method("ours:keys.block=128")
+    with pytest.raises(ValueError, match="needs queries"):
+        MethodCache(llama.config, method, WINDOW, SINKS)
+    with pytest.raises(ValueError, match="expected the queries"):
+        method.fake_quantize(torch.randn(1, 2, 128, 16), Where(0, True, 0))
+    token_ids = prompts(1, 200)[0]
+    unweighed = simulated("llama", parse_method(UNQUERIED), token_ids)
+    assert float(distances(simulated("llama", method, token_ids), unweighed)[160:].median()) > LARGEST
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:

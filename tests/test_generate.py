@@ -151,14 +151,16 @@ def test_every_step_takes_the_packed_path(family: str) -> None:
 @pytest.mark.filterwarnings("ignore:skvq decodes the whole cache")
 def test_default_blocks_over_a_longer_text(family: str) -> None:
     tokens = []
-    for attention in ("sdpa", "skvq", "eager"):
-        cache = cache_of(family, window=16)
+    # eager attention shows no queries
+    for attention, exponent in (("sdpa", 0.5), ("skvq", 0.5), ("sdpa", 0.0), ("eager", 0.0)):
+        cache = cache_of(family, window=16, keys={"query_exponent": exponent})
         # not padded: what padding tokens attend to differs between sdpa and eager, and they are part of a block
         tokens.append(generate(family, attention, "greedy", cache, new=NEW, length=700))
         layer = next(layer for layer in cache.layers if isinstance(layer, PackedLayer))
         assert layer.native.packed_tokens == 512
+        assert (layer.native.query_factors(0, 0) is None) == (exponent == 0.0)
     assert torch.equal(tokens[0], tokens[1])
-    assert torch.equal(tokens[0], tokens[2])
+    assert torch.equal(tokens[2], tokens[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -57,6 +57,7 @@ steps = st.lists(
         st.tuples(st.just("append"), st.just(1)),
         st.tuples(st.just("crop"), st.integers(0, 200)),
         st.tuples(st.just("gather"), st.integers(0, 5)),
+        st.tuples(st.just("query"), st.integers(1, 100)),
     ),
     min_size=1,
     max_size=8,
@@ -86,6 +87,7 @@ def test_any_program_leaves_both_stores_alike(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     keys, values = (codec_options(name, width, block) for name, width in zip(bits, head_dims, strict=True))
+    keys |= {"scale_exponent": 0.5, "query_exponent": 0.5} if block else {}
     native, twin = both_layers(keys, values, dtype=dtype, window=window)
     for step, number in [("append", 30), *program]:
         if step == "append":
@@ -98,15 +100,66 @@ def test_any_program_leaves_both_stores_alike(
             length = max(native.length - number, 0)
             native.crop(length)
             twin.crop(length)
+        elif step == "query" and native.length:
+            length = min(number, native.length)
+            query = torch.randn(native.batch_size, 6, length, head_dims[0], generator=generator).exp()
+            native.observe_queries(query)
+            twin.observe_queries(query)
         elif native.length:
             indices = [number % native.batch_size, 0, native.batch_size - 1][: 1 + number % 3]
             native.gather(indices)
             twin.gather(indices)
         assert regions(native) == regions(twin)
+        assert native.wants_queries == twin.wants_queries
     if native.length:
         found = decoded(native, head_dims, 2, DTYPES[dtype])
         wanted = decoded(twin, head_dims, 2, DTYPES[dtype])
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+def test_queries_of_padding_say_nothing() -> None:
+    """Tokens in front of a sequence are nobody's; those of a prompt count at once, and of few the store does not judge."""
+    keys = codec_options("2", 64, 128, scale_exponent=0.5, query_exponent=0.5, unbiased=True)
+    values = codec_options("1.6", 64, 128, scale_exponent=0.0)
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randn(2, 2, 300, 64, generator=generator) for _ in range(2)]
+    query = torch.randn(2, 4, 300, 64, generator=generator) * torch.linspace(0.1, 3, 64)
+    query[1, :, :40] = 1e6
+    query[0, 0, 7] = torch.inf
+    layers = both_layers(keys, values)
+    for layer in layers:
+        layer.set_padding([0, 40])
+        assert layer.wants_queries
+        layer.append(*rows, query)
+        assert not layer.wants_queries
+    native, twin = layers
+    for mine, theirs in zip(decoded(native, (64, 64), 2, torch.float32), decoded(twin, (64, 64), 2, torch.float32)):
+        assert torch.equal(mine, theirs)
+    seen = query[1, 2:, 40:].double().square().sum((0, 1))
+    factors = torch.from_dlpack(native.query_factors(1, 1))
+    assert torch.equal(factors, ReferenceCodec(**keys).query_factors(seen))
+    few, _ = both_layers(keys, values)
+    few.append(*(part[:, :, :200] for part in rows), query[:, :, :31])
+    assert few.query_factors(0, 0) is None
+    assert few.packed_tokens == 128
+    with pytest.raises(SkvqError, match="query"):
+        few.observe_queries(torch.zeros(2, 3, 1, 64))
+    with pytest.raises(SkvqError, match="query"):
+        few.append(*(part[:, :, :2] for part in rows), torch.zeros(2, 4, 3, 64))
+    assert few.length == 200
+    with pytest.raises(SkvqError, match="queries meet keys only"):
+        both_layers(keys, values | {"query_exponent": 0.5})
+
+
+def test_query_factors_are_counted() -> None:
+    keys = codec_options("2", 64, 128, scale_exponent=0.5, query_exponent=0.5)
+    layer, _ = both_layers(keys, codec_options("2", 64, 128))
+    rows = torch.randn(1, 2, 260, 64)
+    layer.append(rows, rows)
+    plain = layer.nbytes
+    layer.reset()
+    layer.append(rows, rows, torch.randn(1, 2, 260, 64))
+    assert layer.nbytes == plain + 2 * 2 * 64
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from skvq import SkvqConfig, SkvqError
+from skvq.evaluate.methods.ours import reference_codec
 from skvq.layer import PackedLayer
 from skvq.packed import AttentionCounts, PackedStates
 from skvq.plan import LayerPlan
@@ -56,12 +57,89 @@ def counts(made: PackedLayer) -> tuple[int, int]:
 
 
 def test_a_prompt_is_attended_as_given() -> None:
-    made = PackedLayer(LayerPlan.from_config(SkvqConfig()), 0, AttentionCounts())
+    made = PackedLayer(LayerPlan.from_config(SkvqConfig(keys={"query_exponent": 0.0})), 0, AttentionCounts())
     keys, values = states(50)
     returned = made.update(keys, values)
     assert returned[0] is keys
     assert returned[1] is values
     assert made.counts.prefill == 1
+
+
+def prompt_layer(count: int = 300) -> tuple[PackedLayer, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer that has been given a prompt, its keys and values, and the prompt's query."""
+    made = PackedLayer(LayerPlan.from_config(SkvqConfig(window=16)), 0, AttentionCounts())
+    keys, values = states(count)
+    query = torch.randn(B, 2 * HEADS, count, D) * torch.linspace(0.1, 2.0, D)
+    return made, keys, values, query
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_prompt_waits_for_its_queries(repeated: bool) -> None:
+    made, keys, values, query = prompt_layer()
+    key, value = made.update(keys, values)
+    assert (made.get_seq_length(), made.counts.prefill) == (300, 1)
+    wanted = sdpa(query, keys, values, is_causal=True, enable_gqa=True)
+    if repeated:
+        key, value = (
+            x[:, :, None, :, :].expand(B, HEADS, 2, 300, D).reshape(B, 2 * HEADS, 300, D) for x in (key, value)
+        )
+    found = sdpa(query, key, value, is_causal=True, enable_gqa=not repeated)
+    assert torch.equal(found, wanted)
+    assert made.waiting is None
+    assert not made.wants_queries
+    assert made.native.packed_tokens == 256
+    squares = query.double().unflatten(1, (HEADS, 2)).square().sum((2, 3))
+    for head in range(HEADS):
+        expected = reference_codec(made.plan.keys, D).query_factors(squares[1, head])
+        assert torch.equal(torch.from_dlpack(made.native.query_factors(1, head)), expected)
+    assert counts(made) == (0, 0)
+    # the handles go on giving the prompt, as plain tensors would
+    made.update(*states(1))
+    assert torch.equal(key.clone()[:, :HEADS] if not repeated else key.clone()[:, ::2], keys)
+
+
+def test_a_prompt_whose_queries_nobody_shows_is_stored_without_them() -> None:
+    made, keys, values, query = prompt_layer()
+    key, _ = made.update(keys, values)
+    assert torch.equal(torch.matmul(query[:, ::2], key.transpose(2, 3)), query[:, ::2] @ keys.transpose(2, 3))
+    assert made.native.packed_tokens == 256
+    assert made.native.query_factors(0, 0) is None
+    assert counts(made) == (0, 0)
+    twin, *_ = prompt_layer()
+    twin.update(keys, values)
+    twin.update(*states(1))  # without any attention in between
+    made.update(*states(1))
+    assert torch.equal(twin.keys, made.keys)
+
+
+def test_queries_of_steps_count_until_the_first_block() -> None:
+    made, keys, values, query = prompt_layer(261)
+    for token in range(261):
+        handles = made.update(keys[:, :, token : token + 1], values[:, :, token : token + 1])
+        assert made.native.wants_queries == (token < 260)
+        sdpa(query[:, :, token : token + 1], *handles, enable_gqa=True)
+    squares = query[:, :, :260].double().unflatten(1, (HEADS, 2)).square().sum((2, 3))
+    expected = reference_codec(made.plan.keys, D).query_factors(squares[0, 1])
+    assert torch.equal(torch.from_dlpack(made.native.query_factors(0, 1)), expected)
+
+
+def test_a_waiting_prompt_is_part_of_the_layer() -> None:
+    made, keys, values, query = prompt_layer()
+    made.update(keys, values)
+    twin = copy.deepcopy(made)
+    assert (twin.get_seq_length(), twin.native.packed_tokens) == (300, 256)
+    made.crop(-300)
+    assert made.get_seq_length() == 0
+    key, value = made.update(keys[:1], values[:1])
+    made.reset()
+    assert torch.equal(key.clone(), keys[:1])
+    with pytest.raises(SkvqError, match="layer 0: keys"):
+        made.update(torch.full_like(keys, torch.nan), values)
+    assert (made.get_seq_length(), made.waiting) == (0, None)
+    # a query that does not belong to the prompt has no say
+    key, value = made.update(keys, values)
+    sdpa(query[:, :, :, :].double(), key.double(), value.double(), enable_gqa=True)
+    assert made.native.query_factors(0, 0) is None
 
 
 def test_handles_look_like_tensors() -> None:

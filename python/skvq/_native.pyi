@@ -9,7 +9,8 @@ B: batch, Hkv: key/value heads, Hq: query heads, n: new tokens, L: queries, T: s
 of a key, Dv of a value).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os import PathLike
 from types import ModuleType
 from typing import Any, Protocol, final
 
@@ -70,6 +71,7 @@ class Codec:
         block: 0: static shift and scale; else a multiple of 128: rows of a block that yields its own.
         block_shift: block statistics subtract the mean.
         scale_exponent: power of the standard deviation in block statistics, 0 to 1.
+        query_exponent: power of 1 / (root mean square of the queries) in block statistics of keys, 0 to 1.
         shift: static shift, float32 ``[heads, D]``; not together with block.
         scale: static scale, float32 ``[heads, D]``; not together with block.
         parts: bits and width of every part, with format ``"parts"`` only: 1 to 5 bits, for the last also 0, widths
@@ -104,6 +106,7 @@ class Codec:
         block: int = 0,
         block_shift: bool = True,
         scale_exponent: float = 1.0,
+        query_exponent: float = 0.0,
         shift: _Tensor | None = None,
         scale: _Tensor | None = None,
         parts: Sequence[tuple[int, int]] | None = None,
@@ -141,8 +144,11 @@ class Codec:
         position: int = 0,
     ) -> OwnedTensor:
         """The inverse of :meth:`encode`: uint8 ``[N, row_bytes]`` to float32 ``[N, D]``."""
-    def block_statistics(self, rows: _Tensor) -> tuple[OwnedTensor, OwnedTensor]:
-        """Shift and scale, float32 ``[D]`` each, of a block of these rows, float32 ``[N, D]`` (FORMAT.md §4)."""
+    def block_statistics(self, rows: _Tensor, factors: _Tensor | None = None) -> tuple[OwnedTensor, OwnedTensor]:
+        """Shift and scale, float32 ``[D]`` each, of a block of these rows, float32 ``[N, D]`` (FORMAT.md §4).
+
+        `factors`, float32 ``[D]``, go into the scales: :meth:`Layer.query_factors`.
+        """
     def levels(self) -> list[float] | list[tuple[float, float]]:
         """The codebook: levels, or pairs for format ``"1.5"``. Refused for parts, each of which has its own."""
     @property
@@ -198,14 +204,28 @@ class Layer:
         nonfinite: str = "raise",
         isa: str | None = None,
     ) -> Layer: ...
-    def append(self, keys: _Tensor, values: _Tensor) -> None:
+    def append(self, keys: _Tensor, values: _Tensor, query: _Tensor | None = None) -> None:
         """Store n new tokens: keys ``[B, Hkv, n, Dk]``, values ``[B, Hkv, n, Dv]`` in the layer's dtype, any strides.
 
         Rows that leave the window are packed, each once; with block statistics, not before its block's last is there.
+        `query` ``[B, Hq, L, Dk]``: of the last L of these tokens, where it is known, as in `observe_queries`.
 
         Raises:
             SkvqError: wrong shape, dtype or batch size, or a NaN or an infinity under ``nonfinite="raise"``.
         """
+    def check(self, keys: _Tensor, values: _Tensor) -> None:
+        """Raise SkvqError where `append` would; nothing is stored."""
+    def observe_queries(self, query: _Tensor) -> None:
+        """Take note of the queries ``[B, Hq, L, Dk]`` of the last L tokens, while `wants_queries`.
+
+        Raises:
+            SkvqError: wrong shape, or more queries than tokens.
+        """
+    def query_factors(self, batch: int, head: int) -> OwnedTensor | None:
+        """What queries have put on the scales of a head's channels, float32 ``[Dk]``; None before it is fixed."""
+    @property
+    def wants_queries(self) -> bool:
+        """Whether queries still have a say in how keys are packed."""
     def set_padding(self, padding: Sequence[int]) -> None:
         """Before the first append: tokens of padding in front of each sequence that it will bring.
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .packed import PackedStates, packed_attention
+from .packed import PackedStates, packed_attention, prompt_tensors
 
 NAME = "skvq"
 
@@ -48,6 +48,7 @@ def skvq_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    key, value = prompt_tensors(query, key, value) or (key, value)
     if isinstance(key, PackedStates) and position_bias is None:
         output = packed_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap, s_aux)
         if output is not None:

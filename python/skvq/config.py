@@ -142,6 +142,7 @@ _WITH_PARTS: dict[str, tuple[Any, ...]] = {
     "block": (0,),
     "block_shift": (True,),
     "scale_exponent": (1.0,),
+    "query_exponent": (0.0,),
 }
 
 
@@ -169,6 +170,8 @@ class StreamOptions:
         block: 0, or a multiple of 128: this many rows share a shift and a scale per channel, taken from the rows.
         block_shift: whether a block's statistics hold the channel means.
         scale_exponent: 1 standardizes every channel of a block, 0 keeps their proportions.
+        query_exponent: power of what the prompt's queries put on a channel, by which its scale in a block is smaller; for
+            keys only. ½ beside a scale_exponent of ½ costs least if channels are independent.
         parts: bits and width of every part of a row behind a calibrated matrix (src/FORMAT.md section 6): 1 to 5 bits,
             for the last also 0, and widths that are multiples of 16 and add up to the head's size. Only `metadata` and
             `clip` go with them; the rotation is "identity", since the matrix is in its place, and the rule "norm".
@@ -187,6 +190,7 @@ class StreamOptions:
     block: int = 0
     block_shift: bool = True
     scale_exponent: float = 1.0
+    query_exponent: float = 0.0
     parts: Parts | None = None
 
     def __post_init__(self) -> None:
@@ -212,8 +216,9 @@ class StreamOptions:
         if self.block % PAGE_ROWS:
             raise SkvqError(f"block={self.block}: expected 0 or a multiple of {PAGE_ROWS}")
         _boolean("block_shift", self.block_shift)
-        if not 0.0 <= _number("scale_exponent", self.scale_exponent) <= 1.0:
-            raise SkvqError(f"scale_exponent={self.scale_exponent!r}: expected a number from 0 to 1")
+        for name in ("scale_exponent", "query_exponent"):
+            if not 0.0 <= _number(name, getattr(self, name)) <= 1.0:
+                raise SkvqError(f"{name}={getattr(self, name)!r}: expected a number from 0 to 1")
 
     def _take_parts(self, parts: Parts) -> None:
         mean = _mean_bits(parts)
@@ -259,9 +264,9 @@ class StreamOptions:
 
 
 # The method's defaults, the best measured without calibration (tests/bench/LOG.md). Keys have channels far from zero,
-# whose distance drifts with the position: mean and spread are taken block by block, and a scale a
-# little above the best for their mean squared error spares the large ones. Values need the mean only.
-KEY_DEFAULTS = StreamOptions(bits=2, clip=1.1, block=256, scale_exponent=0.75)
+# whose distance drifts with the position: mean and spread are taken block by block. An error costs what queries make of
+# it, and must not shrink what they see. Values need the mean only.
+KEY_DEFAULTS = StreamOptions(bits=2, block=256, unbiased=True, scale_exponent=0.5, query_exponent=0.5)
 VALUE_DEFAULTS = StreamOptions(bits=1.6, block=256, scale_exponent=0.0)
 
 
@@ -327,6 +332,8 @@ class SkvqConfig:
             options = self._resolve(stream, given, getattr(self, f"{stream}_bits"), defaults)
             object.__setattr__(self, f"{stream}s", options)
             object.__setattr__(self, f"{stream}_bits", options.bits)
+        if self.values.query_exponent:
+            raise SkvqError(f"values.query_exponent={self.values.query_exponent!r}: expected 0, queries meet keys only")
         blocks = {options.block for options in (self.keys, self.values) if options.is_packed} - {0}
         if len(blocks) > 1:
             raise SkvqError(

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ._native import Layer, SkvqError
 from .display import LayerFigures
-from .packed import AttentionCounts, Snapshot
+from .packed import AttentionCounts, PromptSnapshot, Snapshot
 from .plan import DTYPE_NAMES, LayerPlan
 
 
@@ -38,9 +38,10 @@ CROP_TAKES_LENGTH_ZERO = "max_length" in inspect.signature(DynamicLayer.crop).pa
 class PackedLayer(CacheLayerMixin):
     """Sinks, packed past and window of one layer.
 
-    A prompt (several tokens into an empty layer) is attended in full precision: `update` stores it and returns the
-    given tensors. Afterwards `update` returns handles (packed.py); a call with several tokens attends to its own tokens
-    in full precision and to those before as they are stored.
+    A prompt (several tokens into an empty layer) is attended in full precision. Where its queries have a say in how its
+    keys are packed it waits for them: `update` returns handles that give back the given tensors (packed.py), and
+    attention on them, or the next use of the layer, stores it. Afterwards `update` returns handles to what is packed; a
+    call with several tokens attends to its own tokens in full precision and to those before as they are stored.
     """
 
     is_compileable = False
@@ -48,7 +49,7 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = True
 
-    native: Layer
+    _native: Layer
 
     def __init__(self, plan: LayerPlan, index: int, counts: AttentionCounts) -> None:
         # Not the base's __init__: it assigns `keys` and `values`, which are computed here.
@@ -57,9 +58,22 @@ class PackedLayer(CacheLayerMixin):
         self.counts = counts
         self.is_initialized = False
         self.padding: tuple[int, ...] = ()  # of each sequence of the next prompt
+        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None  # a prompt that is not stored yet
+        self.wants_queries = False
         self.version = 0
         self.decoded_version = -1
         self.decoded_steps = 0
+
+    @property
+    def native(self) -> Layer:
+        """The native store, with everything in it."""
+        if self.waiting is not None:
+            self._store_prompt(None)
+        return self._native
+
+    @native.setter
+    def native(self, store: Layer) -> None:
+        self._native = store
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Build the store for the shapes and the dtype of the first keys and values."""
@@ -98,7 +112,11 @@ class PackedLayer(CacheLayerMixin):
             count = keys.shape[2]
             if count == 0 and past and self._problem(keys, values) is None:
                 return Snapshot(self, self._shape(True), self._shape(False), self.dtype).handles()
-            native.append(keys, values)
+            waits = past == 0 and count > 1 and native.wants_queries and keys is key_states and values is value_states
+            if waits:
+                native.check(keys, values)
+            else:
+                native.append(keys, values)
         except Exception as error:
             problem = self._problem(key_states, value_states)
             if not was_initialized:
@@ -107,11 +125,35 @@ class PackedLayer(CacheLayerMixin):
                 raise
             raise SkvqError(f"layer {self.index}: {problem or error}") from error
         self.version += 1
-        if past == 0 and count > 1:
-            self.counts.prefill += 1
-            return key_states, value_states
+        if past == 0:
+            self.wants_queries = native.wants_queries
+            if waits:
+                self.counts.prefill += 1
+                self.waiting = (keys, values)
+                shapes = tuple(keys.shape), tuple(values.shape)
+                return PromptSnapshot(self, *shapes, self.dtype, keys, values).handles()
+            if count > 1:
+                self.counts.prefill += 1
+                return key_states, value_states
         fresh = (keys, values) if count > 1 else (None, None)
         return Snapshot(self, self._shape(True), self._shape(False), self.dtype, *fresh).handles()
+
+    def take_queries(self, query: torch.Tensor) -> None:
+        """Queries [B, Hq, L, Dk] of the last L tokens; see the class."""
+        if self.waiting is not None:
+            self._store_prompt(query)
+        else:
+            self._native.observe_queries(query)
+        self.wants_queries = self._native.wants_queries
+
+    def _store_prompt(self, query: torch.Tensor | None) -> None:
+        assert self.waiting is not None
+        (keys, values), self.waiting = self.waiting, None
+        try:
+            self._native.append(keys, values, query)
+        except Exception as error:
+            self._drop_store()
+            raise SkvqError(f"layer {self.index}: {error}") from error
 
     def _padding_of(self, batch: int) -> list[int]:
         """Padding of each sequence of a batch in which `generate` has repeated every prompt."""
@@ -166,7 +208,9 @@ class PackedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Stored tokens."""
-        return self.native.length if self.is_initialized else 0
+        if self.waiting is not None:
+            return self.waiting[0].shape[2]
+        return self._native.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Length and offset of the keys that a call with `query_length` new tokens attends to.
@@ -289,8 +333,10 @@ class PackedLayer(CacheLayerMixin):
 
     def _drop_store(self) -> None:
         if self.is_initialized:
-            del self.native
+            del self._native
         self.is_initialized = False
+        self.waiting = None
+        self.wants_queries = False
         self.version += 1
 
     def offload(self) -> None:
@@ -307,7 +353,8 @@ class PackedLayer(CacheLayerMixin):
         memo[id(self)] = twin
         twin.counts = copy.deepcopy(self.counts, memo)
         if self.is_initialized:
-            twin.native = self.native.clone()
+            twin._native = self.native.clone()
+            twin.waiting = None
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -71,6 +71,10 @@ class PackedSource(Protocol):
     decoded_version: int
     decoded_steps: int
     padding: tuple[int, ...]
+    wants_queries: bool
+
+    def take_queries(self, query: torch.Tensor) -> None:
+        """Let the queries of the last tokens have their say in how keys are packed; stores a prompt that waits."""
 
 
 class Snapshot:
@@ -96,7 +100,7 @@ class Snapshot:
         self.fresh_values = fresh_values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
-        twin = Snapshot(copy.deepcopy(self.source, memo), self.key_shape, self.value_shape, self.dtype)
+        twin = type(self)(copy.deepcopy(self.source, memo), self.key_shape, self.value_shape, self.dtype)
         twin.version = self.version
         twin.fresh_keys, twin.fresh_values = self.fresh_keys, self.fresh_values
         memo[id(self)] = twin
@@ -147,6 +151,8 @@ class Snapshot:
             fresh_values=self.fresh_values,
         )
         source.counts.packed += 1
+        if source.wants_queries:
+            source.take_queries(query)
         if source.index not in source.counts.score_noise and source.native.packed_tokens:
             self._estimate_noise(query, scale)
         return output
@@ -202,6 +208,52 @@ class Snapshot:
             f"layer {self.source.index}: these keys and values belong to an earlier state of the cache (version "
             f"{self.version}, now {self.source.version}): expected them to be used before the cache changes again"
         )
+
+
+class PromptSnapshot(Snapshot):
+    """The keys and values of a prompt, which attends to itself as it is; its queries are seen on the way.
+
+    Decoding gives the prompt's own tensors, at any time.
+    """
+
+    __slots__ = ()
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        scale: float | None,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Not for prompts: see `prompt_tensors`."""
+        raise SkvqError(f"layer {self.source.index}: expected a prompt to attend to its own tensors")
+
+    def decode(self, is_key: bool, reason: str) -> torch.Tensor:
+        """The tensors that `update` was given."""
+        return cast(torch.Tensor, self.fresh_keys if is_key else self.fresh_values)
+
+
+def prompt_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt, whose queries are noted."""
+    if not (type(key) is PackedStates and type(value) is PackedStates and type(key._snapshot) is PromptSnapshot):
+        return None
+    snapshot = key._snapshot
+    source = snapshot.source
+    if source.version == snapshot.version and source.wants_queries and _fits(query, snapshot):
+        source.take_queries(query.detach())
+    return key.decode(), value.decode()
+
+
+def _fits(query: torch.Tensor, snapshot: Snapshot) -> bool:
+    """Whether a query is one of the last tokens of a snapshot."""
+    if type(query) is not torch.Tensor or query.ndim != 4 or query.dtype != snapshot.dtype:
+        return False
+    (batch, heads, length, width), (key_batch, key_heads, tokens, key_width) = query.shape, snapshot.key_shape
+    return (batch, width) == (key_batch, key_width) and heads % key_heads == 0 and 0 < length <= tokens
 
 
 class PackedStates(torch.Tensor):
@@ -386,6 +438,9 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """torch's function where at least one operand is a handle."""
+    prompt = prompt_tensors(query, key, value)
+    if prompt is not None:
+        return _sdpa(query, *prompt, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason = _why_not_packed(query, key, value, attn_mask, dropout_p)
     if reason is None:
         if query.shape[1] != key.shape[1] and not enable_gqa:

@@ -119,6 +119,7 @@ class StreamPlan:
             block=options.block,
             block_shift=options.block_shift,
             scale_exponent=options.scale_exponent,
+            query_exponent=options.query_exponent,
             **{key: value for key, value in static.items() if value is not None},
         )
 

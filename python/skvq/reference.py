@@ -23,6 +23,7 @@ LANES = 16
 FORMATS = (*LEVEL_COUNTS, "raw", "parts")
 METADATA = {"e4m3": (torch.float8_e4m3fn, 448.0), "fp16": (torch.float16, 65504.0)}
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0
+QUERY_FLOOR = 1e-6  # of the mean square of queries over channels: less counts as this much
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -90,6 +91,7 @@ class ReferenceCodec:
         block: int = 0,
         block_shift: bool = True,
         scale_exponent: float = 1.0,
+        query_exponent: float = 0.0,
         shift: Tensor | None = None,
         scale: Tensor | None = None,
         parts: Sequence[tuple[int, int]] | None = None,
@@ -124,13 +126,15 @@ class ReferenceCodec:
             raise ValueError(f"block={block}: expected 0 or a multiple of 128")
         if block and (shift is not None or scale is not None):
             raise ValueError(f"block={block}: expected block=0 with a static shift or scale")
-        if not 0.0 <= scale_exponent <= 1.0:
-            raise ValueError(f"scale_exponent={scale_exponent}: expected a number from 0 to 1")
+        for name, exponent in (("scale_exponent", scale_exponent), ("query_exponent", query_exponent)):
+            if not 0.0 <= exponent <= 1.0:
+                raise ValueError(f"{name}={exponent}: expected a number from 0 to 1")
         self.head_dim, self.format, self.group_size, self.metadata = head_dim, format, group_size, metadata
         self.symmetric, self.rule, self.refinements, self.rotation = symmetric, rule, refinements, rotation
         self.unbiased = unbiased
         self.clip = torch.tensor(clip, dtype=torch.float32)
         self.block, self.block_shift, self.scale_exponent = block, block_shift, scale_exponent
+        self.query_exponent = query_exponent if block and format != "raw" else 0.0
         self.shift = None if shift is None else torch.as_tensor(shift, dtype=torch.float32)
         self.scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
         self.permutation = None if permutation is None else torch.as_tensor(permutation, dtype=torch.int64)
@@ -169,7 +173,11 @@ class ReferenceCodec:
         """Bytes of one block's statistics for one sequence and head."""
         if not self.block:
             return 0
-        return 2 * self.head_dim * self.block_shift + (2 * self.head_dim if self.scale_exponent > 0.0 else 2)
+        return 2 * self.head_dim * self.block_shift + (2 * self.head_dim if self._scales_differ else 2)
+
+    @property
+    def _scales_differ(self) -> bool:
+        return self.scale_exponent > 0.0 or self.query_exponent > 0.0
 
     @property
     def bits_per_element(self) -> float:
@@ -185,8 +193,10 @@ class ReferenceCodec:
             return [(float(x), float(y)) for x, y in self.coder.levels]
         return [float(level) for level in self.coder.levels]
 
-    def block_statistics(self, rows: Tensor) -> Statistics:
-        """Shift and scale [..., D] of the rows [..., N, D] of one block; rows that are not finite are left out."""
+    def block_statistics(self, rows: Tensor, factors: Tensor | None = None) -> Statistics:
+        """Shift and scale [..., D] of the rows [..., N, D] of one block; rows that are not finite are left out. The
+        `factors` [..., D] of `query_factors` go into the scales.
+        """
         finite = torch.isfinite(rows).all(-1, keepdim=True)
         x = torch.where(finite, rows, 0.0).to(torch.float64)
         count = finite.sum(-2).clamp(min=1).to(torch.float64)
@@ -194,10 +204,13 @@ class ReferenceCodec:
         shift = mean.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float32).to(torch.float16).to(torch.float32)
         variance = (torch.where(finite, x - shift[..., None, :].to(torch.float64), 0.0) ** 2).sum(-2) / count
         deviation, common = variance.sqrt(), variance.mean(-1, keepdim=True).sqrt()
-        if self.scale_exponent == 0.0:
+        if not self._scales_differ:
             scale = common.expand_as(deviation)
         else:
-            scale = deviation**self.scale_exponent * common ** (1.0 - self.scale_exponent)
+            stand_in = 0.5 * self.query_exponent if factors is None else 0.0
+            exponent = min(1.0, self.scale_exponent + stand_in)
+            scale = deviation**exponent * common ** (1.0 - exponent)
+            scale = scale if factors is None else scale * factors.to(torch.float64)
         rounded = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float32).to(torch.float16).to(torch.float32)
         return shift, torch.where(scale == 0.0, 1.0, rounded)
 
@@ -296,11 +309,29 @@ class ReferenceCodec:
         codes = self.coder.unpack(packed[..., : self.code_bytes], self.head_dim)
         return self.dequantize(Quantized(codes, metadata[..., :groups], zero), head, statistics, position=position)
 
+    def query_factors(self, squares: Tensor) -> Tensor | None:
+        """Factors [..., D] on the scales of the channels from the mean squares [..., D] (float64) of the queries; None if
+        the codec takes none, or all squares are 0.
+        """
+        mean = squares.mean(-1, keepdim=True)
+        if not self.query_exponent or not bool((mean > 0.0).all()):
+            return None
+        logs = 0.5 * torch.maximum(squares, QUERY_FLOOR * mean).log()
+        factors = ((logs.mean(-1, keepdim=True) - logs) * self.query_exponent).exp()
+        return factors.to(torch.float32).to(torch.float16).to(torch.float32)
+
     def fake_quantize(
-        self, x: Tensor, head: int = 0, statistics: Statistics | None = None, *, position: int = 0
+        self,
+        x: Tensor,
+        head: int = 0,
+        statistics: Statistics | None = None,
+        *,
+        position: int = 0,
+        factors: Tensor | None = None,
     ) -> Tensor:
         """Encode and decode x [..., D] in its own dtype. With a block and no statistics, x is [..., T, D], every
-        complete block of T takes its own statistics, and a last incomplete block is returned as it is.
+        complete block of T takes its own statistics (with `factors` [..., D], see `query_factors`), and a last incomplete
+        block is returned as it is.
         """
         if self.format == "raw":
             return x
@@ -310,7 +341,7 @@ class ReferenceCodec:
             return self.dequantize(quantized, head, statistics, position=position).to(x.dtype)
         whole = rows.shape[-2] // self.block * self.block
         blocks = rows[..., :whole, :].unflatten(-2, (whole // self.block, self.block))
-        shift, scale = self.block_statistics(blocks)
+        shift, scale = self.block_statistics(blocks, None if factors is None else factors[..., None, :])
         statistics = (shift[..., None, :], scale[..., None, :])
         decoded = self.dequantize(self.quantize(blocks, head, statistics), head, statistics).flatten(-3, -2)
         return torch.cat([decoded.to(x.dtype), x[..., whole:, :]], dim=-2)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .reference import ReferenceCodec, Statistics
 
+LEAST_QUERIES = 32  # tokens whose queries must have been seen
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,16 +48,21 @@ class _Stream:
         for sequence, count in enumerate(padding):
             self.rows[sequence, :, :count] = 0.0
 
-    def fix_statistics(self, sinks: int, padding: Sequence[int]) -> None:
+    def completes_block(self, sinks: int) -> bool:
+        """Whether a block is complete and has no statistics."""
+        block = self.codec.block
+        return bool(block) and (len(self.blocks) + 1) * block <= self.rows.shape[2] - sinks
+
+    def fix_statistics(self, sinks: int, padding: Sequence[int], factors: Tensor | None) -> None:
         """Take the statistics of every block that has become complete; none of its rows is packed yet."""
         block = self.codec.block
-        while block and (len(self.blocks) + 1) * block <= self.rows.shape[2] - sinks:
+        while self.completes_block(sinks):
             start = sinks + len(self.blocks) * block
             rows = self.rows[:, :, start : start + block].clone()
             for sequence, count in enumerate(padding):
                 if count:  # statistics leave out what is not finite
                     rows[sequence, :, : max(0, count + sinks - start)] = math.nan
-            self.blocks.append(self.codec.block_statistics(rows))
+            self.blocks.append(self.codec.block_statistics(rows, factors))
 
     def packable(self, stop: int) -> int:
         """How many of the first `stop` rows behind the sinks have statistics to be packed with."""
@@ -135,6 +141,7 @@ class ReferenceLayer:
         self._streams: list[_Stream] = []
         self._packed = 0
         self._padding: list[int] = []
+        self._forget_queries()
 
     # ---- regions -----------------------------------------------------------------------------------------------------
 
@@ -174,8 +181,8 @@ class ReferenceLayer:
             raise ValueError(f"set_padding: expected a layer without tokens, got {self.length}")
         self._padding = list(padding)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add n tokens and pack what leaves the window. A refused append changes nothing."""
+    def append(self, keys: Tensor, values: Tensor, query: Tensor | None = None) -> None:
+        """Add n tokens and pack what leaves the window; query: of the last of them. A refused append changes nothing."""
         for name, rows, codec in zip(("keys", "values"), (keys, values), self._codecs, strict=True):
             batch = self.batch_size or len(self._padding) or keys.shape[0]
             expected = (batch, self.num_key_value_heads, keys.shape[2], codec.head_dim)
@@ -189,12 +196,45 @@ class ReferenceLayer:
         else:
             for stream, rows in zip(self._streams, (keys, values), strict=True):
                 stream.append(rows, self._padding)
+        if query is not None:
+            self.observe_queries(query)
         self._evict()
+
+    # ---- queries -----------------------------------------------------------------------------------------------------
+
+    def _forget_queries(self) -> None:
+        self._squares = torch.zeros(())  # sums [B, Hkv, D]
+        self._seen = torch.zeros(0)  # tokens [B]
+        self._factors: Tensor | None = None
+
+    @property
+    def wants_queries(self) -> bool:
+        return self._codecs[0].query_exponent > 0.0 and self._factors is None
+
+    def observe_queries(self, query: Tensor) -> None:
+        """Queries [B, Hq, L, Dk] of the last L tokens."""
+        if not self.wants_queries:
+            return
+        rows = query.to(torch.float64).unflatten(1, (self.num_key_value_heads, -1))
+        seen = torch.ones(query.shape[0], query.shape[2], dtype=torch.float64)
+        for sequence, count in enumerate(self._padding):
+            seen[sequence, : max(0, count - (self.length - query.shape[2]))] = 0.0
+        rows = torch.where(torch.isfinite(rows).all(-1, keepdim=True), rows, 0.0)
+        self._squares = self._squares + (rows.square() * seen[:, None, None, :, None]).sum((2, 3))
+        self._seen = seen.sum(1) + (self._seen if self._seen.numel() else 0.0)
+
+    def _fix_factors(self) -> None:
+        """All sequences together: their tests see enough queries in all, or in none."""
+        if self.wants_queries and self._seen.numel() and bool((self._seen >= LEAST_QUERIES).all()):
+            self._factors = self._codecs[0].query_factors(self._squares)
 
     def _evict(self) -> None:
         stop = self.length - self.sinks - self.window
+        if self._streams[0].completes_block(self.sinks):
+            self._fix_factors()
         for stream in self._streams:
-            stream.fix_statistics(self.sinks, self._padding)
+            factors = self._factors if stream is self._streams[0] else None
+            stream.fix_statistics(self.sinks, self._padding, factors)
             stop = stream.packable(stop)
         stop = max(self._packed, stop)
         for stream in self._streams:
@@ -217,11 +257,16 @@ class ReferenceLayer:
             self._padding = [self._padding[index] for index in indices]
         for stream in self._streams:
             stream.gather(torch.tensor(list(indices), dtype=torch.int64))
+        if self._seen.numel():
+            self._seen, self._squares = self._seen[list(indices)], self._squares[list(indices)]
+        if self._factors is not None:
+            self._factors = self._factors[list(indices)]
 
     def reset(self) -> None:
         self._streams = []
         self._packed = 0
         self._padding = []
+        self._forget_queries()
 
     def clone(self) -> ReferenceLayer:
         return copy.deepcopy(self)

@@ -282,7 +282,7 @@ fn attention_on_packed_bytes_equals_attention_on_decoded_rows() {
         let block = [0, 128, 256][noise.below(3)];
         let source = |noise: &mut Noise, width| match block {
             0 => random_codec(noise, width).source,
-            rows => Source::Block(BlockRule::new(rows, noise.below(2) == 0, noise.uniform()).unwrap()),
+            rows => Source::Block(BlockRule::new(rows, noise.below(2) == 0, noise.uniform(), 0.0).unwrap()),
         };
         let mut keys = random_codec(&mut noise, key_width);
         let mut values = random_codec(&mut noise, value_width);
@@ -422,7 +422,7 @@ fn the_expected_noise_of_scores_is_what_decoded_keys_show() {
     let (d, total, heads) = (64, 400, 2);
     let mut noise = Noise(11);
     let values = codec(Format::Int2, d, d, plain_source(d));
-    let block = Source::Block(BlockRule::new(128, true, 0.5).unwrap());
+    let block = Source::Block(BlockRule::new(128, true, 0.5, 0.0).unwrap());
     let list: Vec<Codec> = vec![
         codec(Format::Int2, d, d, block.clone()),
         codec(Format::Int3, d, 32, block),
@@ -460,7 +460,7 @@ fn the_expected_noise_of_scores_is_what_decoded_keys_show() {
 fn small_layer(block: usize, sinks: usize, window: usize) -> Layer {
     let source = |rows| match rows {
         0 => plain_source(64),
-        rows => Source::Block(BlockRule::new(rows, true, 1.0).unwrap()),
+        rows => Source::Block(BlockRule::new(rows, true, 1.0, 0.0).unwrap()),
     };
     let keys = codec(Format::Int2, 64, 64, source(block));
     let values = codec(Format::Ternary, 64, 32, source(0));

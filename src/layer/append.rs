@@ -1,5 +1,7 @@
 //! One append to one stream: which rows go to the sinks, are encoded, or stay in the window, and the statistics of blocks.
 
+use half::f16;
+
 use crate::backend::{cpu, simd::Isa};
 use crate::codec::Codec;
 use crate::page::PlainRows;
@@ -44,6 +46,8 @@ pub(super) struct StreamAppend<'a> {
     pub kv_head: usize,
     /// `[1, 1, n, width]`
     pub rows: TensorView<'a>,
+    /// Of the scales of the channels in block statistics, from the queries.
+    pub factors: Option<&'a [f16]>,
     /// Tokens of padding in front of the sequence, and places of sinks.
     pub padding: usize,
     pub sinks: usize,
@@ -123,7 +127,7 @@ impl StreamAppend<'_> {
                 self.read(window, first + i, row);
             }
             let padding = self.padding.saturating_sub(block * rule.rows).min(rule.rows);
-            past.push_block(rule.statistics(&scratch.block[padding * width..], width));
+            past.push_block(rule.statistics(&scratch.block[padding * width..], width, self.factors));
         }
     }
 

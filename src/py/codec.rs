@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use half::f16;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
@@ -205,7 +206,7 @@ fn parse_matrices(
 impl PyCodec {
     #[new]
     #[pyo3(signature = (*, head_dim, format, group_size=None, metadata="e4m3", symmetric=true, codebook=None, rule="norm",
-        clip=1.0, refinements=0, unbiased=false, rotation=None, permutation=None, block=0, block_shift=true, scale_exponent=1.0,
+        clip=1.0, refinements=0, unbiased=false, rotation=None, permutation=None, block=0, block_shift=true, scale_exponent=1.0, query_exponent=0.0,
         shift=None, scale=None, parts=None, matrix=None, inverse=None, shift_sine=None, frequencies=None, noise=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)]
     fn new(
@@ -224,6 +225,7 @@ impl PyCodec {
         block: usize,
         block_shift: bool,
         scale_exponent: f32,
+        query_exponent: f32,
         shift: Option<Bound<PyAny>>,
         scale: Option<Bound<PyAny>>,
         parts: Option<Vec<(usize, usize)>>,
@@ -254,7 +256,7 @@ impl PyCodec {
             (layout, codebook, Vec::new())
         };
         let rotation = rotation.unwrap_or(if layout.format == Format::Parts { "identity" } else { "hadamard" });
-        let block = if block == 0 { None } else { Some(BlockRule::new(block, block_shift, scale_exponent)?) };
+        let block = if block == 0 { None } else { Some(BlockRule::new(block, block_shift, scale_exponent, query_exponent)?) };
         let permutations = parse_permutations(permutation.as_ref(), head_dim)?;
         let turning = parse_turning(head_dim, shift.as_ref(), shift_sine.as_ref(), frequencies.as_ref())?;
         let source = match turning {
@@ -356,14 +358,25 @@ impl PyCodec {
         }))
     }
 
-    /// Shift and scale (float32 `[head_dim]` each) that a block of these rows would get (FORMAT.md §4).
-    fn block_statistics(&self, rows: &Bound<PyAny>) -> PyResult<(OwnedTensor, OwnedTensor)> {
+    /// Shift and scale (float32 `[head_dim]` each) that a block of these rows would get (FORMAT.md §4), with `factors` of the queries
+    /// on the scales.
+    #[pyo3(signature = (rows, factors=None))]
+    fn block_statistics(
+        &self,
+        rows: &Bound<PyAny>,
+        factors: Option<Bound<PyAny>>,
+    ) -> PyResult<(OwnedTensor, OwnedTensor)> {
         let Source::Block(rule) = &self.codec.source else {
             return Err(Error::value("block", "a codec with block statistics", 0).into());
         };
         let (data, _) = self.rows(rows)?;
         let width = self.codec.layout.head_dim;
-        let affine = rule.statistics(&data, width).expand(width);
+        let factors = factors.map(|factors| ImportedTensor::new(&factors, "factors")?.vec_f32()).transpose()?;
+        let factors: Option<Vec<f16>> = factors.map(|factors| factors.into_iter().map(f16::from_f32).collect());
+        if let Some(factors) = factors.as_ref().filter(|factors| factors.len() != width) {
+            return Err(Error::value("factors", format!("{width} channels"), factors.len()).into());
+        }
+        let affine = rule.statistics(&data, width, factors.as_deref()).expand(width);
         let tensor = |values: &[f32]| OwnedTensor::build(&[width], |out: &mut [f32]| out.copy_from_slice(values));
         Ok((tensor(&affine.shift), tensor(&affine.scale)))
     }

@@ -23,9 +23,15 @@ def static_plan(statistics: Statistics, config: SkvqConfig) -> dict[int, tuple[S
 
 
 def _stream(moments: StreamMoments, options: StreamOptions) -> StreamPlan:
-    """Shift: the mean. Scale: σ^p · c^(1−p), p the options' scale_exponent and c the head's root mean variance."""
+    """Shift: the mean. Scale: σ^p · c^(1−p), p the options' scale_exponent and c the head's root mean variance.
+
+    The rule for scales that queries weigh does not go with it: keys take what was best without them.
+    """
     if not options.is_packed:
         return StreamPlan(options)
+    if options.query_exponent:
+        exponent = min(1.0, options.scale_exponent + options.query_exponent / 2)
+        options = dataclasses.replace(options, query_exponent=0.0, scale_exponent=exponent, unbiased=False, clip=1.1)
     variance = moments.variance
     common = variance.mean(-1, keepdim=True).sqrt()
     scale = variance.sqrt() ** options.scale_exponent * common ** (1.0 - options.scale_exponent)

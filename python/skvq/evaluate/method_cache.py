@@ -175,6 +175,8 @@ class MethodCache(Cache):
     ) -> None:
         if method.before_rope and rotary is None:
             raise ValueError(f"rotary=None: expected Rotary(model), since {method.name} quantizes keys before RoPE")
+        if method.uses_queries:
+            raise ValueError(f"{method.name} needs queries, which a cache is not given: use QuantizedDynamicCache")
         stock = DynamicCache(config=config).layers
         layers: list[Any] = [
             MethodLayer(method, rule_of(method, index, window, sinks), index, rotary)

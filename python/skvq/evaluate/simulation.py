@@ -92,7 +92,8 @@ class MethodPass:
         rows, layer = call.keys if keys else call.values, self.owners[call.layer]
         rope = self.rotary(layer) if keys and self.rotary is not None and self.method.before_rope else None
         given = rows[:, self.sinks : stop]
-        read = self.method.read_back(given[None], Where(layer, keys, self.sinks, rope))
+        queries = call.query if keys and self.method.uses_queries else None
+        read = self.method.read_back(given[None], Where(layer, keys, self.sinks, rope, queries))
         if read.rows.shape != given[None].shape:
             found, expected = tuple(read.rows[0].shape), tuple(given.shape)
             raise ValueError(f"{self.method.name}: fake_quantize returned {found}, expected {expected}")

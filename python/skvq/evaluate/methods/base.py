@@ -40,12 +40,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Where:
-    """Where rows come from: layer, keys or values, the position of the first row, the layer's rotation (if known)."""
+    """Where rows come from: layer, keys or values, the position of the first row, the layer's rotation (if known), and
+    for methods that use them the queries [Hkv, group, T, D] of all tokens, scaled as scores are.
+    """
 
     layer: int
     keys: bool
     start: int
     rope: Rope | None = None
+    queries: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Method(ABC):
         waits: when a unit is packed, see `RegionRule`.
         needs_calibration: whether `prepare` must have run.
         before_rope: whether `fake_quantize` needs `where.rope` for keys.
+        uses_queries: whether `fake_quantize` needs `where.queries` for keys; then `MethodCache` cannot serve it.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Method(ABC):
     waits: Waits = "left"
     needs_calibration: bool = False
     before_rope: bool = False
+    uses_queries: bool = False
 
     @abstractmethod
     def bits(self, geometry: Geometry, keys: bool) -> float:

@@ -37,6 +37,10 @@ def has_static_data(plan: StreamPlan) -> bool:
     )
 
 
+def _uses_queries(keys: StreamOptions) -> bool:
+    return keys.is_packed and keys.block > 0 and keys.query_exponent > 0.0
+
+
 class _Codecs:
     """Codecs of layers and streams, made once."""
 
@@ -81,7 +85,7 @@ class _PackedRows(Method):
         plan = self.layer_plan(where.layer)
         codec = self._codecs.get(plan, where.layer, where.keys, rows.shape[-1])
         if not has_static_data(plan.keys if where.keys else plan.values):
-            return ReadBack(codec.fake_quantize(rows))
+            return ReadBack(codec.fake_quantize(rows, factors=self._query_factors(codec, where)))
         heads = range(rows.shape[1])
         if codec.map is None or codec.map.noise is None:
             read = [codec.fake_quantize(rows[:, head], head, position=where.start) for head in heads]
@@ -89,6 +93,15 @@ class _PackedRows(Method):
         coded = [codec.quantize(rows[:, head], head, position=where.start) for head in heads]
         read = [codec.dequantize(coded[head], head, position=where.start) for head in heads]
         return ReadBack(torch.stack(read, dim=1), torch.stack([x.scale[..., 0].square() for x in coded], dim=1))
+
+    def _query_factors(self, codec: ReferenceCodec, where: Where) -> Tensor | None:
+        """From the queries before the token that completes the first block, as a store that is decoded with has them."""
+        if not where.keys or not codec.query_exponent:
+            return None
+        if where.queries is None:
+            raise ValueError(f"{self.name}: where.queries=None: expected the queries, which say how keys are packed")
+        seen = where.queries[:, :, : where.start + codec.block - 1].double()
+        return codec.query_factors(seen.square().mean((1, 2)))
 
     def score_noise(self, queries: Tensor, layer: int) -> Tensor:
         """½·Σ_j κ_j (Bᵀq)_j²."""
@@ -113,6 +126,7 @@ class Ours(_PackedRows):
         self._plan = LayerPlan.from_config(self.config)
         self._codecs = _Codecs()
         self.unit = self.unit_of(0)
+        self.uses_queries = _uses_queries(self.config.keys)
         self.name = f"skvq {bits_label(self.config.key_bits, self.config.value_bits)}"
         others = {name: value for name, value in self.options.items() if name not in ("key_bits", "value_bits")}
         if others:
@@ -151,6 +165,7 @@ class Planned(_PackedRows):
         self._layers: dict[int, LayerPlan] = dict(self._file.layers)
         self._codecs = _Codecs()
         self.unit = math.lcm(*(self.unit_of(layer) for layer in self._layers))
+        self.uses_queries = any(_uses_queries(plan.keys.options) for plan in self._layers.values())
         self.name = f"plan {self.path.stem}"
 
     def layer_plan(self, layer: int) -> LayerPlan:
