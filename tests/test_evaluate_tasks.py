@@ -60,6 +60,17 @@ def caches(model: Any) -> dict[str, Any]:
 # ---- the shared prefill ----------------------------------------------------------------------------------------------
 
 
+def test_a_shared_prefill_shows_the_queries_too() -> None:
+    model, ids = build("qwen3", "sdpa"), prompts(1, 300)
+    filled = shared_prefill.read_context(model, ids).fill(QuantizedDynamicCache(model.config, window=16))
+    own = QuantizedDynamicCache(model.config, window=16)
+    model(ids, past_key_values=own)
+    for one, other in zip(filled.layers, own.layers, strict=True):
+        found, wanted = (torch.from_dlpack(layer.native.query_factors(0, 1)) for layer in (one, other))
+        assert torch.allclose(found, wanted, rtol=2e-3)  # one unit of fp16
+        assert wanted.std() > 0.01
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("kind", ["dynamic", "packed"])
 def test_filling_is_what_the_own_prefill_does(family: str, kind: str) -> None:

@@ -118,7 +118,7 @@ def test_any_program_leaves_both_stores_alike(
 
 
 def test_queries_of_padding_say_nothing() -> None:
-    """Tokens in front of a sequence are nobody's; those of a prompt count at once, and of few the store does not judge."""
+    """Tokens in front of a sequence are nobody's; those of a prompt count at once, and few are not believed."""
     keys = codec_options("2", 64, 128, scale_exponent=0.5, query_exponent=0.5, unbiased=True)
     values = codec_options("1.6", 64, 128, scale_exponent=0.0)
     generator = torch.Generator().manual_seed(5)
@@ -132,9 +132,9 @@ def test_queries_of_padding_say_nothing() -> None:
         assert layer.wants_queries
         layer.append(*rows, query)
         assert not layer.wants_queries
-    native, twin = layers
-    for mine, theirs in zip(decoded(native, (64, 64), 2, torch.float32), decoded(twin, (64, 64), 2, torch.float32)):
-        assert torch.equal(mine, theirs)
+    native = layers[0]
+    found, wanted = (decoded(layer, (64, 64), 2, torch.float32) for layer in layers)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
     seen = query[1, 2:, 40:].double().square().sum((0, 1))
     factors = torch.from_dlpack(native.query_factors(1, 1))
     assert torch.equal(factors, ReferenceCodec(**keys).query_factors(seen))

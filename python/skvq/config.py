@@ -170,8 +170,8 @@ class StreamOptions:
         block: 0, or a multiple of 128: this many rows share a shift and a scale per channel, taken from the rows.
         block_shift: whether a block's statistics hold the channel means.
         scale_exponent: 1 standardizes every channel of a block, 0 keeps their proportions.
-        query_exponent: power of what the prompt's queries put on a channel, by which its scale in a block is smaller; for
-            keys only. ½ beside a scale_exponent of ½ costs least if channels are independent.
+        query_exponent: power of what the prompt's queries put on a channel, by which its scale in a block is smaller;
+            for keys only. ½ beside a scale_exponent of ½ costs least if channels are independent.
         parts: bits and width of every part of a row behind a calibrated matrix (src/FORMAT.md section 6): 1 to 5 bits,
             for the last also 0, and widths that are multiples of 16 and add up to the head's size. Only `metadata` and
             `clip` go with them; the rotation is "identity", since the matrix is in its place, and the rule "norm".

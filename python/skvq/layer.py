@@ -130,8 +130,7 @@ class PackedLayer(CacheLayerMixin):
             if waits:
                 self.counts.prefill += 1
                 self.waiting = (keys, values)
-                shapes = tuple(keys.shape), tuple(values.shape)
-                return PromptSnapshot(self, *shapes, self.dtype, keys, values).handles()
+                return PromptSnapshot.of(self, keys, values).handles()
             if count > 1:
                 self.counts.prefill += 1
                 return key_states, value_states

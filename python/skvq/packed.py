@@ -218,6 +218,14 @@ class PromptSnapshot(Snapshot):
 
     __slots__ = ()
 
+    @classmethod
+    def of(cls, source: Any, keys: torch.Tensor, values: torch.Tensor) -> PromptSnapshot:
+        """Of keys [B, Hkv, T, Dk] and values [B, Hkv, T, Dv]; `source` has at least `version`, `wants_queries`
+        and `take_queries`.
+        """
+        key_shape, value_shape = (cast(tuple[int, int, int, int], tuple(x.shape)) for x in (keys, values))
+        return cls(source, key_shape, value_shape, keys.dtype, keys, values)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -235,10 +243,15 @@ class PromptSnapshot(Snapshot):
         return cast(torch.Tensor, self.fresh_keys if is_key else self.fresh_values)
 
 
+def show_queries(handles: tuple[torch.Tensor, torch.Tensor], query: torch.Tensor) -> None:
+    """Let a prompt's queries [B, Hq, L, Dk] have their say without attention; `handles` are what `update` returned."""
+    prompt_tensors(query, *handles)
+
+
 def prompt_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt, whose queries are noted."""
+    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt; notes its queries."""
     if not (type(key) is PackedStates and type(value) is PackedStates and type(key._snapshot) is PromptSnapshot):
         return None
     snapshot = key._snapshot

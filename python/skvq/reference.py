@@ -310,8 +310,8 @@ class ReferenceCodec:
         return self.dequantize(Quantized(codes, metadata[..., :groups], zero), head, statistics, position=position)
 
     def query_factors(self, squares: Tensor) -> Tensor | None:
-        """Factors [..., D] on the scales of the channels from the mean squares [..., D] (float64) of the queries; None if
-        the codec takes none, or all squares are 0.
+        """Factors [..., D] on the scales of the channels from the mean squares [..., D] (float64) of the queries; None
+        if the codec takes none, or all squares are 0.
         """
         mean = squares.mean(-1, keepdim=True)
         if not self.query_exponent or not bool((mean > 0.0).all()):
@@ -330,8 +330,8 @@ class ReferenceCodec:
         factors: Tensor | None = None,
     ) -> Tensor:
         """Encode and decode x [..., D] in its own dtype. With a block and no statistics, x is [..., T, D], every
-        complete block of T takes its own statistics (with `factors` [..., D], see `query_factors`), and a last incomplete
-        block is returned as it is.
+        complete block of T takes its own statistics (with `factors` [..., D], see `query_factors`), and a last
+        incomplete block is returned as it is.
         """
         if self.format == "raw":
             return x

@@ -182,7 +182,7 @@ class ReferenceLayer:
         self._padding = list(padding)
 
     def append(self, keys: Tensor, values: Tensor, query: Tensor | None = None) -> None:
-        """Add n tokens and pack what leaves the window; query: of the last of them. A refused append changes nothing."""
+        """Add n tokens, query of the last of them, and pack what leaves the window. Refused, it changes nothing."""
         for name, rows, codec in zip(("keys", "values"), (keys, values), self._codecs, strict=True):
             batch = self.batch_size or len(self._padding) or keys.shape[0]
             expected = (batch, self.num_key_value_heads, keys.shape[2], codec.head_dim)

@@ -49,7 +49,7 @@ impl QueryWeights {
         self.tokens += query.tokens() - first;
     }
 
-    /// Fixes the factors, ω_c = (w_c / w̄)^−exponent, if enough queries were seen.
+    /// Fixes the factors (w̄ / w)^exponent, if enough queries were seen.
     pub fn fix(&mut self, exponent: f32) {
         if self.factors.is_some() || self.tokens < LEAST_TOKENS {
             return;

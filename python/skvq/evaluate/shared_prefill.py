@@ -3,7 +3,8 @@
 In a prefill call the context attends to itself in full precision, whatever the cache: each layer's first `update`
 returns the keys and values that it was given. So the hidden states, and with them the keys and values of every layer,
 are the same for all caches. They are computed once, and `fill` hands them to a cache layer by layer, which leaves
-it as its own prefill would have. That a cache returns what it was given is checked, not assumed.
+it as its own prefill would have. That a cache returns what it was given is checked, not assumed. Of the queries a cache
+may want to know what they put on the channels of keys, so that is kept as well.
 
 Not here: prompts, scores. Shapes: token ids int64 [1, n]; keys and values [1, Hkv, n, D].
 """
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
+from ..packed import PromptSnapshot, show_queries
 from .memory import bytes_of_cache, full_attention_layers
 
 MakeCache = Callable[[], Any]
+QUERY_ROWS = 32  # as many as a store wants to see before it believes them
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class SharedPrefill:
     token_ids: torch.Tensor  # int64 [1, n]
     keys: list[torch.Tensor | None]  # of each layer; None: the layer has no cache of its own
     values: list[torch.Tensor | None]
+    queries: list[torch.Tensor | None]  # [1, Hq, QUERY_ROWS, D]: their root mean square, again and again
     log_probabilities: torch.Tensor  # of the token after the context, float32 [vocabulary]
 
     def fill(self, cache: Any) -> Any:
@@ -41,9 +46,11 @@ class SharedPrefill:
         for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             if keys is None or values is None:
                 continue
-            for name, given, returned in zip(
-                ("keys", "values"), (keys, values), cache.update(keys, values, index), strict=True
-            ):
+            handles = cache.update(keys, values, index)
+            query = self.queries[index]
+            if query is not None:
+                show_queries(handles, query)
+            for name, given, returned in zip(("keys", "values"), (keys, values), handles, strict=True):
                 if returned is not given and not torch.equal(returned, given):
                     raise ValueError(
                         f"{type(cache).__name__} returns other {name} of layer {index} than it was given in the first "
@@ -66,20 +73,38 @@ def as_token_ids(token_ids: Iterable[int], model: Any) -> torch.Tensor:
     return torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
 
 
+class _Recorder(DynamicLayer):
+    """A layer that keeps everything, and of the prompt's queries their root mean square."""
+
+    query: torch.Tensor | None = None
+    version = 0
+    wants_queries = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Handles that show this layer the queries of attention on them."""
+        keys, values = super().update(key_states, value_states)
+        return PromptSnapshot.of(self, keys, values).handles()
+
+    def take_queries(self, query: torch.Tensor) -> None:
+        """All of the prompt. Layers that share these keys come later: the first, which owns them, counts."""
+        self.wants_queries = False
+        mean = query.float().square().mean(2, keepdim=True).sqrt()
+        self.query = mean.to(query.dtype).expand(-1, -1, QUERY_ROWS, -1)
+
+
 def read_context(model: Any, token_ids: torch.Tensor) -> SharedPrefill:
     """Runs the model over a context (int64 [1, n], n ≥ 2) and keeps what each layer would store."""
-    from transformers import DynamicCache
-
     if token_ids.dim() != 2 or token_ids.shape[0] != 1 or token_ids.shape[1] < 2:
         raise ValueError(f"token_ids has shape {list(token_ids.shape)}, expected [1, n] with n of at least 2")
-    # Without a configuration every layer keeps all rows, sliding ones too: any cache can then take what it needs.
-    recorder: Any = DynamicCache()
+    # Every layer keeps all rows, sliding ones too: any cache can then take what it needs.
+    recorder: Any = Cache(layer_class_to_replicate=_Recorder)
     log_probabilities = continue_with(model, recorder, token_ids, keep=1)[0]
     held = [layer if layer.get_seq_length() else None for layer in recorder.layers]
     return SharedPrefill(
         token_ids=token_ids,
         keys=[layer and layer.keys for layer in held],
         values=[layer and layer.values for layer in held],
+        queries=[layer and layer.query for layer in held],
         log_probabilities=log_probabilities,
     )
 

@@ -95,7 +95,7 @@ class _PackedRows(Method):
         return ReadBack(torch.stack(read, dim=1), torch.stack([x.scale[..., 0].square() for x in coded], dim=1))
 
     def _query_factors(self, codec: ReferenceCodec, where: Where) -> Tensor | None:
-        """From the queries before the token that completes the first block, as a store that is decoded with has them."""
+        """From the queries before the token that completes the first block: what a store sees step by step."""
         if not where.keys or not codec.query_exponent:
             return None
         if where.queries is None:
