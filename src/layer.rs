@@ -71,7 +71,11 @@ impl LayerSpec {
             return Err(Error::value("values", "a plain shift and no noise: both are for keys", "shift_sine or noise"));
         }
         if self.values.query_exponent() > 0.0 {
-            return Err(Error::value("values", "query_exponent 0: queries meet keys only", self.values.query_exponent()));
+            return Err(Error::value(
+                "values",
+                "query_exponent 0: queries meet keys only",
+                self.values.query_exponent(),
+            ));
         }
         let (keys, values) = (self.keys.block_rows(), self.values.block_rows());
         if keys != values && keys != 0 && values != 0 {

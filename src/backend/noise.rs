@@ -105,7 +105,9 @@ fn error_weights(
         let rotated = folded.clone();
         permutation.apply(&rotated, &mut folded);
     }
+    // The unbiased scale takes the shrinking of a centroid back, as the gain of B does.
     let error = squared_error(&codec.codebook);
+    let error = if codec.unbiased { error * (1.0 - error) } else { error };
     for (weight, group) in weights.iter_mut().zip(folded.chunks_exact(codec.layout.group_size)) {
         *weight = error * group.iter().map(|q| f64::from(q * q)).sum::<f64>();
     }
