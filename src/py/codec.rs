@@ -256,7 +256,8 @@ impl PyCodec {
             (layout, codebook, Vec::new())
         };
         let rotation = rotation.unwrap_or(if layout.format == Format::Parts { "identity" } else { "hadamard" });
-        let block = if block == 0 { None } else { Some(BlockRule::new(block, block_shift, scale_exponent, query_exponent)?) };
+        let block =
+            if block == 0 { None } else { Some(BlockRule::new(block, block_shift, scale_exponent, query_exponent)?) };
         let permutations = parse_permutations(permutation.as_ref(), head_dim)?;
         let turning = parse_turning(head_dim, shift.as_ref(), shift_sine.as_ref(), frequencies.as_ref())?;
         let source = match turning {

@@ -1,0 +1,162 @@
+// A libcuda.so.1 for machines without a GPU: device memory is the host's, a launch runs the host's instance of the same mangled name.
+//
+// Is: what loaders, streams, events and copies of a backend need, so that its real launch code runs. Is not: asynchronous (every call is
+// done when it returns), nor a check of a CUBIN beyond its first bytes. Instances are those of the table in EMULATED_INSTANCES.
+// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 80. FAKE_CUDA_LOG: launches are told on stderr.
+#ifndef EMULATED_INSTANCES
+#define EMULATED_INSTANCES "instances.hpp"
+#endif
+#include EMULATED_INSTANCES
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+
+extern "C" int run_emulated(const char* function, const unsigned* grid, const unsigned* block, unsigned shared_bytes, const void* params);
+
+namespace {
+enum Status { success = 0, invalid_value = 1, no_device = 100, invalid_device = 101, invalid_image = 200, not_found = 500 };
+using Handle = void*;
+using Address = unsigned long long;
+
+thread_local Handle current_context = nullptr;
+char contexts[16];
+
+int setting(const char* name, int otherwise) {
+    const char* text = std::getenv(name);
+    return text ? std::atoi(text) : otherwise;
+}
+int device_count() { return setting("FAKE_CUDA_DEVICES", 1); }
+
+int copy(Address to, Address from, size_t bytes) {
+    std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+    return success;
+}
+/// As the driver's, at a multiple of 256 bytes; what nobody has written is not a number.
+int allocate(Address* address, size_t bytes) {
+    if (bytes == 0) return invalid_value;
+    void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (!memory) return 2;
+    std::memset(memory, 0xff, bytes);
+    *address = reinterpret_cast<Address>(memory);
+    return success;
+}
+int release(Address address) {
+    std::free(reinterpret_cast<void*>(address));
+    return success;
+}
+int fill(Address to, unsigned char value, size_t count) {
+    std::memset(reinterpret_cast<void*>(to), value, count);
+    return success;
+}
+double now() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+struct Event {
+    double time = 0.0;
+};
+}  // namespace
+
+#define DRIVER extern "C" __attribute__((visibility("default"))) int
+
+// NVRTC asks for a table of the driver's and reads its first entry, the size in bytes, without a look at the result.
+DRIVER cuGetExportTable(const void** table, const void*) {
+    static const size_t empty[8] = {sizeof(size_t)};
+    *table = empty;
+    return success;
+}
+DRIVER cuInit(unsigned) { return device_count() ? success : no_device; }
+DRIVER cuDriverGetVersion(int* version) { return *version = setting("FAKE_CUDA_VERSION", 13000), success; }
+DRIVER cuGetErrorName(int status, const char** name) {
+    *name = status == success ? "CUDA_SUCCESS" : status == not_found ? "CUDA_ERROR_NOT_FOUND" : status == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
+    return success;
+}
+DRIVER cuGetErrorString(int, const char** text) { return *text = "an answer of the emulated driver", success; }
+
+DRIVER cuDeviceGetCount(int* count) { return *count = device_count(), success; }
+DRIVER cuDeviceGet(int* device, int index) { return *device = index, index < 0 || index >= device_count() ? invalid_device : success; }
+DRIVER cuDeviceGetName(char* name, int bytes, int device) { return std::snprintf(name, bytes, "Emulated %d", device), success; }
+DRIVER cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = 1ull << 33, success; }
+DRIVER cuDeviceGetUuid_v2(char* uuid, int device) { return std::memset(uuid, device, 16), success; }
+DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
+    const int capability = setting("FAKE_CUDA_CAPABILITY", 80);
+    switch (attribute) {
+        case 1: *value = 1024; break;     // threads of a block
+        case 8: *value = 49152; break;    // shared memory of a block
+        case 10: *value = 32; break;      // lanes of a warp
+        case 16: *value = 108; break;     // multiprocessors
+        case 38: *value = 40 << 20; break;  // second-level cache
+        case 75: *value = capability / 10; break;
+        case 76: *value = capability % 10; break;
+        case 97: *value = 166912; break;  // shared memory a block may ask for
+        case 115: *value = 1; break;      // memory pools
+        default: *value = 0;
+    }
+    return success;
+}
+DRIVER cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = 1ull << 33, success; }
+
+DRIVER cuDevicePrimaryCtxRetain(Handle* context, int device) { return *context = contexts + device, success; }
+DRIVER cuDevicePrimaryCtxRelease_v2(int) { return success; }
+DRIVER cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) { return *flags = 0, *active = 1, success; }
+DRIVER cuCtxGetCurrent(Handle* context) { return *context = current_context, success; }
+DRIVER cuCtxSetCurrent(Handle context) { return current_context = context, success; }
+DRIVER cuCtxGetDevice(int* device) {
+    if (!current_context) return 201;
+    return *device = static_cast<int>(static_cast<char*>(current_context) - contexts), success;
+}
+DRIVER cuCtxSynchronize() { return success; }
+
+DRIVER cuModuleLoadData(Handle* module, const void* image) {
+    if (std::memcmp(image, "\x7f" "ELF", 4) != 0) return invalid_image;
+    return *module = new char, success;
+}
+DRIVER cuModuleLoadDataEx(Handle* module, const void* image, unsigned, void*, void*) { return cuModuleLoadData(module, image); }
+DRIVER cuModuleUnload(Handle module) { return delete static_cast<char*>(module), success; }
+DRIVER cuModuleGetFunction(Handle* function, Handle, const char* name) {
+    const emulator::Instance* instance = emulator::find_mangled(name);
+    if (!instance) std::fprintf(stderr, "emulated driver: no instance %s\n", name);
+    return *function = const_cast<emulator::Instance*>(instance), instance ? success : not_found;
+}
+DRIVER cuFuncSetAttribute(Handle, int, int) { return success; }
+DRIVER cuFuncGetAttribute(int* value, int, Handle) { return *value = 0, success; }
+DRIVER cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
+                      Handle stream, void** params, void**) {
+    const auto& instance = *static_cast<emulator::Instance*>(function);
+    const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+    if (std::getenv("FAKE_CUDA_LOG")) {
+        std::fprintf(stderr, "launch %s grid %u,%u,%u block %u stream %p\n", instance.mangled.c_str(), gx, gy, gz, bx * by * bz, stream);
+    }
+    if (!gx || !gy || !gz || bx * by * bz > 1024) return invalid_value;
+    return run_emulated(instance.mangled.c_str(), grid, block, shared_bytes, params[0]);
+}
+
+DRIVER cuMemAlloc_v2(Address* address, size_t bytes) { return allocate(address, bytes); }
+DRIVER cuMemAllocAsync(Address* address, size_t bytes, Handle) { return allocate(address, bytes); }
+DRIVER cuMemFree_v2(Address address) { return release(address); }
+DRIVER cuMemFreeAsync(Address address, Handle) { return release(address); }
+DRIVER cuMemcpy(Address to, Address from, size_t bytes) { return copy(to, from, bytes); }
+DRIVER cuMemcpyAsync(Address to, Address from, size_t bytes, Handle) { return copy(to, from, bytes); }
+DRIVER cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) { return copy(to, reinterpret_cast<Address>(from), bytes); }
+DRIVER cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Handle) { return copy(to, reinterpret_cast<Address>(from), bytes); }
+DRIVER cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) { return copy(reinterpret_cast<Address>(to), from, bytes); }
+DRIVER cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Handle) { return copy(reinterpret_cast<Address>(to), from, bytes); }
+DRIVER cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) { return copy(to, from, bytes); }
+DRIVER cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Handle) { return copy(to, from, bytes); }
+DRIVER cuMemsetD8_v2(Address to, unsigned char value, size_t count) { return fill(to, value, count); }
+DRIVER cuMemsetD8Async(Address to, unsigned char value, size_t count, Handle) { return fill(to, value, count); }
+
+DRIVER cuStreamCreate(Handle* stream, unsigned) { return *stream = new char, success; }
+DRIVER cuStreamDestroy_v2(Handle stream) { return delete static_cast<char*>(stream), success; }
+DRIVER cuStreamSynchronize(Handle) { return success; }
+DRIVER cuStreamQuery(Handle) { return success; }
+DRIVER cuStreamWaitEvent(Handle, Handle, unsigned) { return success; }
+DRIVER cuStreamIsCapturing(Handle, int* capturing) { return *capturing = 0, success; }
+DRIVER cuEventCreate(Handle* event, unsigned) { return *event = new Event, success; }
+DRIVER cuEventDestroy_v2(Handle event) { return delete static_cast<Event*>(event), success; }
+DRIVER cuEventRecord(Handle event, Handle) { return static_cast<Event*>(event)->time = now(), success; }
+DRIVER cuEventSynchronize(Handle) { return success; }
+DRIVER cuEventQuery(Handle) { return success; }
+DRIVER cuEventElapsedTime_v2(float* milliseconds, Handle from, Handle to) {
+    *milliseconds = static_cast<float>(static_cast<Event*>(to)->time - static_cast<Event*>(from)->time);
+    return success;
+}

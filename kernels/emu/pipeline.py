@@ -1,0 +1,347 @@
+"""Attention by kernels, end to end: fold, attend, plain, unfold, merge as a backend launches them, in the emulator.
+
+Is: the launches and their workspaces for rows that skvq.reference has packed; the same call in float64. Is not: fast.
+Shapes: keys [B, H, T, Dk], values [B, H, T, Dv] in the model's type, query [B, H·group, L, Dk].
+T = sinks + packed + window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from harness import DTYPES, PAGE_ROWS, Kernels, PageFormat, Structure, aligned, level_table, params, repack
+from torch import Tensor
+
+from skvq.reference import ReferenceCodec
+
+HEADERS = ["repack.cuh", "attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh"]
+QUERY_TILE = 8
+
+
+@dataclass
+class Call:
+    """One attention call. `paddings` has the tokens before each sequence."""
+
+    keys: ReferenceCodec
+    values: ReferenceCodec
+    dtype: torch.dtype = torch.float16
+    batch: int = 1
+    kv_heads: int = 2
+    group: int = 1
+    length: int = 1
+    sinks: int = 5
+    packed: int = 150
+    window: int = 20
+    paddings: tuple[int, ...] | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
+    pages_per_split: int = 1
+    tiles: int = 1
+    schedule: str = "forward"
+    seed: int = 0
+    name: str = field(default="", compare=False)
+
+    @property
+    def total(self) -> int:
+        return self.sinks + self.packed + self.window
+
+    @property
+    def query_tiles(self) -> int:
+        return -(-self.group * self.length // (QUERY_TILE * self.tiles)) * self.tiles
+
+    @property
+    def formats(self) -> tuple[PageFormat, PageFormat]:
+        return PageFormat.of("keys", self.keys), PageFormat.of("values", self.values)
+
+    @property
+    def element(self) -> str:
+        return DTYPES[self.dtype]
+
+    @property
+    def turns(self) -> bool:
+        return self.keys.map is not None and self.keys.map.shift_sine is not None
+
+    def instances(self) -> list[str]:
+        """Expressions of all kernels of the call."""
+        k, v = (page_format.expression for page_format in self.formats)
+        t, dk, dv = self.element, self.keys.head_dim, self.values.head_dim
+        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", f"fold<{t}, {k}>", f"attend<{k}, {v}, {self.tiles}>"]
+        names += [f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>", f"merge<{t}, {dv}>"]
+        names += [f"turning<{t}, {dk}>"] if self.turns else []
+        return [f"skvq::{name}" for name in names]
+
+
+@dataclass
+class Rows:
+    """Random rows of a call as a cache holds them: plain, packed, and what the packed ones read back as (float32)."""
+
+    keys: Tensor
+    values: Tensor
+    query: Tensor
+    key_bytes: Tensor
+    value_bytes: Tensor
+    read_keys: Tensor
+    read_values: Tensor
+    key_scales: Tensor
+    key_statistics: tuple[Tensor, Tensor] | None
+    value_statistics: tuple[Tensor, Tensor] | None
+
+
+def make_rows(call: Call) -> Rows:
+    """Rows with an offset in every channel; the packed ones go through the reference codec."""
+    generator = torch.Generator().manual_seed(call.seed)
+
+    def rows(width: int) -> Tensor:
+        x = torch.randn(call.batch, call.kv_heads, call.total, width, generator=generator)
+        offset = torch.randn(call.kv_heads, 1, width, generator=generator)
+        return (x * (0.5 + torch.rand(width, generator=generator)) + offset).to(call.dtype)
+
+    keys, values = rows(call.keys.head_dim), rows(call.values.head_dim)
+    heads = call.kv_heads * call.group
+    query = torch.randn(call.batch, heads, call.length, call.keys.head_dim, generator=generator).to(call.dtype)
+    packed = slice(call.sinks, call.sinks + call.packed)
+    found: list[Any] = []
+    for codec, x in ((call.keys, keys), (call.values, values)):
+        exact = x[:, :, packed].float()
+        statistics = None
+        if codec.block:
+            blocks = math.ceil(call.packed / codec.block)
+            statistics = tuple(
+                torch.stack(pieces, 2)
+                for pieces in zip(
+                    *[
+                        codec.block_statistics(exact[:, :, b * codec.block : (b + 1) * codec.block])
+                        for b in range(blocks)
+                    ],
+                    strict=True,
+                )
+            )
+        packed_bytes = torch.zeros(*exact.shape[:3], codec.row_bytes, dtype=torch.uint8)
+        read, scales = torch.zeros_like(exact), torch.zeros(exact.shape[:3])
+        for b in range(call.batch):
+            position = call.sinks - (call.paddings or [0] * call.batch)[b]
+            for h in range(call.kv_heads):
+                step = codec.block or call.packed
+                for first in range(0, call.packed, step):
+                    part = slice(first, first + step)
+                    own = None if statistics is None else tuple(s[b, h, first // step] for s in statistics)
+                    where = {"position": position + first}
+                    packed_bytes[b, h, part] = codec.encode(exact[b, h, part], h, own, **where)
+                    read[b, h, part] = codec.decode(packed_bytes[b, h, part], h, own, **where)
+                    scales[b, h, part] = codec.quantize(exact[b, h, part], h, own, **where).scale[..., 0]
+        found.append((packed_bytes, read, scales, statistics))
+    (kb, kr, ks, kst), (vb, vr, _, vst) = found
+    return Rows(keys, values, query, kb, vb, kr, vr, ks, kst, vst)
+
+
+def expected(call: Call, rows: Rows) -> Tensor:
+    """The call in float64 [B, H·group, L, Dv]."""
+    past = slice(call.sinks, call.sinks + call.packed)
+    keys, values = rows.keys.double(), rows.values.double()
+    keys[:, :, past], values[:, :, past] = rows.read_keys.double(), rows.read_values.double()
+    query = rows.query.double() * call.keys.head_dim**-0.5
+    shape = (call.batch, call.kv_heads, call.group, call.length)
+    scores = torch.einsum("bhgld,bhtd->bhglt", query.view(*shape, -1), keys)
+    if call.keys.map is not None:
+        for head in range(call.kv_heads):
+            noise = call.keys.map.score_noise(query.view(*shape, -1)[:, head], head)
+            scores[:, head, :, :, past] -= noise[..., None] * rows.key_scales[:, head, None, None].double().square()
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    tokens = torch.arange(call.total)
+    token = tokens.expand(call.batch, -1).clone()
+    visible = torch.ones(call.batch, 1, 1, 1, call.total, dtype=torch.bool)
+    for b, padding in enumerate(call.paddings or []):
+        token[b, : call.sinks] += padding
+        visible[b] = (tokens < call.sinks) | (tokens >= padding + call.sinks)
+    if call.mask is not None:
+        mask = call.mask.expand(call.batch, call.kv_heads * call.group, call.length, call.total)
+        mask = mask.gather(-1, token[:, None, None].expand_as(mask)).view(*shape, -1)
+        if mask.dtype == torch.bool:
+            visible = visible & mask
+        else:
+            scores = scores + mask.double()
+    if call.causal:
+        limit = call.total - call.length + torch.arange(call.length)
+        visible = visible & (token[:, None, None, None] <= limit[:, None])
+    scores = scores.masked_fill(~visible, -math.inf)
+    if call.sink_logits is not None:
+        sinks = call.sink_logits.double().view(1, call.kv_heads, call.group, 1, 1).expand(*shape, 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    output = torch.einsum("bhglt,bhtd->bhgld", weights.nan_to_num(), values)
+    return output.flatten(1, 2)
+
+
+def transform_of(codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None, call: Call) -> Structure:
+    """TransformParams of a codec."""
+    heads, width = call.kv_heads, codec.head_dim
+
+    def per_head(value: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return None if value is None else value.to(dtype).expand(heads, width).contiguous()
+
+    shift, scale = statistics if statistics is not None else (per_head(codec.shift), per_head(codec.scale))
+    fields: dict[str, Any] = {"rotation": int(codec.rotation == "hadamard")}
+    fields["permutation"] = per_head(codec.permutation, torch.int32)
+    if statistics is not None:
+        fields |= {"pages_per_block": codec.block // PAGE_ROWS, "block_count": shift.shape[2]}
+    if codec.map is not None:
+        fields |= {"matrix": codec.map.matrix.contiguous(), "inverse": codec.map.inverse.contiguous()}
+        shift = codec.map.shift
+        if codec.map.shift_sine is not None:
+            theta, first = codec.map.frequencies.double(), -4
+
+            def table(positions: Tensor) -> Tensor:
+                angles = positions[:, None].double() * theta
+                return torch.stack([angles.cos(), angles.sin()], 1).float().contiguous()
+
+            spans = table(256 * torch.arange(first, 8))
+            fields |= {"shift_sine": codec.map.shift_sine.contiguous(), "spans": spans, "first_span": first}
+            fields["steps"] = table(torch.arange(256))
+    fields |= {
+        "shift": None if shift is None else shift.contiguous(),
+        "scale": None if scale is None else scale.contiguous(),
+    }
+    return params("TransformParams", **fields)
+
+
+def pages_of(kernels: Kernels, page_format: PageFormat, codec: ReferenceCodec, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages of rows [B, H, n, row_bytes] and their table [B, H, capacity]; pages are kept alive by the first."""
+    made = [repack(kernels, page_format, rows, codec.code_bytes) for rows in packed.flatten(0, 1)]
+    table = torch.stack([table for _, table in made]).view(*packed.shape[:2], -1).contiguous()
+    return [pages for pages, _ in made], table  # type: ignore[return-value]
+
+
+def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
+    """The call by kernels [B, H·group, L, Dv]."""
+    k, v = call.formats
+    width_k, width_v = call.keys.head_dim, call.values.head_dim
+    batch, heads, tiles = call.batch, call.kv_heads, call.query_tiles
+    shape = {"kv_heads": heads, "group": call.group, "length": call.length, "query_tiles": tiles}
+    query = rows.query.contiguous()
+    strides = dict(
+        zip(("query_batch_stride", "query_head_stride", "query_position_stride"), query.stride()[:3], strict=True)
+    )
+    scale = width_k**-0.5
+    lengths = torch.tensor([call.packed, call.sinks, call.window], dtype=torch.int32)
+    key_blocks = 1 if rows.key_statistics is None else rows.key_statistics[0].shape[2]
+    key_transform = transform_of(call.keys, rows.key_statistics, call)
+    value_transform = transform_of(call.values, rows.value_statistics, call)
+
+    def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure) -> None:
+        kernels.launch(f"skvq::{name}", grid, threads, arguments, schedule=call.schedule)
+
+    folded = aligned(batch, heads, key_blocks, tiles, width_k // 16 * 64, dtype=torch.int32)
+    extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
+    noise = call.keys.map.noise if call.keys.map is not None else None
+    common = {"query": query, **strides, "lengths": lengths, **shape, "scale": scale}
+    arguments = params("FoldParams", **common, folded=folded, extras=extras, noise=noise, transform=key_transform)
+    launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), 128, arguments)
+
+    bias, capacity = None, call.packed + 3
+    paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
+    if call.turns:
+        bias = aligned(batch, heads * tiles * 8, capacity, dtype=torch.float32)
+        origins = torch.tensor(
+            [call.sinks - (call.paddings or [0] * batch)[b] for b in range(batch)], dtype=torch.int32
+        )
+        arguments = params(
+            "TurningParams", **common, bias=bias, origins=origins, transform=key_transform, capacity=capacity
+        )
+        spans = call.packed // 256 + 2
+        launch(f"turning<{call.element}, {width_k}>", (spans, heads * tiles, batch), 128, arguments)
+
+    mask_fields: dict[str, Any] = {"paddings": paddings, "causal": int(call.causal), "softcap": call.softcap}
+    if call.mask is not None:
+        kinds = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
+        expanded = call.mask.expand(batch, heads * call.group, call.length, call.total)
+        b, h, p, _ = expanded.stride()
+        mask_fields |= {"mask": call.mask, "batch_stride": b, "head_stride": h, "position_stride": p}
+        mask_fields["kind"] = kinds[call.mask.dtype]
+    mask = params("MaskParams", **mask_fields)
+
+    splits = -(-call.packed // (PAGE_ROWS * call.pages_per_split)) + 1  # one more than there are rows for
+    blocks = rows.key_statistics is not None or rows.value_statistics is not None
+    per_state = 2 if blocks else splits
+    unfolded = -(-splits // per_state)
+    state_count = unfolded + 3
+    packed_states = aligned(batch, heads * tiles, 8, splits, 4 + width_v, dtype=torch.float32)
+    states = aligned(batch, heads * tiles, 8, state_count, 4 + width_v, dtype=torch.float32)
+    key_pages, key_table = pages_of(kernels, k, call.keys, rows.key_bytes)
+    value_pages, value_table = pages_of(kernels, v, call.values, rows.value_bytes)
+    arguments = params(
+        "AttendParams",
+        key_pages=key_table,
+        value_pages=value_table,
+        folded=folded,
+        extras=extras,
+        bias=bias,
+        states=packed_states,
+        lengths=lengths,
+        bias_capacity=capacity,
+        mask=mask,
+        key_levels=level_table(call.keys),
+        value_levels=level_table(call.values),
+        weight_unit=4.0,
+        page_capacity=key_table.shape[-1],
+        pages_per_split=call.pages_per_split,
+        splits=splits,
+        pages_per_key_block=call.keys.block // PAGE_ROWS,
+        key_blocks=key_blocks,
+        **shape,
+    )
+    attend = f"attend<{k.expression}, {v.expression}, {call.tiles}>"
+    launch(attend, (splits, heads * tiles // call.tiles, batch), 128, arguments)
+    del key_pages, value_pages  # alive until here
+
+    arguments = params(
+        "UnfoldParams",
+        packed=packed_states,
+        states=states,
+        transform=value_transform,
+        splits=splits,
+        splits_per_state=per_state,
+        first_state=3,
+        state_count=state_count,
+        pages_per_split=call.pages_per_split,
+        kv_heads=heads,
+        query_tiles=tiles,
+    )
+    launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), 128, arguments)
+
+    window = slice(call.sinks + call.packed, call.total)
+    for region, part, first_state, splits_of_region in ((0, slice(0, call.sinks), 0, 1), (1, window, 1, 2)):
+        k_rows, v_rows = rows.keys[:, :, part].contiguous(), rows.values[:, :, part].contiguous()
+        count = max(1, k_rows.shape[2])
+        fields = {"key_rows": k_rows, "value_rows": v_rows}
+        for name, x in (("key", k_rows), ("value", v_rows)):
+            b, h, r, _ = x.stride()
+            fields |= {f"{name}_batch_stride": b, f"{name}_head_stride": h, f"{name}_row_stride": r}
+        arguments = params(
+            "PlainParams",
+            **common,
+            **fields,
+            states=states,
+            mask=mask,
+            region=region,
+            rows_per_split=-(-count // splits_of_region),
+            first_state=first_state,
+            state_count=state_count,
+        )
+        launch(f"plain<{call.element}, {width_k}, {width_v}>", (splits_of_region, heads * tiles, batch), 128, arguments)
+
+    output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
+    out_strides = ("output_batch_stride", "output_head_stride", "output_position_stride")
+    fields = dict(zip(out_strides, output.stride()[:3], strict=True))
+    sink_logits = call.sink_logits
+    arguments = params(
+        "MergeParams", states=states, output=output, sink_logits=sink_logits, state_count=state_count, **fields, **shape
+    )
+    launch(f"merge<{call.element}, {width_v}>", (heads * tiles, batch), 128, arguments)
+    return output

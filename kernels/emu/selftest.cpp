@@ -1,0 +1,194 @@
+// A cache's life without Python, for runs under AddressSanitizer and ThreadSanitizer: encode, attend, unfold, merge, decode.
+//
+// Is: every buffer of its exact size on the heap, ragged lengths, and the output compared with plain loops in double over the decoded rows.
+// Is not: a test of the codec's bytes (tests/test_kernels_codec.py). Exit status 0: all agree.
+#define _GNU_SOURCE 1
+#include "attend.cuh"
+#include "decode.cuh"
+#include "encode.cuh"
+#include "merge.cuh"
+#include "plain.cuh"
+#include "statistics.cuh"
+
+#include <cstdio>
+#include <memory>
+#include <random>
+
+using namespace skvq;
+
+namespace {
+constexpr int D = 64, kv_heads = 2, group = 3, sinks = 3, window = 5, packed = 150, block = 128, pages = 2, splits = 2;
+constexpr int head_tiles = kv_heads, state_count = 4, block_capacity = 2;
+
+std::mt19937 random_bits(1);
+
+template <class T>
+u64 address(const std::vector<T>& of) {
+    return reinterpret_cast<u64>(of.data());
+}
+std::vector<float> normal(size_t count) {
+    std::normal_distribution<float> distribution;
+    std::vector<float> made(count);
+    for (float& value : made) value = distribution(random_bits);
+    return made;
+}
+
+/// A stream's packed rows: pages at multiples of 16 bytes, their table, statistics, levels.
+template <class L>
+struct Stream {
+    std::vector<std::vector<U32x4>> memory;
+    std::vector<u64> table;
+    std::vector<float> rows = normal(static_cast<size_t>(kv_heads) * block_capacity * block * D), levels, shift, scale, read;
+    LevelTable words{};
+
+    /// Levels as params.cuh and encode.cuh want them: those of parts one codebook after the other.
+    Stream() : shift(kv_heads * block_capacity * D), scale(shift.size()), read(static_cast<size_t>(kv_heads) * packed * D) {
+        const int widest = L::is_parts ? 5 : L::part_bits(0), narrowest = L::is_parts ? 1 : widest;
+        for (int bits = narrowest; bits <= widest; ++bits) {
+            const int count = L::is_ternary ? 3 : 1 << bits, word = bits == 1 ? 0 : 1 << (bits - 2);
+            for (int i = 0; i < count; ++i) {
+                const u16 level = half_of_float((i - (count - 1) * 0.5f) * 3.0f / count);
+                levels.push_back(float_of_half(level));
+                words.low[word + i / 4] |= (level & 255u) << 8 * (i % 4);
+                words.high[word + i / 4] |= (level >> 8u) << 8 * (i % 4);
+            }
+        }
+        for (int i = 0; i < kv_heads * pages; ++i) {
+            memory.emplace_back(L::page_bytes / 16);
+            table.push_back(address(memory.back()));
+        }
+    }
+
+    TransformParams transform() const {
+        TransformParams p{};
+        p.shift = address(shift), p.scale = address(scale);
+        p.rotation = 1, p.pages_per_block = block / page_rows, p.block_count = block_capacity;
+        return p;
+    }
+
+    void pack() {
+        StatisticsParams s{};
+        s.rows = address(rows), s.head_stride = block_capacity * block * D, s.row_stride = D;
+        s.shift = address(shift), s.scale = address(scale);
+        s.exponent = 0.5, s.block = block, s.block_capacity = block_capacity, s.kv_heads = kv_heads, s.with_shift = 1;
+        emulator::launch({block_capacity, kv_heads, 1}, {statistics_threads, 1, 1}, 0, [&] { block_statistics<float, D>(s); });
+        i32 refused = 0;
+        EncodeParams e{};
+        e.rows = address(rows), e.head_stride = s.head_stride, e.row_stride = D;
+        e.pages = address(table), e.levels = address(levels), e.refused = reinterpret_cast<u64>(&refused), e.transform = transform();
+        e.clip = 1.0f, e.refinements = 1, e.page_capacity = pages, e.kv_heads = kv_heads;
+        for (int first = 0, count = 0; first < packed; first += count) {
+            count = first == 0 ? 37 : std::min(packed - first, 90);
+            e.first_row = first, e.row_count = count;
+            e.rows = address(rows) + 4ull * first * D;
+            const unsigned blocks = (first + count - 1) / block_rows - first / block_rows + 1;
+            emulator::launch({blocks, kv_heads, 1}, {encode_threads, 1, 1}, 0, [&] { encode<float, L>(e); });
+        }
+        DecodeParams d{};
+        d.pages = address(table), d.rows = address(read), d.head_stride = packed * D, d.row_stride = D, d.levels = address(levels);
+        d.transform = transform(), d.row_count = packed, d.page_capacity = pages, d.kv_heads = kv_heads;
+        emulator::launch({(packed + 15) / 16, kv_heads, 1}, {decode_threads, 1, 1}, 0, [&] { decode<float, L>(d); });
+    }
+};
+
+/// softmax(q·k)·v of one query over the rows of one head.
+void attend_exactly(const float* q, const std::vector<const float*>& key_rows, const std::vector<const float*>& value_rows, double* out) {
+    double sum = 0.0, largest = -1e300;
+    std::vector<double> scores;
+    for (const float* key : key_rows) {
+        double score = 0.0;
+        for (int c = 0; c < D; ++c) score += static_cast<double>(q[c]) * key[c] * 0.125;
+        scores.push_back(score);
+        largest = std::max(largest, score);
+    }
+    std::fill(out, out + D, 0.0);
+    for (size_t row = 0; row < scores.size(); ++row) {
+        const double weight = std::exp(scores[row] - largest);
+        sum += weight;
+        for (int c = 0; c < D; ++c) out[c] += weight * value_rows[row][c];
+    }
+    for (int c = 0; c < D; ++c) out[c] /= sum;
+}
+
+template <class K, class V>
+double run() {
+    Stream<K> keys_stream;
+    Stream<V> values_stream;
+    keys_stream.pack();
+    values_stream.pack();
+    const auto query = normal(kv_heads * group * D);
+    const auto key_rows = normal(kv_heads * (sinks + window) * D), value_rows = normal(key_rows.size());
+    const std::vector<i32> lengths{packed, sinks, window};
+    std::vector<u32> folded(kv_heads * block_capacity * (D / 16) * 64);
+    std::vector<float> extras(kv_heads * block_capacity * query_tile * (extras_head + K::groups));
+    std::vector<float> packed_states(head_tiles * query_tile * splits * (state_head + D)), states(head_tiles * query_tile * state_count * (state_head + D));
+    std::vector<float> output(kv_heads * group * D);
+
+    FoldParams f{};
+    f.query = address(query), f.query_head_stride = D, f.query_position_stride = D;
+    f.folded = address(folded), f.extras = address(extras), f.lengths = address(lengths), f.transform = keys_stream.transform();
+    f.scale = 0.125f, f.kv_heads = kv_heads, f.group = group, f.length = 1, f.query_tiles = 1;
+    emulator::launch({block_capacity, kv_heads, 1}, {row_threads, 1, 1}, 0, [&] { fold<float, K>(f); });
+
+    AttendParams a{};
+    a.key_pages = address(keys_stream.table), a.value_pages = address(values_stream.table), a.folded = f.folded, a.extras = f.extras;
+    a.states = address(packed_states), a.lengths = address(lengths), a.key_levels = keys_stream.words, a.value_levels = values_stream.words;
+    a.weight_unit = 1.0f, a.page_capacity = pages, a.pages_per_split = 1, a.splits = splits, a.pages_per_key_block = 1, a.key_blocks = block_capacity;
+    a.kv_heads = kv_heads, a.group = group, a.length = 1, a.query_tiles = 1;
+    emulator::launch({splits, kv_heads, 1}, {attend_threads, 1, 1}, 0, [&] { attend<K, V, 1>(a); });
+
+    UnfoldParams u{};
+    u.packed = a.states, u.states = address(states), u.transform = values_stream.transform();
+    u.splits = splits, u.splits_per_state = 2, u.first_state = 3, u.state_count = state_count, u.pages_per_split = 1, u.kv_heads = kv_heads, u.query_tiles = 1;
+    emulator::launch({1, head_tiles, 1}, {row_threads, 1, 1}, 0, [&] { unfold<D>(u); });
+
+    PlainParams p{};
+    p.query = f.query, p.query_head_stride = D, p.query_position_stride = D, p.states = u.states, p.lengths = a.lengths, p.scale = f.scale;
+    p.key_head_stride = p.value_head_stride = (sinks + window) * D, p.key_row_stride = p.value_row_stride = D, p.state_count = state_count;
+    p.kv_heads = kv_heads, p.group = group, p.length = 1, p.query_tiles = 1;
+    for (int region : {region_sinks, region_window}) {
+        p.region = region, p.first_state = region, p.rows_per_split = 3;
+        p.key_rows = address(key_rows) + (region ? 4 * sinks * D : 0), p.value_rows = address(value_rows) + (region ? 4 * sinks * D : 0);
+        emulator::launch({region ? 2u : 1u, head_tiles, 1}, {row_threads, 1, 1}, 0, [&] { plain<float, D, D>(p); });
+    }
+
+    MergeParams m{};
+    m.states = u.states, m.output = address(output), m.output_head_stride = D, m.output_position_stride = D, m.state_count = state_count;
+    m.kv_heads = kv_heads, m.group = group, m.length = 1, m.query_tiles = 1;
+    emulator::launch({head_tiles, 1, 1}, {row_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
+
+    double worst = 0.0;
+    for (int head = 0; head < kv_heads * group; ++head) {
+        const int kv_head = head / group;
+        std::vector<const float*> k, v;
+        for (int row = 0; row < packed; ++row) {
+            k.push_back(&keys_stream.read[(kv_head * packed + row) * D]);
+            v.push_back(&values_stream.read[(kv_head * packed + row) * D]);
+        }
+        for (int row = 0; row < sinks + window; ++row) {
+            k.push_back(&key_rows[(kv_head * (sinks + window) + row) * D]);
+            v.push_back(&value_rows[(kv_head * (sinks + window) + row) * D]);
+        }
+        double exact[D];
+        attend_exactly(&query[head * D], k, v, exact);
+        for (int c = 0; c < D; ++c) worst = std::max(worst, std::fabs(exact[c] - output[head * D + c]));
+    }
+    return worst;
+}
+}  // namespace
+
+int main() {
+    using Keys2 = Layout<keys, D, 2, D, 1, 1>;
+    using Ternary = Layout<values, D, format_ternary, 32, 1, 1>;
+#if defined(ONE_LAYOUT)  // formats differ in what a thread computes, not in how threads meet
+    const double errors[1] = {run<Keys2, Ternary>()};
+#else
+    using Parts = Layout<keys, D, format_parts, D, 1, 1, (5 | 1 << 3) | (3 | 1 << 3) << 8 | (1 | 2 << 3) << 16>;
+    const double errors[2] = {run<Keys2, Ternary>(), run<Parts, Ternary>()};
+#endif
+    for (double error : errors) {
+        std::printf("largest error %.1e\n", error);
+        if (!(error < 1e-3)) return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,188 @@
+// Where the codes and numbers of packed rows lie in a page of the device. PAGES.md draws it.
+//
+// Is: sizes and places, all compile-time constants of one stream's format. Is not: arithmetic on levels (levels.cuh).
+// A page holds 128 rows of one (sequence, kv head, stream) in 8 row blocks of 16 rows. A row block is cut into octets, 8 channels × 16 rows;
+// a lane of a warp holds 4 codes of an octet, those that an mma fragment wants from it.
+#pragma once
+#include "portable.cuh"
+
+namespace skvq {
+
+constexpr int page_rows = 128, block_rows = 16, blocks_per_page = page_rows / block_rows;
+
+// Template arguments are plain ints, so that their mangled names are the same for every compiler.
+constexpr int keys = 0, values = 1;
+/// Formats of FORMAT.md §1 that are not named by their bits.
+constexpr int format_parts = 0, format_pairs = 15, format_ternary = 16;
+
+/// Calls f(Constant<0>), …, f(Constant<N − 1>): a loop whose index is a constant under every compiler.
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+template <int N, int I = 0, class F>
+__device__ __forceinline__ void for_each(const F& f) {
+    if constexpr (I < N) {
+        f(Constant<I>{});
+        for_each<N, I + 1>(f);
+    }
+}
+
+/// Bytes of a lane in a plane of `bits` a code over `octets` octets.
+constexpr int plane_bytes(int bits, int octets) {
+    if (bits == 8) return 4 * octets;
+    if (bits == 4) return 2 * octets;
+    if (bits == 2) return octets;
+    const int rest = octets % 4;
+    return octets / 4 * 2 + (rest == 0 ? 0 : rest <= 2 ? 1 : 2);
+}
+
+/// First bit of code `i` of octet `octet` in such a plane: nibbles of one selector lie four bits apart wherever an octet has neighbours.
+__device__ constexpr int plane_bit(int bits, int octets, int octet, int i) {
+    if (bits == 8) return 32 * octet + 8 * i;
+    if (bits == 4) return 16 * octet + 4 * i;
+    if (bits == 2) {
+        const bool alone = octet + 1 == octets && octet % 2 == 0;
+        return alone ? 8 * octet + 2 * i : 16 * (octet / 2) + 4 * i + 2 * (octet % 2);
+    }
+    const bool spread = octets - octet / 4 * 4 >= 3;
+    return 16 * (octet / 4) + (spread ? 4 * i + octet % 4 : 4 * (octet % 4) + i);
+}
+
+/// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits.
+template <int Stream, int HeadDim, int Format, int GroupSize, int Symmetric, int NumberBytes, u64 Parts = 0>
+struct Layout {
+    static constexpr int stream = Stream, head_dim = HeadDim, format = Format, group_size = GroupSize, number_bytes = NumberBytes;
+    static constexpr bool symmetric = Symmetric != 0;
+    static constexpr bool is_parts = Format == format_parts, is_pairs = Format == format_pairs, is_ternary = Format == format_ternary;
+    static_assert(HeadDim % 16 == 0 && HeadDim <= 256, "head sizes are multiples of 16 up to 256");
+    static_assert(HeadDim % GroupSize == 0 && GroupSize % 16 == 0, "groups divide the head");
+    static_assert(!is_parts || (Parts != 0 && GroupSize == HeadDim && Symmetric), "a row of parts is one symmetric group");
+
+    static constexpr int groups = HeadDim / GroupSize;
+    /// Scales, then zero points, of a row.
+    static constexpr int numbers = groups * (symmetric ? 1 : 2);
+
+    static constexpr int part_count() {
+        if (!is_parts) return 1;
+        int count = 0;
+        while (count < 8 && (Parts >> 8 * count & 255) != 0) ++count;
+        return count;
+    }
+    static constexpr int part_bits(int part) {
+        if (is_parts) return static_cast<int>(Parts >> 8 * part & 7);
+        return is_pairs ? 3 : is_ternary ? 2 : Format;
+    }
+    static constexpr int part_width(int part) {
+        if (is_parts) return static_cast<int>(Parts >> (8 * part + 3) & 31) * 16;
+        return is_pairs ? HeadDim / 2 : HeadDim;
+    }
+    static constexpr int parts = part_count();
+
+    /// First code of a part.
+    static constexpr int part_first(int part) {
+        int first = 0;
+        for (int earlier = 0; earlier < part; ++earlier) first += part_width(earlier);
+        return first;
+    }
+    static_assert(!is_parts || part_first(part_count()) == HeadDim, "widths of parts add up to the head size");
+
+    static constexpr int count_codes() {
+        int count = 0;
+        for (int part = 0; part < parts; ++part) count += part_bits(part) ? part_width(part) : 0;
+        return count;
+    }
+    /// Codes of a row, and the channels that they stand for: the first ones.
+    static constexpr int codes = count_codes();
+    static constexpr int channels = is_pairs ? HeadDim : codes;
+    static constexpr int code_octets = codes / 8, tiles = channels / 16;
+
+    static constexpr int part_of_octet(int octet) {
+        int part = 0;
+        while (part + 1 < parts && octet * 8 >= part_first(part + 1)) ++part;
+        return part;
+    }
+
+    /// Bits of the planes that a part has: 5 = 4 + 1, 3 = 2 + 1.
+    static constexpr bool has_plane(int part, int bits) {
+        const int all = part_bits(part);
+        if (bits == 8) return all == 8;
+        return all != 8 && (all & bits) != 0;
+    }
+    /// First byte of a plane in a lane: wide planes come first, so that their fields do not straddle words.
+    static constexpr int plane_offset(int part, int bits) {
+        int offset = 0;
+        for (int size = 8; size >= 1; size /= 2) {
+            for (int other = 0; other < parts; ++other) {
+                if (size == bits && other == part) return offset;
+                if (has_plane(other, size)) offset += plane_bytes(size, part_width(other) / 8);
+            }
+        }
+        return offset;
+    }
+
+    // Ternary: word w of a lane has digit n of octet 5·w + n in its four bytes; a byte of the rest has the first four of its digits in one octet.
+    static constexpr int ternary_bytes = (4 * code_octets + 4) / 5;
+    static constexpr int ternary_words = ternary_bytes / 4;
+    static_assert(!is_ternary || code_octets - 5 * ternary_words <= ternary_bytes % 4, "the rest of a lane holds the last octets");
+
+    /// Bytes of codes of a lane in a row block.
+    static constexpr int lane_bytes = is_ternary ? ternary_bytes : plane_offset(parts, 0);
+    static constexpr int lane_words = (lane_bytes + 3) / 4;
+    static constexpr int block_bytes = 32 * lane_bytes;
+    static constexpr int page_code_bytes = blocks_per_page * block_bytes;
+    /// Numbers of the rows g and g + 8 lie together; of the 8 pairs of a row block one after the other.
+    static constexpr int pair_bytes = 2 * numbers * number_bytes;
+    static constexpr int page_bytes = page_code_bytes + page_rows * numbers * number_bytes;
+
+    /// Bytes of a row in FORMAT.md.
+    static constexpr int row_code_bytes() {
+        if (is_ternary) return (HeadDim + 4) / 5;
+        int bits = 0;
+        for (int part = 0; part < parts; ++part) bits += part_bits(part) * part_width(part);
+        return bits / 8;
+    }
+    static constexpr int row_number_bytes = numbers * number_bytes;
+};
+
+/// A lane's bytes are cut into words of 16 bytes, then 8, 4, 2, 1; word i of all lanes lies together. The place of byte `index` of a lane.
+template <class L>
+__device__ __forceinline__ int lane_byte(int lane, int index) {
+    int first = 0;
+    constexpr int wide = L::lane_bytes / 16 * 16;
+    if (index < wide) return index / 16 * 512 + lane * 16 + index % 16;
+    first = wide;
+    for (int size = 8; size >= 1; size /= 2) {
+        if (!(L::lane_bytes & size)) continue;
+        if (index < first + size) return 32 * first + lane * size + index - first;
+        first += size;
+    }
+    return 0;
+}
+
+/// The lane that holds a code, and which of its four codes of the octet it is. `row` is 0 … 15 in its row block.
+struct Place {
+    int lane, octet, i;
+};
+template <class L>
+__device__ __forceinline__ Place place_of(int row, int code) {
+    const int octet = code / 8, inner = code % 8;
+    if (L::stream == keys) return {4 * (row % 8) + inner / 2, octet, 2 * (row / 8) + inner % 2};
+    return {4 * inner + row % 8 / 2, octet, 2 * (row / 8) + row % 2};
+}
+/// The other way round.
+template <class L>
+__device__ __forceinline__ void row_and_code(const Place& place, int& row, int& code) {
+    const int g = place.lane / 4, t = place.lane % 4, side = place.i / 2, half = place.i % 2;
+    row = L::stream == keys ? g + 8 * side : 2 * t + half + 8 * side;
+    code = 8 * place.octet + (L::stream == keys ? 2 * t + half : g);
+}
+
+/// Byte of number `number` of row `row` (0 … 127) of a page.
+template <class L>
+__device__ __forceinline__ int number_byte(int row, int number) {
+    const int block = row / block_rows, inner = row % block_rows;
+    return L::page_code_bytes + block * 8 * L::pair_bytes + inner % 8 * L::pair_bytes + (2 * number + inner / 8) * L::number_bytes;
+}
+
+}  // namespace skvq

@@ -1,0 +1,204 @@
+// Codes of a lane to fragments of f16 levels, by byte permutation.
+//
+// Is: a lane's packed bytes in registers, and the two registers of an octet made from them. Is not: scales, which are applied to sums.
+// A selector has a code in each of its four low nibbles. Two permutations look up the low and the high bytes of four levels, two more
+// interleave them: about 1.4 instructions an element for up to 8 levels of any codebook, of which only the selectors depend on the format.
+#pragma once
+#include "layout.cuh"
+#include "params.cuh"
+
+namespace skvq {
+
+/// Nibbles of a byte's bits: bit i to bit 4·i.
+__device__ __forceinline__ u32 spread_bits(u32 nibble) {
+    const u32 pairs = (nibble | nibble << 6) & 0x0303u;
+    return (pairs | pairs << 3) & 0x1111u;
+}
+/// Pair i of a byte's bits to bits 4·i, 4·i + 1.
+__device__ __forceinline__ u32 spread_pairs(u32 byte) {
+    const u32 halves = (byte | byte << 4) & 0x0f0fu;
+    return (halves | halves << 2) & 0x3333u;
+}
+
+__device__ __forceinline__ u32 choose(u32 where_clear, u32 where_set, u32 mask) { return where_clear ^ ((where_clear ^ where_set) & mask); }
+
+/// First word of the table of a codebook of 2^bits levels.
+constexpr int table_of(int bits) { return bits == 1 ? 0 : 1 << (bits - 2); }
+static_assert(table_of(1) == 0 && table_of(2) == 1 && table_of(3) == 2 && table_of(4) == 4 && table_of(5) == 8, "as params.cuh says");
+
+/// One byte of each of four levels.
+template <int Bits>
+__device__ __forceinline__ u32 look_up(const u32 (&table)[16], int first, u32 selector, u32 bit3, u32 bit4) {
+    if constexpr (Bits <= 2) return permute_bytes(table[first], 0, selector);
+    if constexpr (Bits == 3) return permute_bytes(table[first], table[first + 1], selector);
+    if constexpr (Bits == 4) {
+        return choose(permute_bytes(table[first], table[first + 1], selector), permute_bytes(table[first + 2], table[first + 3], selector), bit3);
+    }
+    if constexpr (Bits == 5) {
+        return choose(look_up<4>(table, first, selector, bit3, 0), look_up<4>(table, first + 4, selector, bit3, 0), bit4);
+    }
+    return 0;
+}
+
+/// The four levels that a selector names: codes 0, 1 in `x`, codes 2, 3 in `y`. `high` has bit 4 of five in its nibbles.
+template <int Bits>
+__device__ __forceinline__ void levels_of(const LevelTable& table, int first, u32 selector, u32 high, u32& x, u32& y) {
+    u32 bit3 = 0, bit4 = 0;
+    if constexpr (Bits >= 4) {
+        bit3 = permute_bytes(0xff00u, 0, selector >> 3 & 0x1111u);
+        selector &= 0x7777u;  // a set bit 3 would ask for a sign
+    }
+    if constexpr (Bits == 5) bit4 = permute_bytes(0xff00u, 0, high);
+    const u32 low_bytes = look_up<Bits>(table.low, first, selector, bit3, bit4);
+    const u32 high_bytes = look_up<Bits>(table.high, first, selector, bit3, bit4);
+    x = permute_bytes(low_bytes, high_bytes, 0x5140);
+    y = permute_bytes(low_bytes, high_bytes, 0x7362);
+}
+
+/// The codes of one lane in one row block.
+template <class L>
+struct LaneCodes {
+    u32 words[L::lane_words];
+
+    __device__ __forceinline__ void load(const u8* page, int block, int lane) {
+        const u8* from = page + block * L::block_bytes;
+        constexpr int wide = L::lane_bytes / 16;
+        for_each<wide>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            const U32x4 loaded = load_streaming(reinterpret_cast<const U32x4*>(from) + 32 * i + lane);
+            words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y, words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
+        });
+        constexpr int after16 = 16 * wide, after8 = after16 + (L::lane_bytes & 8), after4 = after8 + (L::lane_bytes & 4);
+        constexpr int after2 = after4 + (L::lane_bytes & 2);
+        if constexpr ((L::lane_bytes & 8) != 0) {
+            const U32x2 loaded = load_streaming(reinterpret_cast<const U32x2*>(from + 32 * after16) + lane);
+            words[after16 / 4] = loaded.x, words[after16 / 4 + 1] = loaded.y;
+        }
+        if constexpr ((L::lane_bytes & 4) != 0) words[after8 / 4] = load_streaming(reinterpret_cast<const u32*>(from + 32 * after8) + lane);
+        if constexpr ((L::lane_bytes & 2) != 0) words[after4 / 4] = load_streaming(reinterpret_cast<const u16*>(from + 32 * after4) + lane);
+        if constexpr ((L::lane_bytes & 1) != 0) {
+            const u32 byte = load_streaming(from + 32 * after2 + lane);
+            words[after2 / 4] = after2 % 4 ? words[after2 / 4] | byte << 16 : byte;
+        }
+    }
+
+    /// 16 bits from byte `Byte` on, in the low half; what is above them is not specified unless the caller masks words.
+    template <int Byte>
+    __device__ __forceinline__ u32 bits_at() const {
+        constexpr int word = Byte / 4, shift = Byte % 4 * 8;
+        if constexpr (shift == 24 && word + 1 < L::lane_words) return words[word] >> 24 | words[word + 1] << 8;
+        return words[word] >> shift;
+    }
+
+    /// Selector of a plane of two bits.
+    template <int First, int Octets, int Octet>
+    __device__ __forceinline__ u32 two_bits() const {
+        if constexpr (Octet + 1 == Octets && Octet % 2 == 0) return spread_pairs(bits_at<First + Octet>() & 255u);
+        constexpr int byte = First + Octet / 2 * 2;
+        // Masked as a word first: the two octets of its upper half share that.
+        if constexpr (byte % 2 == 0) return (words[byte / 4] >> Octet % 2 * 2 & 0x33333333u) >> byte % 4 * 8;
+        return bits_at<byte>() >> Octet % 2 * 2 & 0x3333u;
+    }
+    /// Selector of a plane of one bit, at bit `At` of each nibble.
+    template <int First, int Octets, int Octet, int At>
+    __device__ __forceinline__ u32 one_bit() const {
+        constexpr int byte = First + Octet / 4 * 2, inner = Octet % 4;
+        if constexpr (Octets - Octet / 4 * 4 < 3) {
+            return spread_bits(bits_at<byte>() >> 4 * inner & 15u) << At;
+        } else {
+            const u32 bits = bits_at<byte>();
+            return (inner > At ? bits >> (inner > At ? inner - At : 0) : bits << (inner > At ? 0 : At - inner)) & (0x1111u << At);
+        }
+    }
+};
+
+/// Turns the octets of a lane into fragments. Octets of ternary codes are asked for in ascending order.
+template <class L>
+struct LaneDecoder {
+    const LaneCodes<L>& codes;
+    const LevelTable& table;
+    const u16* wide_levels;
+    /// Ternary: what is left of the bytes 0, 2 and 1, 3 of the present word, in halves.
+    u32 even = 0, odd = 0;
+
+    __device__ __forceinline__ LaneDecoder(const LaneCodes<L>& codes, const LevelTable& table, u64 wide_levels)
+        : codes(codes), table(table), wide_levels(reinterpret_cast<const u16*>(wide_levels)) {}
+
+    /// Registers of the 8 channels from 8·Octet on: x has codes 0, 1, y has codes 2, 3 of the octet.
+    template <int Octet>
+    __device__ __forceinline__ void octet(u32& x, u32& y) {
+        if constexpr (L::is_ternary) {
+            levels_of<2>(table, table_of(2), ternary<Octet>(), 0, x, y);
+        } else if constexpr (L::is_pairs) {
+            // Channels G / 2 apart share an index: group · G/16 octets of indices, each of which serves two octets of channels.
+            constexpr int per_group = L::group_size / 8, inner = Octet % per_group, half = per_group / 2;
+            constexpr int index = Octet / per_group * half + inner % half;
+            levels_of<3>(table, table_of(3) + (inner < half ? 0 : 2), three_bits<0, index>(), 0, x, y);
+        } else {
+            constexpr int part = L::part_of_octet(Octet), bits = L::part_bits(part), octets = L::part_width(part) / 8;
+            constexpr int inner = Octet - L::part_first(part) / 8;
+            if constexpr (bits == 8) {
+                wide(codes.words[Octet], x, y);
+            } else if constexpr (bits == 3) {
+                levels_of<3>(table, table_of(3), three_bits<part, inner>(), 0, x, y);
+            } else if constexpr (bits == 1) {
+                const u32 selector = codes.template one_bit<L::plane_offset(part, 1), octets, inner, 0>();
+                levels_of<1>(table, table_of(1), selector, 0, x, y);
+            } else if constexpr (bits == 2) {
+                levels_of<2>(table, table_of(2), codes.template two_bits<L::plane_offset(part, 2), octets, inner>(), 0, x, y);
+            } else {
+                u32 high = 0;
+                if constexpr (bits == 5) high = codes.template one_bit<L::plane_offset(part, 1), octets, inner, 0>();
+                const u32 selector = codes.template bits_at<L::plane_offset(part, 4) + 2 * inner>() & 0xffffu;
+                levels_of<bits>(table, table_of(bits), selector, high, x, y);
+            }
+        }
+    }
+
+    template <int Part, int Inner>
+    __device__ __forceinline__ u32 three_bits() const {
+        constexpr int octets = L::part_width(Part) / 8;
+        return codes.template two_bits<L::plane_offset(Part, 2), octets, Inner>() |
+               codes.template one_bit<L::plane_offset(Part, 1), octets, Inner, 2>();
+    }
+
+    /// Four bytes of one octet.
+    __device__ __forceinline__ void wide(u32 bytes, u32& x, u32& y) const {
+        if (wide_levels) {
+            x = wide_levels[bytes & 255] | static_cast<u32>(wide_levels[bytes >> 8 & 255]) << 16;
+            y = wide_levels[bytes >> 16 & 255] | static_cast<u32>(wide_levels[bytes >> 24]) << 16;
+            return;
+        }
+        // 0x6400 | c is 1024 + c; −1152 and + 0.5 make it c − 127.5, each step exact.
+        x = add_halves(add_halves(permute_bytes(bytes, 0x64646464u, 0x4140), 0xe480e480u), 0x38003800u);
+        y = add_halves(add_halves(permute_bytes(bytes, 0x64646464u, 0x4342), 0xe480e480u), 0x38003800u);
+    }
+
+    template <int Octet>
+    __device__ __forceinline__ u32 ternary() {
+        if constexpr (Octet < 5 * L::ternary_words) {
+            if constexpr (Octet % 5 == 0) {
+                const u32 word = codes.words[Octet / 5];
+                even = word & 0x00ff00ffu;
+                odd = word >> 8 & 0x00ff00ffu;
+            }
+            // A digit of each byte comes out above it: bits 8, 9 of each half.
+            const u32 even3 = even * 3u, odd3 = odd * 3u;
+            even = even3 & 0x00ff00ffu;
+            odd = odd3 & 0x00ff00ffu;
+            const u32 digits = (even3 >> 8 & 0x00030003u) | (odd3 >> 4 & 0x00300030u);
+            return digits | digits >> 8;  // bytes 0, 1, and 2, 3 from the upper half
+        } else {
+            constexpr int byte = 4 * L::ternary_words + Octet - 5 * L::ternary_words;
+            u32 rest = codes.words[byte / 4] >> byte % 4 * 8 & 255u, selector = 0;
+            for_each<4>([&](auto index) {
+                rest *= 3u;
+                selector |= (rest >> 8) << 4 * decltype(index)::value;
+                rest &= 255u;
+            });
+            return selector;
+        }
+    }
+};
+
+}  // namespace skvq

@@ -1,0 +1,190 @@
+// What the host gives to each kernel: one plain struct a kernel, 8-byte fields first, so that Rust mirrors them with #[repr(C)].
+//
+// Is: pointers, shapes, strides. Is not: anything a template argument says already. Strides are in elements, pointers are device addresses.
+// Lengths that a captured graph must not freeze lie in device memory: `lengths` points at {packed rows, sinks, window rows} (i32 each), rows
+// of one (sequence, kv head) counted from the first token of each region.
+#pragma once
+#include "portable.cuh"
+
+namespace skvq {
+
+/// The levels of a stream as f16, bytes apart, as byte permutations look them up: `low` has their low, `high` their high bytes, four to a word.
+/// The table of a codebook of 2^b levels begins at word {b = 1: 0, 2: 1, 3: 2, 4: 4, 5: 8}; three levels have the place of four; the second
+/// coordinates of codewords of pairs follow the first ones, at word 4.
+struct LevelTable {
+    u32 low[16];
+    u32 high[16];
+};
+
+/// repack.cuh. rows: code rows `[pages · 128, row_code_bytes]` and number rows `[pages · 128, row_number_bytes]`.
+struct RepackParams {
+    u64 code_rows, number_rows;
+    u64 pages;  // [pages] addresses
+    i32 rows;   // rows that exist
+    i32 padding;
+};
+
+/// What a codec does to a row before it is quantized (FORMAT.md §3, §6). All f32 but the permutation (i32); 0 where there is none.
+struct TransformParams {
+    u64 shift;        // [heads, D], or statistics [batch, heads, blocks, D]
+    u64 scale;        // [heads, D], or statistics [batch, heads, blocks, D]
+    u64 permutation;  // [heads, D]
+    u64 matrix;       // [heads, D, D]: M of parts
+    u64 inverse;      // [heads, D, D]: B of parts
+    u64 shift_sine;   // [heads, D]: ν of a mean that turns
+    u64 spans;        // [span count, 2, D]: cosines, then sines of 256·i·θ, i from first_span on
+    u64 steps;        // [256, 2, D]: of j·θ
+    i32 rotation;     // 1: Hadamard
+    i32 pages_per_block;  // pages that share statistics; 0: static ones
+    i32 block_count;      // blocks that `shift` and `scale` have room for
+    i32 first_span;
+};
+
+/// fold.cuh. Queries of one kv head: query q is head kv_head · group + q / length at position q % length.
+struct FoldParams {
+    u64 query;  // [batch, heads, length, D]
+    i64 query_batch_stride, query_head_stride, query_position_stride;
+    u64 folded;  // f16 [batch, kv heads, blocks, query tiles, D / 16, 32 lanes, 2 registers of 2], as fragments
+    u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, 0, sums over groups
+    u64 noise;   // f32 [D] or 0
+    u64 lengths;
+    TransformParams transform;
+    float scale;  // softmax scale
+    i32 kv_heads, group, length;
+    i32 query_tiles;
+    i32 padding;
+};
+
+/// turning.cuh: q·m(t) of every packed row.
+struct TurningParams {
+    u64 query;
+    i64 query_batch_stride, query_head_stride, query_position_stride;
+    u64 bias;     // f32 [batch, kv heads, query tiles, 8, capacity]
+    u64 origins;  // i32 [batch]: position of the first packed row
+    u64 lengths;
+    TransformParams transform;
+    i64 capacity;
+    float scale;
+    i32 kv_heads, group, length, query_tiles;
+    i32 padding;
+};
+
+/// What hides a token, for attend.cuh and plain.cuh.
+struct MaskParams {
+    u64 mask;  // 0: none; f32, f16, bf16 (added) or u8 (0 hides), [batch | 1, heads | 1, length | 1, tokens]
+    i64 batch_stride, head_stride, position_stride;
+    u64 paddings;  // i32 [batch] or 0: tokens of padding before each sequence
+    i32 kind;      // 0: none, 1: f32, 2: f16, 3: bf16, 4: u8
+    i32 causal;    // query l sees tokens up to total − length + l
+    float softcap; // 0: none
+    i32 total_from_lengths_plus;  // total tokens = packed + sinks + window + this many fresh ones
+};
+
+/// attend.cuh. Grid: splits × (kv heads · query tiles / tiles of the instance) × batch.
+struct AttendParams {
+    u64 key_pages, value_pages;  // u64 [batch, kv heads, page capacity]
+    u64 folded, extras;          // of fold.cuh
+    u64 bias;                    // of turning.cuh, or 0
+    u64 states;                  // f32 [batch, kv heads, query tiles, 8, splits, 4 + Dv]: m, l, Σp, 0, o
+    u64 lengths;
+    u64 key_wide_levels, value_wide_levels;  // f16 [256] of 8-bit codes, or 0: c − 127.5
+    i64 bias_capacity;
+    MaskParams mask;
+    LevelTable key_levels, value_levels;
+    float weight_unit;  // a power of two by which weights times scales are multiplied before they become f16
+    i32 page_capacity, pages_per_split, splits;
+    i32 pages_per_key_block, key_blocks;
+    i32 kv_heads, group, length, query_tiles;
+};
+
+/// plain.cuh. Grid: splits × (kv heads · query tiles) × batch; rows are sinks, window or fresh rows in the model's type.
+struct PlainParams {
+    u64 query;
+    i64 query_batch_stride, query_head_stride, query_position_stride;
+    u64 key_rows, value_rows;
+    i64 key_batch_stride, key_head_stride, key_row_stride;
+    i64 value_batch_stride, value_head_stride, value_row_stride;
+    u64 states;  // as of attend.cuh, of `state_count` states a query; this launch's begin at `first_state`
+    u64 lengths;
+    MaskParams mask;
+    float scale;
+    i32 region;  // 0: sinks, 1: window, 2: fresh rows
+    i32 fresh_rows, rows_per_split, first_state, state_count;
+    i32 kv_heads, group, length, query_tiles;
+    i32 padding[2];
+};
+
+/// merge.cuh, unfold: packed states of some splits become one state in the model's space.
+struct UnfoldParams {
+    u64 packed;  // f32 [batch, kv heads, query tiles, 8, splits, 4 + D]
+    u64 states;  // f32 [batch, kv heads, query tiles, 8, state_count, 4 + D]
+    TransformParams transform;
+    i32 splits, splits_per_state, first_state, state_count;
+    i32 pages_per_split, kv_heads, query_tiles, padding;
+};
+
+/// merge.cuh, merge: states of a query become its output row.
+struct MergeParams {
+    u64 states;
+    u64 output;  // [batch, heads, length, D]
+    i64 output_batch_stride, output_head_stride, output_position_stride;
+    u64 sink_logits;  // f32 [heads] or 0
+    i32 state_count, kv_heads, group, length, query_tiles;
+    i32 padding;
+};
+
+/// encode.cuh. Rows first_row … first_row + rows − 1 of the packed past. Grid: row blocks × kv heads × batch.
+struct EncodeParams {
+    u64 rows;  // [batch, heads, rows, D], row 0 is the packed row first_row
+    i64 batch_stride, head_stride, row_stride;
+    u64 pages;    // u64 [batch, kv heads, page capacity]
+    u64 levels;   // f32 [level count], or pairs [8, 2], or for parts [62]: 2^b levels from 2^b − 2 on
+    u64 origins;  // i32 [batch] or 0: position of packed row 0, for a mean that turns
+    u64 refused;  // i32: rows that could not be encoded are counted here, and stored as NaN
+    TransformParams transform;
+    float clip;
+    i32 rule;  // 0: norm, 1: range
+    i32 refinements, unbiased, uniform;
+    i32 first_row, row_count, page_capacity, kv_heads;
+    i32 padding;
+};
+
+/// statistics.cuh. Grid: blocks × kv heads × batch.
+struct StatisticsParams {
+    u64 rows;  // [batch, heads, rows, D]: those of the first of the blocks on
+    i64 batch_stride, head_stride, row_stride;
+    u64 paddings;  // i32 [batch] or 0: rows of packed past that are padding
+    u64 shift, scale;  // f32 [batch, heads, block capacity, D]
+    double exponent;
+    i32 block, first_block, block_capacity, kv_heads;
+    i32 with_shift;
+    i32 padding;
+};
+
+/// decode.cuh. Grid: row blocks × kv heads × batch.
+struct DecodeParams {
+    u64 pages;
+    u64 rows;  // [batch, heads, rows, D]: row 0 is the packed row first_row
+    i64 batch_stride, head_stride, row_stride;
+    u64 levels;
+    u64 origins;
+    TransformParams transform;
+    i32 first_row, row_count, page_capacity, kv_heads;
+};
+
+// Rust has the same sizes; none of the structs has room between its fields.
+static_assert(sizeof(LevelTable) == 128, "LevelTable");
+static_assert(sizeof(RepackParams) == 32, "RepackParams");
+static_assert(sizeof(TransformParams) == 80, "TransformParams");
+static_assert(sizeof(FoldParams) == 168, "FoldParams");
+static_assert(sizeof(TurningParams) == 168, "TurningParams");
+static_assert(sizeof(MaskParams) == 56, "MaskParams");
+static_assert(sizeof(AttendParams) == 432, "AttendParams");
+static_assert(sizeof(PlainParams) == 216, "PlainParams");
+static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
+static_assert(sizeof(MergeParams) == 72, "MergeParams");
+static_assert(sizeof(EncodeParams) == 184, "EncodeParams");
+static_assert(sizeof(StatisticsParams) == 88, "StatisticsParams");
+static_assert(sizeof(DecodeParams) == 152, "DecodeParams");
+
+}  // namespace skvq

@@ -1,0 +1,180 @@
+// The one place where a kernel file learns whether NVRTC or g++ (with the emulator, -DKERNEL_EMU) compiles it.
+//
+// Is: fixed-width types, conversions, and a wrapper for every instruction that C++ has no word for. Is not: anything of the codec.
+// No header of the toolkit or the system is needed under NVRTC, so any NVRTC compiles these files from memory.
+// Fragments of m16n8k16: lane = 4·g + t; A: rows g, g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; B: rows as A's columns, column g;
+// D: rows g, g + 8, columns 2t, 2t + 1.
+#pragma once
+#if defined(KERNEL_EMU)
+#include "emu/emulator.hpp"
+#endif
+
+namespace skvq {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+// clang-format off
+struct alignas(8) U32x2 { u32 x, y; };
+struct alignas(16) U32x4 { u32 x, y, z, w; };
+// clang-format on
+
+/// Element types of the model.
+struct Half {
+    u16 bits;
+};
+struct BFloat {
+    u16 bits;
+};
+
+constexpr float log2_e = 1.4426950408889634f;
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
+__device__ __forceinline__ bool is_nan(float x) { return (__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
+__device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+#if defined(KERNEL_EMU)
+__device__ __forceinline__ float float_of_half(u16 bits) { return emulator::float_of_half(bits); }
+__device__ __forceinline__ u16 half_of_float(float value) { return emulator::half_of_float(value); }
+__device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    const u64 bytes = static_cast<u64>(b) << 32 | a;
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 pick = selector >> 4 * i & 15, byte = bytes >> 8 * (pick & 7) & 255;
+        result |= (pick & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+    }
+    return result;
+}
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+    const float low = float_of_half(a & 0xffff) + float_of_half(b & 0xffff), high = float_of_half(a >> 16) + float_of_half(b >> 16);
+    return half_of_float(low) | static_cast<u32>(half_of_float(high)) << 16;
+}
+__device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    emulator::multiply_fragments(d, a, b);
+}
+__device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
+__device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
+__device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
+template <class T>
+__device__ __forceinline__ T load_streaming(const T* from) {
+    if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
+    return *from;
+}
+#define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::self().block->dynamic_shared)
+#else
+__device__ __forceinline__ float float_of_half(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ __forceinline__ u16 half_of_float(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+/// PRMT: byte i of the result is the byte of b:a that nibble i of the selector names.
+__device__ __forceinline__ u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+    return result;
+}
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+/// D[16 × 8] += A[16 × 16]·B[16 × 8], f16 in, f32 sums.
+__device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// Transposes an 8 × 8 matrix of 16-bit elements: lane 4·g + t gives row g, columns 2t, 2t + 1 and gets column g, rows 2t, 2t + 1.
+__device__ __forceinline__ u32 transpose_fragment(u32 pair) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+/// 2^x to two units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+/// 1 / x to one unit in the last place; of infinity 0.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+/// Packed bytes are read once: they need not stay in the first-level cache.
+__device__ __forceinline__ U32x4 load_streaming(const U32x4* from) {
+    U32x4 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ U32x2 load_streaming(const U32x2* from) {
+    U32x2 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ u32 load_streaming(const u32* from) {
+    u32 r;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ u16 load_streaming(const u16* from) {
+    u16 r;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(r) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ u8 load_streaming(const u8* from) {
+    u32 r;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(r) : "l"(from));
+    return static_cast<u8>(r);
+}
+extern __shared__ unsigned char skvq_dynamic_shared[];
+#define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(skvq_dynamic_shared)
+#endif
+
+constexpr u32 whole_warp = 0xffffffffu;
+
+/// Two f32 as f16, `low` in the low half, beyond the range of f16 its largest number.
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
+    // A NaN must survive: fminf would drop it.
+    const float a = is_nan(low) ? low : fminf(fmaxf(low, -65504.0f), 65504.0f);
+    const float b = is_nan(high) ? high : fminf(fmaxf(high, -65504.0f), 65504.0f);
+    return half_of_float(a) | static_cast<u32>(half_of_float(b)) << 16;
+}
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(Half value) { return float_of_half(value.bits); }
+__device__ __forceinline__ float widen(BFloat value) { return __uint_as_float(static_cast<u32>(value.bits) << 16); }
+
+/// f32 to an element type, to nearest even.
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+    static __device__ __forceinline__ float from(float value) { return value; }
+};
+template <>
+struct Narrow<Half> {
+    static __device__ __forceinline__ Half from(float value) { return {half_of_float(value)}; }
+};
+template <>
+struct Narrow<BFloat> {
+    static __device__ __forceinline__ BFloat from(float value) {
+        const u32 bits = __float_as_uint(value);
+        if (is_nan(value)) return {0x7fff};
+        return {static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+    }
+};
+
+}  // namespace skvq

@@ -1,0 +1,73 @@
+// The partial softmax of a query over some rows, as kernels hand it to each other: f32 {m, l, Σp of packed rows, 0, o[Dv]}.
+//
+// m is the largest score (−∞ if no row was seen), l = Σ exp(score − m), o = Σ exp(score − m)·v. States merge in any order.
+#pragma once
+#include "params.cuh"
+
+namespace skvq {
+
+constexpr int state_head = 4;
+constexpr int query_tile = 8;
+
+/// States `[batch, kv heads, query tiles, 8, count, 4 + width]`.
+__device__ __forceinline__ float* state_at(u64 states, int batch, int head_tile, int head_tiles, int query, int count, int index, int width) {
+    const i64 row = ((static_cast<i64>(batch) * head_tiles + head_tile) * query_tile + query) * count + index;
+    return reinterpret_cast<float*>(states) + row * (state_head + width);
+}
+
+/// exp(m − maximum), the factor that brings a state to a new maximum. A state that saw nothing has none, unless it is not a number.
+__device__ __forceinline__ float state_factor(float m, float l, float maximum) {
+    if (is_nan(l)) return l;
+    return m == -infinity() ? 0.0f : exp2_fast((m - maximum) * log2_e);
+}
+
+/// Query q of a kv head: which head and position it is.
+struct QueryPlace {
+    int head, position;
+    bool exists;
+};
+__device__ __forceinline__ QueryPlace query_at(int kv_head, int group, int length, int query) {
+    return {kv_head * group + query / length, query % length, query < group * length};
+}
+
+/// softcap·tanh(score / softcap), tanh x being 1 − 2 / (1 + exp 2x): right to a few 1e-7 of the cap.
+__device__ __forceinline__ float soft_cap(float score, float softcap) {
+    return softcap - 2.0f * softcap * reciprocal_fast(1.0f + exp2_fast(score * reciprocal_fast(softcap) * (2.0f * log2_e)));
+}
+
+/// What one query may see. `token` counts from the beginning of the sequence, padding included.
+struct QueryView {
+    i64 mask_row;    // element of the mask that token 0 has
+    int last_token;  // −1 for a query that does not exist
+
+    /// `total`: tokens that the call attends to.
+    __device__ __forceinline__ QueryView(const MaskParams& mask, int batch, const QueryPlace& place, int length, int total)
+        : mask_row(batch * mask.batch_stride + place.head * mask.head_stride + place.position * mask.position_stride),
+          last_token(!place.exists ? -1 : mask.causal ? total - length + place.position : 0x7fffffff) {}
+    QueryView() = default;
+
+    /// Softcap, mask, causality: the score that enters the softmax.
+    __device__ __forceinline__ float apply(const MaskParams& mask, float score, int token) const {
+        if (token > last_token) return -infinity();
+        if (mask.softcap > 0.0f) score = soft_cap(score, mask.softcap);
+        if (mask.kind == 0) return score;
+        const i64 at = mask_row + token;
+        if (mask.kind == 4) return reinterpret_cast<const u8*>(mask.mask)[at] ? score : -infinity();
+        float bias;
+        if (mask.kind == 1) bias = reinterpret_cast<const float*>(mask.mask)[at];
+        else if (mask.kind == 2) bias = widen(reinterpret_cast<const Half*>(mask.mask)[at]);
+        else bias = widen(reinterpret_cast<const BFloat*>(mask.mask)[at]);
+        // A hidden token stays hidden even if its score is not a number.
+        return bias == -infinity() ? bias : score + bias;
+    }
+};
+
+/// Tokens that a call attends to, and those of padding before sequence `batch`.
+__device__ __forceinline__ int total_tokens(const MaskParams& mask, const i32* lengths) {
+    return lengths[0] + lengths[1] + lengths[2] + mask.total_from_lengths_plus;
+}
+__device__ __forceinline__ int padding_of(const MaskParams& mask, int batch) {
+    return mask.paddings ? reinterpret_cast<const i32*>(mask.paddings)[batch] : 0;
+}
+
+}  // namespace skvq

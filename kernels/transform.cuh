@@ -1,0 +1,161 @@
+// Rows in the hands of 16 lanes, and what a codec does to them before and after quantization (FORMAT.md §3, steps 1 to 3, and §6).
+//
+// Is: Hadamard, permutation, sums in the order of the specification. Is not: attention.
+// A row of D channels is `float row[D / 16]`: lane l of a half warp holds the channels l, l + 16, l + 32, … All lanes of the warp take part in
+// every function, so both halves must call it. Nothing here fuses a multiply and an add.
+#pragma once
+#include "params.cuh"
+
+namespace skvq {
+
+constexpr int row_lanes = 16, rows_per_block = 8, row_threads = row_lanes * rows_per_block;
+
+template <class F>
+__device__ __forceinline__ float fold_lanes(float value, const F& join) {
+    for (int distance = 8; distance >= 1; distance /= 2) value = join(value, __shfl_xor_sync(whole_warp, value, distance));
+    return value;
+}
+__device__ __forceinline__ float add_lanes(float value) {
+    return fold_lanes(value, [](float a, float b) { return __fadd_rn(a, b); });
+}
+
+/// Sum of `count` elements of each lane, in the order of FORMAT.md §3.4.
+__device__ __forceinline__ float lane_sum(const float* elements, int count) {
+    float sum = elements[0];
+    for (int k = 1; k < count; ++k) sum = __fadd_rn(sum, elements[k]);
+    return add_lanes(sum);
+}
+
+constexpr int hadamard_block(int head_dim) { return head_dim & -head_dim; }
+/// The f32 nearest to 1 / √B.
+constexpr float hadamard_unit(int block) {
+    constexpr float units[5] = {0.25f, 0.17677669529663689f, 0.125f, 0.088388347648318447f, 0.0625f};
+    int index = 0;
+    while ((16 << index) < block) ++index;
+    return units[index];
+}
+
+/// In blocks of the largest power of two that divides D.
+template <int D>
+__device__ __forceinline__ void hadamard(float (&row)[D / 16], int lane) {
+    constexpr int block = hadamard_block(D);
+#pragma unroll
+    for (int h = 1; h < 16; h *= 2) {
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            const float other = __shfl_xor_sync(whole_warp, row[k], h);
+            row[k] = lane & h ? __fsub_rn(other, row[k]) : __fadd_rn(row[k], other);
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < block / 16; h *= 2) {
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            if (k & h) continue;
+            const float low = row[k], high = row[k + h];
+            row[k] = __fadd_rn(low, high);
+            row[k + h] = __fsub_rn(low, high);
+        }
+    }
+    for (float& element : row) element = __fmul_rn(element, hadamard_unit(block));
+}
+
+/// A row through shared memory: lanes of one half warp write and read `buffer` [D] of their own.
+template <int D>
+__device__ __forceinline__ void spill(const float (&row)[D / 16], float* buffer, int lane) {
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) buffer[lane + 16 * k] = row[k];
+    __syncwarp();
+}
+/// y_j = u_π(j).
+template <int D>
+__device__ __forceinline__ void permute(float (&row)[D / 16], const i32* permutation, float* buffer, int lane) {
+    spill<D>(row, buffer, lane);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) row[k] = buffer[permutation[lane + 16 * k]];
+}
+template <int D>
+__device__ __forceinline__ void permute_back(float (&row)[D / 16], const i32* permutation, float* buffer, int lane) {
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) buffer[permutation[lane + 16 * k]] = row[k];
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) row[k] = buffer[lane + 16 * k];
+}
+
+/// row_j = Σ_c M[j][c]·row_c, from 0, in the order of c.
+template <int D>
+__device__ __forceinline__ void multiply_matrix(float (&row)[D / 16], const float* matrix, float* buffer, int lane) {
+    spill<D>(row, buffer, lane);
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+        const float* from = matrix + static_cast<i64>(lane + 16 * k) * D;
+        float sum = 0.0f;
+        for (int c = 0; c < D; ++c) sum = __fadd_rn(sum, __fmul_rn(from[c], buffer[c]));
+        row[k] = sum;
+    }
+}
+/// row_j = Σ_c M[c][j]·row_c.
+template <int D>
+__device__ __forceinline__ void multiply_transposed(float (&row)[D / 16], const float* matrix, float* buffer, int lane) {
+    spill<D>(row, buffer, lane);
+    for (float& element : row) element = 0.0f;
+    for (int c = 0; c < D; ++c) {
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) row[k] += matrix[static_cast<i64>(c) * D + lane + 16 * k] * buffer[c];
+    }
+}
+
+/// Where the parameters of one head (and of one block of its rows) lie; null where there are none.
+struct HeadTransform {
+    const float *shift, *scale, *matrix, *inverse, *shift_sine;
+    const i32* permutation;
+
+    __device__ __forceinline__ HeadTransform(const TransformParams& p, int head_dim, int batch, int head, int heads, int block) {
+        const i64 width = head_dim;
+        const i64 affine = (p.pages_per_block ? (static_cast<i64>(batch) * heads + head) * p.block_count + block : head) * width;
+        auto at = [](u64 base, i64 offset) { return base ? reinterpret_cast<const float*>(base) + offset : nullptr; };
+        shift = at(p.shift, affine);
+        scale = at(p.scale, affine);
+        matrix = at(p.matrix, head * width * width);
+        inverse = at(p.inverse, head * width * width);
+        shift_sine = at(p.shift_sine, head * width);
+        permutation = reinterpret_cast<const i32*>(at(p.permutation, head * width));
+    }
+};
+
+/// The block of statistics of a page.
+__device__ __forceinline__ int block_of_page(const TransformParams& p, int page) { return p.pages_per_block ? page / p.pages_per_block : 0; }
+
+/// C(t) and S(t) of FORMAT.md §6 for one channel.
+__device__ __forceinline__ void turn(const TransformParams& p, int head_dim, int position, int channel, float& cosine, float& sine) {
+    const int span = position >= 0 ? position / 256 : -((255 - position) / 256), step = position - 256 * span;
+    const float* far = reinterpret_cast<const float*>(p.spans) + static_cast<i64>(span - p.first_span) * 2 * head_dim + channel;
+    const float* near = reinterpret_cast<const float*>(p.steps) + static_cast<i64>(step) * 2 * head_dim + channel;
+    cosine = __fsub_rn(__fmul_rn(far[0], near[0]), __fmul_rn(far[head_dim], near[head_dim]));
+    sine = __fadd_rn(__fmul_rn(far[head_dim], near[0]), __fmul_rn(far[0], near[head_dim]));
+}
+
+/// m(t), or the shift, of one channel; 0 where there is none.
+__device__ __forceinline__ float mean_of(const TransformParams& p, const HeadTransform& head, int head_dim, int position, int channel) {
+    if (!head.shift) return 0.0f;
+    if (!head.shift_sine) return head.shift[channel];
+    float cosine, sine;
+    turn(p, head_dim, position, channel, cosine, sine);
+    return __fadd_rn(__fmul_rn(head.shift[channel], cosine), __fmul_rn(head.shift_sine[channel], sine));
+}
+
+/// ŷ to x̂: inverse permutation, rotation, scale and shift, or B and the mean. `weight` multiplies the shift.
+template <int D>
+__device__ __forceinline__ void transform_back(float (&row)[D / 16], const TransformParams& p, const HeadTransform& head, float* buffer, int lane) {
+    if (head.inverse) return multiply_matrix<D>(row, head.inverse, buffer, lane);
+    if (head.permutation) permute_back<D>(row, head.permutation, buffer, lane);
+    if (p.rotation) hadamard<D>(row, lane);
+    if (!head.scale) return;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) row[k] = __fmul_rn(row[k], head.scale[lane + 16 * k]);
+}
+
+}  // namespace skvq

@@ -1,0 +1,137 @@
+"""Attention kernels in the host emulator against float64 attention over what skvq.reference reads back.
+
+Ragged lengths, all formats, grouped queries, masks, padding, block statistics, parts with a mean that turns, and the
+order in which threads run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parts_examples import codec_options
+from skvq.reference import ReferenceCodec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
+import harness
+import pipeline
+from pipeline import Call
+
+pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
+
+# Of the largest output: queries, levels and weights are f16, sums f32.
+ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 5e-4}
+
+
+def codec(format: str = "2", head_dim: int = 64, **more: Any) -> ReferenceCodec:
+    return ReferenceCodec(head_dim=head_dim, format=format, **more)
+
+
+def parts(head_dim: int, index: int, **more: Any) -> ReferenceCodec:
+    return ReferenceCodec(**codec_options(head_dim, index, heads=2, **more))
+
+
+def statics(head_dim: int) -> dict[str, Any]:
+    """Shift, scale and a permutation of each of two heads."""
+    generator = torch.Generator().manual_seed(head_dim)
+    return {
+        "shift": torch.randn(2, head_dim, generator=generator),
+        "scale": 0.5 + torch.rand(2, head_dim, generator=generator),
+        "permutation": [torch.randperm(head_dim, generator=generator).tolist() for _ in range(2)],
+    }
+
+
+def float_mask(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(*shape, generator=generator)
+    return bias.masked_fill(torch.rand(*shape, generator=generator) < 0.2, -torch.inf).to(dtype)
+
+
+TWO = codec()
+BLOCKS = {"block": 128, "scale_exponent": 0.5}
+CALLS = [
+    Call(codec(head_dim=128), codec("1.6", 128), group=4, name="2 and ternary, 128"),
+    Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning, 128"),
+    Call(parts(64, 1, turning=False), parts(96, 0, turning=False, noise=False), group=3, name="parts, 64 and 96"),
+    Call(TWO, TWO, dtype=torch.bfloat16, batch=2, group=8, packed=333, pages_per_split=2, name="2, batch, bfloat16"),
+    Call(
+        codec(**statics(64)), codec(**statics(64)), dtype=torch.float32, group=2, length=2, name="2, statics, float32"
+    ),
+    Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, packed=300, name="blocks"),
+    Call(codec("3", group_size=32), codec("3", group_size=32), group=1, packed=17, name="3, groups of 32"),
+    Call(codec("1.5", 80), codec("1.5", 80), group=4, packed=1, name="pairs, 80"),
+    Call(codec("1.5", 64, group_size=32), codec("1.5", 64, group_size=32), packed=129, name="pairs, groups of 32"),
+    Call(
+        codec("4", 96, symmetric=False, metadata="fp16"),
+        codec("2", 96, symmetric=False, metadata="fp16", group_size=32),
+        name="4, zeros",
+    ),
+    Call(codec("8", 64, symmetric=False, group_size=64), codec("8", 64, metadata="fp16"), packed=40, name="8"),
+    Call(codec("1.6", 112), codec("4", 112), group=5, packed=33, name="112"),
+    Call(codec("2", 192), codec("1.6", 192), group=16, tiles=2, packed=140, name="192, two tiles"),
+    Call(codec("2", 256), codec("2", 256), group=8, packed=48, name="256"),
+    Call(codec("2", 192), codec("1.6", 128), kv_heads=1, group=2, packed=16, name="widths differ"),
+    Call(TWO, TWO, group=4, length=5, causal=True, softcap=7.0, window=3, name="causal, softcap, 20 queries"),
+    Call(TWO, TWO, group=4, length=4, tiles=2, causal=True, window=0, sinks=1, name="causal into the past, no window"),
+    Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=200, group=2, name="padding"),
+    Call(
+        TWO, TWO, batch=2, paddings=(210, 7), mask=float_mask(2, 1, 1, 225), packed=200, group=2, name="padding, mask"
+    ),
+    Call(TWO, TWO, mask=float_mask(1, 4, 3, 175, dtype=torch.bfloat16), group=2, length=3, name="bfloat16 mask"),
+    Call(TWO, TWO, mask=float_mask(1, 1, 1, 175) > 0.0, name="boolean mask"),
+    Call(TWO, TWO, mask=torch.zeros(1, 1, 1, 175, dtype=torch.bool), name="nothing seen"),
+    Call(TWO, TWO, sink_logits=torch.tensor([0.5, -1.0, 2.0, 0.0]), group=2, name="sink logits"),
+    Call(TWO, TWO, sinks=0, window=0, packed=256, name="packed rows only"),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> harness.Kernels:
+    return harness.Kernels([name for call in CALLS for name in call.instances()], pipeline.HEADERS)
+
+
+def check(call: Call, kernels: harness.Kernels) -> torch.Tensor:
+    rows = pipeline.make_rows(call)
+    found, exact = pipeline.run(call, rows, kernels), pipeline.expected(call, rows)
+    largest = max(1.0, float(exact.abs().max()))
+    error = float((found.double() - exact).abs().max()) / largest
+    assert error <= ERROR[call.dtype], f"error {error:.2e}"
+    return found
+
+
+@pytest.mark.parametrize("call", CALLS, ids=[call.name for call in CALLS])
+def test_attention_over_packed_rows(call: Call, kernels: harness.Kernels) -> None:
+    found = check(call, kernels)
+    if call.name == "nothing seen":
+        assert not found.any()
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "random:7"])
+def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernels) -> None:
+    for call in CALLS[:2]:
+        rows = pipeline.make_rows(call)
+        first = pipeline.run(call, rows, kernels)
+        assert torch.equal(first, pipeline.run(dataclasses.replace(call, schedule=schedule), rows, kernels))
+
+
+def test_a_row_that_is_not_a_number_reaches_only_who_sees_it(kernels: harness.Kernels) -> None:
+    call = next(call for call in CALLS if call.name == "boolean mask")
+    assert call.mask is not None
+    rows = pipeline.make_rows(call)
+    hidden = int((~call.mask[0, 0, 0, 5:150]).nonzero()[0])
+    seen = int(call.mask[0, 0, 0, 5:150].nonzero()[0])
+    before = pipeline.run(call, rows, kernels)
+    for where, spreads in ((hidden, False), (seen, True)):
+        for packed in (rows.key_bytes, rows.value_bytes):
+            kept = packed[:, 0, where].clone()
+            packed[:, 0, where, -1:] = 0x7F
+            found = pipeline.run(call, rows, kernels)
+            packed[:, 0, where] = kept
+            assert bool(found[:, 0].isnan().all()) == spreads
+            assert torch.equal(found[:, 1], before[:, 1])
+            assert spreads or torch.equal(found, before)

@@ -1,0 +1,139 @@
+"""Kernels compiled by NVRTC for every architecture: no spills, registers within budget, names as the emulator has them.
+
+Needs NVRTC (`pip install nvidia-cuda-nvrtc`; torch's CUDA builds bring it), no GPU and no header.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from skvq.reference import ReferenceCodec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
+import harness
+from harness import PageFormat
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+# Four blocks of 128 threads on a multiprocessor, three where sixteen queries or wide heads need more.
+FOUR_BLOCKS, THREE_BLOCKS, TWO_BLOCKS = 128, 168, 255
+
+
+def layout(stream: str, name: str, head_dim: int = 128, **more: object) -> str:
+    return PageFormat.of(stream, ReferenceCodec(head_dim=head_dim, format=name, **more)).expression  # type: ignore[arg-type]
+
+
+def parts(stream: str, head_dim: int, *pieces: tuple[int, int]) -> str:
+    return PageFormat(stream, head_dim, "parts", head_dim, parts=pieces).expression
+
+
+K2, V2, V16 = layout("keys", "2"), layout("values", "2"), layout("values", "1.6")
+K4, V3 = layout("keys", "4", 64, symmetric=False), layout("values", "3", 64, group_size=32)
+KP = parts("keys", 128, (4, 32), (3, 32), (2, 32), (1, 32))
+VP = parts("values", 128, (3, 32), (2, 64), (0, 32))
+ATTEND = {
+    f"skvq::attend<{K2}, {V16}, 1>": FOUR_BLOCKS,
+    f"skvq::attend<{K2}, {V2}, 2>": THREE_BLOCKS,
+    f"skvq::attend<{KP}, {VP}, 1>": THREE_BLOCKS,
+    f"skvq::attend<{layout('keys', '2', 256)}, {layout('values', '2', 256)}, 1>": TWO_BLOCKS,
+    f"skvq::attend<{K4}, {V3}, 1>": THREE_BLOCKS,
+    f"skvq::attend<{layout('keys', '1.5')}, {layout('values', '8')}, 1>": TWO_BLOCKS,
+}
+OTHERS = {
+    f"skvq::fold<skvq::BFloat, {K2}>": 64,
+    f"skvq::encode<skvq::Half, {KP}>": 96,
+    f"skvq::encode<skvq::BFloat, {V16}>": 96,
+    f"skvq::decode<skvq::Half, {VP}>": 64,
+    "skvq::unfold<128>": 96,
+    "skvq::merge<skvq::Half, 128>": 64,
+    "skvq::plain<skvq::BFloat, 128, 128>": 96,
+    "skvq::turning<skvq::Half, 128>": 96,
+    f"skvq::rows_to_page<{V16}>": 64,
+}
+HEADERS = ["attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh", "encode.cuh", "decode.cuh", "repack.cuh"]
+# All kernels where they run most, the one that must be fast everywhere.
+JOBS = [(arch, expression) for arch in ARCHITECTURES for expression in list(ATTEND)[: 6 if arch == "sm_90a" else 1]]
+JOBS += [("sm_80", expression) for expression in OTHERS]
+
+
+@cache
+def nvrtc() -> ctypes.CDLL | None:
+    found = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/libnvrtc.so.*"))
+    if not found:
+        return None
+    # Some wheels' libraries find their other half only if it is loaded already.
+    for builtins in found[0].parent.glob("libnvrtc-builtins.so*"):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(found[0]))
+
+
+pytestmark = pytest.mark.skipif(nvrtc() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
+
+
+def compile_one(job: tuple[str, str]) -> tuple[str, str, bytes]:
+    """Log, lowered name and CUBIN of one kernel."""
+    arch, expression = job
+    library, program = nvrtc(), ctypes.c_void_p()
+    assert library is not None
+    sources = {path.name: path.read_bytes() for path in harness.KERNELS.glob("*.cuh")}
+    texts, names = (
+        (ctypes.c_char_p * len(sources))(*values) for values in (sources.values(), map(str.encode, sources))
+    )
+    source = "".join(f'#include "{header}"\n' for header in HEADERS).encode()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", len(sources), texts, names) == 0
+    assert library.nvrtcAddNameExpression(program, expression.encode()) == 0
+    options = [f"--gpu-architecture={arch}", "-std=c++17", "-default-device", "--ptxas-options=-v"]
+    status = library.nvrtcCompileProgram(
+        program, len(options), (ctypes.c_char_p * len(options))(*map(str.encode, options))
+    )
+
+    def text(what: str) -> bytes:
+        size = ctypes.c_size_t()
+        getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(library, f"nvrtcGet{what}")(program, buffer)
+        return buffer.raw
+
+    log = text("ProgramLog").rstrip(b"\0").decode()
+    assert status == 0, log
+    lowered = ctypes.c_char_p()
+    library.nvrtcGetLoweredName(program, expression.encode(), ctypes.byref(lowered))
+    name = (lowered.value or b"").decode()
+    cubin = text("CUBIN")
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return log, name, cubin
+
+
+@cache
+def compiled() -> dict[tuple[str, str], tuple[str, str, bytes]]:
+    """All jobs, two at a time: the compiler has no lock of Python's."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(JOBS, pool.map(compile_one, JOBS), strict=True))
+
+
+@pytest.mark.parametrize("job", JOBS, ids=[f"{arch}-{index}" for index, (arch, _) in enumerate(JOBS)])
+def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
+    log, name, cubin = compiled()[job]
+    assert name
+    assert cubin[:4] == b"\x7fELF"
+    assert [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)] == [0, 0, 0], log
+    used = re.search(r"Used (\d+) registers", log)
+    assert used
+    assert int(used[1]) <= {**ATTEND, **OTHERS}[job[1]]
+
+
+@pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
+def test_compilers_give_kernels_the_same_names() -> None:
+    expressions = [f"skvq::attend<{K2}, {V16}, 1>", f"skvq::decode<skvq::Half, {VP}>", f"skvq::rows_to_page<{V16}>"]
+    kernels = harness.Kernels(expressions, HEADERS)
+    names = {expression: name for (_, expression), (_, name, _) in compiled().items()}
+    for expression in expressions:
+        kernels.library.skvq_mangled.restype = ctypes.c_char_p
+        assert kernels.library.skvq_mangled(expression.encode()).decode() == names[expression]
