@@ -38,6 +38,22 @@ pub enum Error {
     /// A call that does not fit the present state of a store, e.g. a batch that changed since the last append.
     #[error("{operation}: expected {expected}, found {found}")]
     State { operation: String, expected: String, found: String },
+
+    /// A machine on which no CUDA kernel can run. `advice` says what would change that.
+    #[error("CUDA cannot be used: {reason}; {advice}")]
+    NoCuda { reason: String, advice: String },
+
+    /// A call of the CUDA driver that failed.
+    #[error("{call}: {name} ({code}): {text}")]
+    Cuda { call: String, code: i32, name: String, text: String },
+
+    /// The run-time compiler at `path` cannot be opened, or a call of it failed for another reason than the source.
+    #[error("{call} of the CUDA compiler {path}: {reason}")]
+    Nvrtc { path: String, call: String, reason: String },
+
+    /// A kernel that the run-time compiler refuses.
+    #[error("kernel {instance} does not compile with {options}:\n{log}")]
+    Compile { instance: String, options: String, log: String },
 }
 
 impl Error {
@@ -55,6 +71,14 @@ impl Error {
 
     pub fn dlpack(name: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Dlpack { name: name.into(), reason: reason.into() }
+    }
+
+    pub fn no_cuda(reason: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self::NoCuda { reason: reason.into(), advice: advice.into() }
+    }
+
+    pub fn nvrtc(path: impl Into<String>, call: impl Into<String>, reason: impl Display) -> Self {
+        Self::Nvrtc { path: path.into(), call: call.into(), reason: reason.to_string() }
     }
 
     pub fn state(operation: impl Into<String>, expected: impl Into<String>, found: impl Display) -> Self {
@@ -81,6 +105,11 @@ mod tests {
             ),
             (Error::dlpack("values", "call .detach() first"), "values: call .detach() first"),
             (Error::state("append", "batch 2", 3), "append: expected batch 2, found 3"),
+            (Error::no_cuda("no driver", "install one"), "CUDA cannot be used: no driver; install one"),
+            (
+                Error::nvrtc("/lib/libnvrtc.so", "dlopen", "no such file"),
+                "dlopen of the CUDA compiler /lib/libnvrtc.so: no such file",
+            ),
         ];
         for (error, message) in cases {
             assert_eq!(error.to_string(), message);

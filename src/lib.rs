@@ -5,6 +5,7 @@
 pub mod backend;
 pub mod codebook;
 pub mod codec;
+pub mod cuda;
 mod dlpack;
 pub mod error;
 pub mod format;

@@ -1,6 +1,7 @@
 //! The Python module `skvq._native`: takes arguments, lets go of the interpreter, maps errors once. No algorithm lives here.
 
 mod codec;
+mod cuda;
 
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;
@@ -325,6 +326,8 @@ pub mod _native {
     #[pymodule_export]
     use super::codec::PyCodec;
     #[pymodule_export]
+    use super::cuda::{PyCompiledKernel, cuda_compile, cuda_compile_many, cuda_nvrtc, cuda_status};
+    #[pymodule_export]
     use super::{PyLayer, SkvqError, available_isas, num_threads, set_num_threads};
     #[pymodule_export]
     use crate::dlpack::OwnedTensor;
@@ -333,9 +336,11 @@ pub mod _native {
     #[pymodule_export]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
-    /// Probes of the `DLPack` exchange, for the tests.
+    /// Probes of the `DLPack` exchange and of CUDA, for the tests.
     #[pymodule]
     mod testing {
+        #[pymodule_export]
+        use super::super::cuda::testing::{cuda_copy, cuda_fill, cuda_launch, cuda_sources};
         #[pymodule_export]
         use crate::dlpack::testing::{drop_elsewhere, fill, inspect, live_buffers, make_tensor, sum_f64, sum_mask};
     }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 __version__: str
 testing: ModuleType
-"""Probes of the DLPack exchange, for the tests."""
+"""Probes of the DLPack exchange and of CUDA, for the tests."""
 
 class _Tensor(Protocol):
     """A CPU tensor that exports DLPack, without gradient, negative or conjugate bit."""
@@ -315,3 +315,67 @@ def num_threads() -> int:
 
 def set_num_threads(n: int) -> None:
     """Set :func:`num_threads`, at least 1."""
+
+@final
+class CompiledKernel:
+    """A CUDA kernel compiled for one architecture."""
+
+    @property
+    def cubin(self) -> bytes:
+        """What the driver loads."""
+    @property
+    def name(self) -> str:
+        """The kernel's name in the cubin."""
+    @property
+    def log(self) -> str:
+        """What the compiler said: warnings, registers, spills, shared memory."""
+    @property
+    def cached(self) -> bool:
+        """It came from the disk cache."""
+
+def cuda_status() -> dict[str, Any]:
+    """Whether CUDA can be used, and on what; never raises for a machine without.
+
+    Returns:
+        ``usable``; ``reason``, which says what is missing and what to do, None if nothing is; ``driver_version``, the
+        newest CUDA that the driver is made for, ``(major, minor)`` or None; ``devices``, each with ``name``, ``arch``
+        (such as ``"sm_90a"``), ``multiprocessors``, ``shared_bytes_per_block`` and ``l2_bytes``.
+    """
+
+def cuda_nvrtc(nvrtc: str) -> tuple[tuple[int, int], list[str]]:
+    """Version of the NVRTC at a path, ``(major, minor)``, and the architectures that it compiles the kernels for.
+
+    Raises:
+        SkvqError: it cannot be opened, or lacks a function.
+    """
+
+def cuda_compile(
+    nvrtc: str, file: str, kernel: str, arguments: Sequence[str], arch: str, cache: str | PathLike[str] | None = None
+) -> CompiledKernel:
+    """Compile one kernel, or find it on disk.
+
+    Args:
+        nvrtc: path of libnvrtc.
+        file: which of the embedded kernel files defines it.
+        kernel: its name.
+        arguments: of the template, as C++ text; empty for a kernel that is no template.
+        arch: such as ``"sm_80"`` or ``"sm_90a"``.
+        cache: directory for compiled kernels; None: ``$SKVQ_CACHE_DIR`` (empty: none), ``$XDG_CACHE_HOME/skvq`` or
+            ``~/.cache/skvq``. One that cannot be read or written costs time and nothing else.
+
+    Raises:
+        SkvqError: the kernel does not compile (the message has the compiler's log), or NVRTC does not know the
+            architecture.
+    """
+
+def cuda_compile_many(
+    nvrtc: str,
+    jobs: Sequence[tuple[tuple[str, str, Sequence[str]], str]],
+    cache: str | PathLike[str] | None = None,
+    done: Callable[[int], object] | None = None,
+) -> list[CompiledKernel]:
+    """Compile ((file, kernel, arguments), arch) for every job on all threads; ``done(i)`` tells that job i is finished.
+
+    Raises:
+        SkvqError: of the first job that failed, when all are finished.
+    """

@@ -1,5 +1,5 @@
-"""The command `skvq`: `skvq demo`, `skvq bench attend | encode | step | growth | generate`, and the commands of
-evaluate/cli.py and calibrate/cli.py.
+"""The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate`, and the
+commands of evaluate/cli.py and calibrate/cli.py.
 
 Only parses arguments, calls what does the work, writes JSON and plots, and turns expected errors into one line and
 exit status 1. torch and transformers are imported when a command runs, not before.
@@ -11,9 +11,10 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .arguments import add_attention, add_model, add_output, parse_bits, resolve_dtype, whole_number
+from .arguments import DTYPES, add_attention, add_model, add_output, parse_bits, resolve_dtype, whole_number
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -140,6 +141,28 @@ def _add_bench(commands: Any) -> None:
     generate.set_defaults(run=_run_simple, benchmark_name="generate", options_name="GenerateOptions")
 
 
+def _add_warmup(commands: Any) -> None:
+    parser = commands.add_parser(
+        "warmup",
+        help="compile the CUDA kernels of a model ahead",
+        description="Compiles the CUDA kernels that a model needs, from its configuration alone, and keeps them on "
+        "disk; no GPU is needed.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
+    )
+    parser.add_argument("--arch", nargs="+", metavar="SM", help="such as sm_90a (default: of this machine's GPUs)")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="of a calibrated cache (default: default options)")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="of the model (default: its configuration's)")
+    parser.set_defaults(run=_run_warmup)
+
+
+def _run_warmup(arguments: argparse.Namespace) -> None:
+    from .warmup import WarmupOptions, run_warmup
+
+    run_warmup(WarmupOptions(**_tuples(_fields(WarmupOptions, arguments))))
+
+
 def _tuples(given: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
@@ -199,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_bench(commands)
+    _add_warmup(commands)
     from .calibrate import cli as calibrate_cli
     from .evaluate import cli as evaluate_cli
 

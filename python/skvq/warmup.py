@@ -1,0 +1,195 @@
+"""`skvq warmup`: compiles the CUDA kernels that a model needs ahead of their first use.
+
+Is: which kernels those are, from the model's configuration and the plan alone, and their compilation for any number of
+architectures, on a machine with or without a GPU. Is not: the model's weights, which nothing here reads. What is made
+lies in the disk cache, where a process that generates finds it (`$SKVQ_CACHE_DIR`, by default `~/.cache/skvq`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._native import SkvqError, cuda_compile_many, cuda_nvrtc, cuda_status
+from .cuda_runtime import KernelInstance, find_nvrtc
+
+if TYPE_CHECKING:
+    from .config import StreamOptions
+
+_ELEMENTS = {"float16": "skvq::Half", "bfloat16": "skvq::BFloat", "float32": "float"}
+_FORMATS = {"8": 8, "4": 4, "3": 3, "2": 2, "1.6": 16, "1.5": 15, "parts": 0}  # as in kernels/layout.cuh
+_MOST_PARTS = 8
+_REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of src/FORMAT.md and a device's pages
+_QUERY_TILE = 8  # of kernels/state.cuh
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What of a packed layer decides which kernels serve it.
+
+    Attributes:
+        head_dim: D.
+        dtype: of the model, "float16", "bfloat16" or "float32".
+        queries_per_head: query heads of a key/value head.
+        keys: how rows of keys are packed.
+        values: likewise.
+        turning: the mean of the keys turns with their position.
+    """
+
+    head_dim: int
+    dtype: str
+    queries_per_head: int
+    keys: StreamOptions
+    values: StreamOptions
+    turning: bool = False
+
+
+@dataclass(frozen=True)
+class WarmupOptions:
+    """What to compile for.
+
+    Attributes:
+        model: a directory or hub id; None: the packaged model.
+        arch: such as "sm_90a"; none: those of this machine's devices.
+        plan: of a calibrated cache; None: the default options.
+        dtype: of the model when it runs; None: the configuration's.
+    """
+
+    model: str | None = None
+    arch: Sequence[str] = field(default=())
+    plan: Path | None = None
+    dtype: str | None = None
+
+
+def layout(stream: str, head_dim: int, options: StreamOptions) -> str:
+    """`skvq::Layout` of kernels/layout.cuh: where the codes of packed rows lie, as a template argument.
+
+    Args:
+        stream: "keys" or "values".
+        head_dim: D.
+        options: packed ones, without None.
+    """
+    if options.parts is None:
+        group = options.group_size or (128 if head_dim % 128 == 0 else head_dim)
+        parts: tuple[str, ...] = ()
+    else:
+        if len(options.parts) > _MOST_PARTS:
+            raise SkvqError(f"{stream}: {len(options.parts)} parts: expected at most {_MOST_PARTS} on a GPU")
+        group = head_dim
+        # A byte for each part: its bits in the low three, its width / 16 in the high five bits.
+        packed = sum((bits | width // 16 << 3) << 8 * index for index, (bits, width) in enumerate(options.parts))
+        parts = (f"{packed}ull",)
+    number_bytes = 2 if options.metadata == "fp16" else 1
+    arguments = (f"skvq::{stream}", head_dim, _FORMATS[options.format], group, int(options.symmetric), number_bytes)
+    return f"skvq::Layout<{', '.join(map(str, arguments + parts))}>"
+
+
+def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
+    """The kernels that a layer of this shape runs: for packing and reading rows, for a decode step's attention, and for
+    moving rows to and from a device.
+
+    Attention on packed bytes has kernels where keys and values are both packed.
+    """
+    element, width = _ELEMENTS[shape.dtype], str(shape.head_dim)
+    layouts = {
+        stream: layout(stream, shape.head_dim, options)
+        for stream, options in (("keys", shape.keys), ("values", shape.values))
+        if options.is_packed
+    }
+    found = []
+    for rows in layouts.values():
+        found += [KernelInstance("repack.cuh", name, (rows,)) for name in _REPACKING]
+        found.append(KernelInstance("encode.cuh", "skvq::encode", (element, rows)))
+        found.append(KernelInstance("decode.cuh", "skvq::decode", (element, rows)))
+    if shape.keys.block or shape.values.block:
+        found.append(KernelInstance("statistics.cuh", "skvq::block_statistics", (element, width)))
+    if len(layouts) == 2:
+        tiles = -(-shape.queries_per_head // _QUERY_TILE)
+        found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
+        found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
+        found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
+        if shape.turning:
+            found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
+    found.append(KernelInstance("plain.cuh", "skvq::plain", (element, width, width)))
+    found.append(KernelInstance("merge.cuh", "skvq::merge", (element, width)))
+    return found
+
+
+def attention_shapes(config: Any, plan: Path | None = None, dtype: str | None = None) -> list[AttentionShape]:
+    """The shapes of all layers that a cache packs, each once, in the order of the layers.
+
+    Raises:
+        SkvqError: the plan was made for another model, or the configuration does not say a layer's shape.
+    """
+    from .config import SkvqConfig
+    from .model_layers import head_dim_of, kv_heads, packed_layers
+    from .plan import LayerPlan
+    from .plan_file import QuantizationPlan
+
+    plans: Any = None
+    if plan is not None:
+        loaded = QuantizationPlan.load(plan)
+        loaded.check(config, f"{plan}: the plan")
+        plans = loaded.layers
+    default = LayerPlan.from_config(SkvqConfig())
+    shapes: dict[AttentionShape, None] = {}
+    for index, layer in packed_layers(config).items():
+        head_dim, heads, queries = head_dim_of(layer), kv_heads(layer), getattr(layer, "num_attention_heads", None)
+        if not head_dim or not heads or not isinstance(queries, int):
+            raise SkvqError(f"config: layer {index}: expected head_dim, num_key_value_heads and num_attention_heads")
+        packing = default if plans is None else plans[index]
+        shape = AttentionShape(
+            head_dim=head_dim,
+            dtype=dtype or _dtype_name(config),
+            queries_per_head=queries // heads,
+            keys=packing.keys.options.resolved(),
+            values=packing.values.options.resolved(),
+            turning=packing.keys.shift_sine is not None,
+        )
+        shapes[shape] = None
+    return list(shapes)
+
+
+def _dtype_name(config: Any) -> str:
+    """The dtype that transformers loads the model in by default; float32 where the configuration names none."""
+    named = getattr(config, "dtype", None)
+    name = str(named).removeprefix("torch.") if named is not None else "float32"
+    if name not in _ELEMENTS:
+        raise SkvqError(f"config: dtype {name}: expected one of {', '.join(_ELEMENTS)}, or one that --dtype names")
+    return name
+
+
+def local_architectures() -> list[str]:
+    """Of this machine's devices, each once.
+
+    Raises:
+        SkvqError: CUDA cannot be used here; the message says why.
+    """
+    status = cuda_status()
+    if not status["usable"]:
+        raise SkvqError(f"{status['reason']}; to compile for another machine, name its architecture: --arch sm_90a")
+    return list(dict.fromkeys(device["arch"] for device in status["devices"]))
+
+
+def run_warmup(options: WarmupOptions) -> None:
+    """Compiles what the model needs, with a progress bar; prints what was done."""
+    from transformers import AutoConfig
+
+    from .evaluate.progress import progress_bar
+    from .models import demo_model_directory
+
+    nvrtc = find_nvrtc()
+    (major, minor), _ = cuda_nvrtc(nvrtc)
+    architectures = list(dict.fromkeys(options.arch)) or local_architectures()
+    config = AutoConfig.from_pretrained(options.model or str(demo_model_directory()))
+    shapes = attention_shapes(config, options.plan, options.dtype)
+    instances = dict.fromkeys(instance for shape in shapes for instance in kernel_instances(shape))
+    jobs = [(instance.parts, arch) for arch in architectures for instance in instances]
+    print(f"{len(instances)} kernels for {', '.join(architectures)} by NVRTC {major}.{minor} ({nvrtc})")
+    with progress_bar(len(jobs), "kernel") as advance:
+        compiled = cuda_compile_many(nvrtc, jobs, done=lambda _: advance(1, None))
+    cached = sum(kernel.cached for kernel in compiled)
+    size = sum(len(kernel.cubin) for kernel in compiled)
+    print(f"{len(jobs) - cached} compiled, {cached} were there already, {size / 1024:.0f} KiB")
