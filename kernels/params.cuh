@@ -111,7 +111,7 @@ struct PlainParams {
     i32 region;  // 0: sinks, 1: window, 2: fresh rows
     i32 fresh_rows, rows_per_split, first_state, state_count;
     i32 kv_heads, group, length, query_tiles;
-    i32 padding[2];
+    i32 ring_first, ring_rows;  // row r of the region lies at (ring_first + r) mod ring_rows; ring_rows 0: at r
 };
 
 /// merge.cuh, unfold: packed states of some splits become one state in the model's space.
@@ -177,6 +177,35 @@ static_assert(sizeof(LevelTable) == 128, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
 static_assert(sizeof(FoldParams) == 168, "FoldParams");
+/// rows.cuh, copy_rows. Row r of the target is row r + source_shift + shifts[batch] of the source, where the source has it. Strides in bytes.
+struct CopyParams {
+    u64 source, target;
+    u64 sequences;  // i32 [batch] or 0: which sequence of the source each one of the target is
+    u64 shifts;     // i32 [batch] or 0
+    i64 source_batch_stride, source_head_stride, source_row_stride;
+    i64 target_batch_stride, target_head_stride, target_row_stride;
+    i32 row_words;  // words of a row
+    i32 rows;       // of the target
+    i32 source_rows, source_shift;
+    i32 source_first, source_ring;  // row r lies at (first + r) mod ring; ring 0: at first + r
+    i32 target_first, target_ring;
+};
+
+/// rows.cuh, poke: words of 8 bytes that the launch carries itself, so that nothing of the host's must outlive the call.
+struct FewWords {
+    u64 targets[4];  // addresses
+    u64 values[4];
+    i32 count, padding;
+};
+struct ManyWords {
+    u64 targets[250];
+    u64 values[250];
+    i32 count, padding;
+};
+
+static_assert(sizeof(CopyParams) == 112, "CopyParams");
+static_assert(sizeof(FewWords) == 72, "FewWords");
+static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 168, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 432, "AttendParams");

@@ -1,7 +1,7 @@
 // Attention over rows in the model's type: sinks, window, and rows that a call brings along.
 //
 // Is: the same partial states as attend.cuh, in the model's space. Is not: tuned for long regions; these are a few hundred rows.
-// Grid: splits × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries, which read the same rows.
+// Grid: splits × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries, which read the same rows. The window is a ring.
 #pragma once
 #include "state.cuh"
 #include "transform.cuh"
@@ -52,9 +52,10 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
     const T* value = reinterpret_cast<const T*>(p.value_rows) + batch * p.value_batch_stride + head * p.value_head_stride;
 
     for (int row = first; row < end; ++row) {
+        const int place = p.ring_rows ? (p.ring_first + row) % p.ring_rows : row;
         float score = 0.0f;
 #pragma unroll
-        for (int k = 0; k < Dk / 16; ++k) score += q[k] * widen(key[row * p.key_row_stride + lane + 16 * k]);
+        for (int k = 0; k < Dk / 16; ++k) score += q[k] * widen(key[place * p.key_row_stride + lane + 16 * k]);
         score = add_lanes(score);
         score = view.apply(p.mask, score, rows.token + row);
         if (score == -infinity()) continue;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
         const float weight = exp2_fast((score - maximum) * log2_e);
         sum += weight;
 #pragma unroll
-        for (int k = 0; k < Dv / 16; ++k) output[k] += weight * widen(value[row * p.value_row_stride + lane + 16 * k]);
+        for (int k = 0; k < Dv / 16; ++k) output[k] += weight * widen(value[place * p.value_row_stride + lane + 16 * k]);
     }
     float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, p.first_state + split, Dv);
     if (lane == 0) to[0] = maximum, to[1] = sum, to[2] = 0.0f, to[3] = 0.0f;

@@ -2,6 +2,7 @@
 
 mod codec;
 mod cuda;
+mod cuda_layer;
 
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;
@@ -328,6 +329,8 @@ pub mod _native {
     #[pymodule_export]
     use super::cuda::{PyCompiledKernel, cuda_compile, cuda_compile_many, cuda_nvrtc, cuda_status};
     #[pymodule_export]
+    use super::cuda_layer::PyCudaLayer;
+    #[pymodule_export]
     use super::{PyLayer, SkvqError, available_isas, num_threads, set_num_threads};
     #[pymodule_export]
     use crate::dlpack::OwnedTensor;
@@ -341,6 +344,8 @@ pub mod _native {
     mod testing {
         #[pymodule_export]
         use super::super::cuda::testing::{cuda_copy, cuda_fill, cuda_launch, cuda_sources};
+        #[pymodule_export]
+        use super::super::cuda_layer::cuda_parameters;
         #[pymodule_export]
         use crate::dlpack::testing::{drop_elsewhere, fill, inspect, live_buffers, make_tensor, sum_f64, sum_mask};
     }

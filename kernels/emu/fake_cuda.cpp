@@ -2,7 +2,7 @@
 //
 // Is: what loaders, streams, events and copies of a backend need, so that its real launch code runs. Is not: asynchronous (every call is
 // done when it returns), nor a check of a CUBIN beyond its first bytes. Instances are those of the table in EMULATED_INSTANCES.
-// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 80. FAKE_CUDA_LOG: launches are told on stderr.
+// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 80. FAKE_CUDA_MULTIPROCESSORS: 108. FAKE_CUDA_LOG: launches and waits are told on stderr.
 #ifndef EMULATED_INSTANCES
 #define EMULATED_INSTANCES "instances.hpp"
 #endif
@@ -83,7 +83,7 @@ DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
         case 1: *value = 1024; break;     // threads of a block
         case 8: *value = 49152; break;    // shared memory of a block
         case 10: *value = 32; break;      // lanes of a warp
-        case 16: *value = 108; break;     // multiprocessors
+        case 16: *value = setting("FAKE_CUDA_MULTIPROCESSORS", 108); break;
         case 38: *value = 40 << 20; break;  // second-level cache
         case 75: *value = capability / 10; break;
         case 76: *value = capability % 10; break;
@@ -147,7 +147,10 @@ DRIVER cuMemsetD8Async(Address to, unsigned char value, size_t count, Handle) { 
 
 DRIVER cuStreamCreate(Handle* stream, unsigned) { return *stream = new char, success; }
 DRIVER cuStreamDestroy_v2(Handle stream) { return delete static_cast<char*>(stream), success; }
-DRIVER cuStreamSynchronize(Handle) { return success; }
+DRIVER cuStreamSynchronize(Handle stream) {
+    if (std::getenv("FAKE_CUDA_LOG")) std::fprintf(stderr, "synchronize stream %p\n", stream);
+    return success;
+}
 DRIVER cuStreamQuery(Handle) { return success; }
 DRIVER cuStreamWaitEvent(Handle, Handle, unsigned) { return success; }
 DRIVER cuStreamIsCapturing(Handle, int* capturing) { return *capturing = 0, success; }

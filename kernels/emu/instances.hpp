@@ -9,6 +9,7 @@
 #include "plain.cuh"
 #include "registry.hpp"
 #include "repack.cuh"
+#include "rows.cuh"
 #include "statistics.cuh"
 #include "turning.cuh"
 
@@ -43,3 +44,8 @@ INSTANCE(skvq::plain<float, 64, 64>)
 INSTANCE(skvq::unfold<64>)
 INSTANCE(skvq::merge<float, 64>)
 INSTANCE(skvq::block_statistics<float, 64>)
+INSTANCE(skvq::copy_rows<skvq::U32x4>)
+INSTANCE(skvq::copy_rows<skvq::u32>)
+INSTANCE(skvq::copy_rows<skvq::u16>)
+INSTANCE(skvq::poke<skvq::FewWords>)
+INSTANCE(skvq::poke<skvq::ManyWords>)

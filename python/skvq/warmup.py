@@ -22,7 +22,8 @@ _ELEMENTS = {"float16": "skvq::Half", "bfloat16": "skvq::BFloat", "float32": "fl
 _FORMATS = {"8": 8, "4": 4, "3": 3, "2": 2, "1.6": 16, "1.5": 15, "parts": 0}  # as in kernels/layout.cuh
 _MOST_PARTS = 8
 _REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of src/FORMAT.md and a device's pages
-_QUERY_TILE = 8  # of kernels/state.cuh
+_QUERY_TILE, _MOST_TILES = 8, 2  # of kernels/state.cuh, and of a block of attention in src/cuda/store/attend.rs
+_MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")] + [("poke", "FewWords"), ("poke", "ManyWords")]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
     if shape.keys.block or shape.values.block:
         found.append(KernelInstance("statistics.cuh", "skvq::block_statistics", (element, width)))
     if len(layouts) == 2:
-        tiles = -(-shape.queries_per_head // _QUERY_TILE)
+        tiles = min(_MOST_TILES, -(-shape.queries_per_head // _QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
@@ -114,6 +115,8 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
     found.append(KernelInstance("plain.cuh", "skvq::plain", (element, width, width)))
     found.append(KernelInstance("merge.cuh", "skvq::merge", (element, width)))
+    if len(layouts) == 2:
+        found += [KernelInstance("rows.cuh", f"skvq::{name}", (f"skvq::{word}",)) for name, word in _MOVING]
     return found
 
 

@@ -134,7 +134,7 @@ pub fn cuda_compile_many(
     Ok(compiled.into_iter().map(|compiled| PyCompiledKernel { compiled }).collect())
 }
 
-fn compiler(nvrtc: &str, cache: Option<PathBuf>) -> Result<Compiler> {
+pub(super) fn compiler(nvrtc: &str, cache: Option<PathBuf>) -> Result<Compiler> {
     Ok(Compiler::new(Nvrtc::open(nvrtc)?, DiskCache::new(cache)))
 }
 

@@ -36,6 +36,11 @@ impl Matrix {
         &self.forward
     }
 
+    /// The rows of B.
+    pub fn inverse(&self) -> &[f32] {
+        &self.inverse
+    }
+
     /// The columns of B.
     pub fn inverse_columns(&self) -> &[f32] {
         &self.inverse_columns

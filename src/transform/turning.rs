@@ -73,6 +73,11 @@ impl Turns {
         self.frequencies.len()
     }
 
+    /// cos(jθ), then sin(jθ), of the positions of a span: `[SPAN, 2, D]`.
+    pub fn steps(&self) -> &[f32] {
+        &self.steps
+    }
+
     /// The table of the first spans, at least `count` of them: made once, by doubling.
     pub fn spans(&self, count: usize) -> Arc<Vec<f32>> {
         let width = 2 * self.channels();
@@ -144,6 +149,16 @@ impl TurningMean {
 
     pub fn channels(&self) -> usize {
         self.mean.len()
+    }
+
+    /// μ
+    pub fn mean(&self) -> &[f32] {
+        &self.mean
+    }
+
+    /// ν: μ turned by a quarter.
+    pub fn quarter(&self) -> &[f32] {
+        &self.quarter
     }
 
     /// Writes m(position) to `mean`; `spans` holds at least [`spans_of`] it.

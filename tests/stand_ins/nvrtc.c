@@ -1,5 +1,7 @@
 // A libnvrtc of version MAJOR.MINOR that compiles nothing: its "CUBIN" is the options' architecture and the expression.
 // An expression with "broken" in it does not compile, one with "invalid" has options that are refused.
+// With EMULATED a kernel's lowered name is the one that the emulated driver (kernels/emu) has it under.
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,6 +41,11 @@ int nvrtcGetCUBIN(struct program* p, char* cubin) {
     memset(cubin, 0, 512);
     return snprintf(cubin, 512, "\177ELFfake %s %s", p->architecture, p->expression), 0;
 }
-#ifndef WITHOUT_LOWERED_NAME
+#ifdef EMULATED
+int nvrtcGetLoweredName(struct program* p, const char* expression, const char** name) {
+    const char* (*mangled)(const char*) = dlsym(dlopen("libcuda.so.1", RTLD_NOW), "skvq_mangled");
+    return *name = mangled(expression), 0;
+}
+#elif !defined(WITHOUT_LOWERED_NAME)
 int nvrtcGetLoweredName(struct program* p, const char* expression, const char** name) { return *name = "lowered", 0; }
 #endif

@@ -1,0 +1,32 @@
+// Rows of bytes between strided arrays, and single words: how a layer's store moves what it does not encode.
+//
+// Is: sinks and rings of the window, tables and statistics that grow or change their order of sequences. Is not: arithmetic.
+// copy_rows's grid: ceil(rows / 4) × heads × batch; block: 128 threads, a warp a row; Word divides every address, stride and row.
+// poke's grid: 1; block: 256 threads, a word each.
+#pragma once
+#include "params.cuh"
+
+namespace skvq {
+
+constexpr int copy_warps = 4, copy_threads = 32 * copy_warps, poke_threads = 256;
+
+template <class Word>
+__global__ void __launch_bounds__(copy_threads) copy_rows(const __grid_constant__ CopyParams p) {
+    const int row = static_cast<int>(blockIdx.x) * copy_warps + threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, batch = blockIdx.z;
+    const int sequence = p.sequences ? reinterpret_cast<const i32*>(p.sequences)[batch] : batch;
+    const int from = row + p.source_shift + (p.shifts ? reinterpret_cast<const i32*>(p.shifts)[batch] : 0);
+    if (row >= p.rows || from < 0 || from >= p.source_rows) return;
+    const int source_row = p.source_ring ? (p.source_first + from) % p.source_ring : p.source_first + from;
+    const int target_row = p.target_ring ? (p.target_first + row) % p.target_ring : p.target_first + row;
+    const u64 source = p.source + sequence * p.source_batch_stride + head * p.source_head_stride + source_row * p.source_row_stride;
+    const u64 target = p.target + batch * p.target_batch_stride + head * p.target_head_stride + target_row * p.target_row_stride;
+    for (int word = lane; word < p.row_words; word += 32) reinterpret_cast<Word*>(target)[word] = reinterpret_cast<const Word*>(source)[word];
+}
+
+template <class Words>
+__global__ void __launch_bounds__(poke_threads) poke(const __grid_constant__ Words p) {
+    const int word = threadIdx.x;
+    if (word < p.count) *reinterpret_cast<u64*>(p.targets[word]) = p.values[word];
+}
+
+}  // namespace skvq

@@ -1,0 +1,209 @@
+//! The kernels that one layer launches, loaded once: those of its store when it is made, those of attention by the number of queries.
+//!
+//! Warming up (`python/skvq/warmup.py`) compiles the same instances.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::device::Device;
+use super::instance::{Compiler, Instance};
+use super::launch::{Function, Launch, Parameters, Stream};
+use super::pages::{Side, element, layout_expression};
+use super::params::{CopyParams, FewWords, ManyWords};
+use crate::error::Result;
+use crate::layer::LayerSpec;
+use crate::transform::Source;
+
+/// Queries of one kv head that a block of attention takes at a time.
+pub const QUERY_TILE: usize = 8;
+const COPY_WARPS: usize = 4;
+/// Words that `copy_rows` has instances for, the widest first.
+const COPY_WORDS: [(usize, &str); 3] = [(16, "skvq::U32x4"), (4, "skvq::u32"), (2, "skvq::u16")];
+
+/// What the kernels of one layer are made for.
+pub struct Kernels {
+    device: &'static Device,
+    compiler: Compiler,
+    names: Names,
+    encode: [Arc<Function>; 2],
+    copy: [Arc<Function>; 3],
+    poke: [Arc<Function>; 2],
+    statistics: [Option<Arc<Function>>; 2],
+    /// By tiles of a block.
+    attention: Mutex<HashMap<usize, Arc<AttentionKernels>>>,
+    decode: Mutex<[Option<Arc<Function>>; 2]>,
+}
+
+struct Names {
+    element: &'static str,
+    layouts: [String; 2],
+    widths: [String; 2],
+    turning: bool,
+}
+
+/// The kernels of a call of attention.
+pub struct AttentionKernels {
+    pub fold: Arc<Function>,
+    pub turning: Option<Arc<Function>>,
+    pub attend: Arc<Function>,
+    pub plain: Arc<Function>,
+    pub unfold: Arc<Function>,
+    pub merge: Arc<Function>,
+}
+
+impl Kernels {
+    pub fn new(device: &'static Device, compiler: Compiler, spec: &LayerSpec) -> Result<Self> {
+        let codecs = [&spec.keys, &spec.values];
+        let names = Names {
+            element: element(spec.dtype),
+            layouts: Side::BOTH.map(|side| layout_expression(side, codecs[side as usize])),
+            widths: codecs.map(|codec| codec.layout.head_dim.to_string()),
+            turning: matches!(spec.keys.source, Source::Turning(_)),
+        };
+        let load = |file: &str, kernel: &str, arguments: &[&str]| {
+            device.function(&instance(file, kernel, arguments), &compiler)
+        };
+        let encode = |side: Side| load("encode.cuh", "encode", &[names.element, &names.layouts[side as usize]]);
+        let statistics = |side: Side| {
+            let takes = codecs[side as usize].block_rows() > 0;
+            let arguments = [names.element, names.widths[side as usize].as_str()];
+            takes.then(|| load("statistics.cuh", "block_statistics", &arguments)).transpose()
+        };
+        let copy = |index: usize| load("rows.cuh", "copy_rows", &[COPY_WORDS[index].1]);
+        let poke = |words: &str| load("rows.cuh", "poke", &[words]);
+        Ok(Self {
+            encode: [encode(Side::Keys)?, encode(Side::Values)?],
+            copy: [copy(0)?, copy(1)?, copy(2)?],
+            poke: [poke("skvq::FewWords")?, poke("skvq::ManyWords")?],
+            statistics: [statistics(Side::Keys)?, statistics(Side::Values)?],
+            attention: Mutex::default(),
+            decode: Mutex::default(),
+            device,
+            compiler,
+            names,
+        })
+    }
+
+    pub fn device(&self) -> &'static Device {
+        self.device
+    }
+
+    pub fn encode(&self, side: Side) -> &Function {
+        &self.encode[side as usize]
+    }
+
+    pub fn statistics(&self, side: Side) -> Option<&Function> {
+        self.statistics[side as usize].as_deref()
+    }
+
+    pub fn decode(&self, side: Side) -> Result<Arc<Function>> {
+        let mut loaded = self.decode.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = &loaded[side as usize] {
+            return Ok(Arc::clone(function));
+        }
+        let function = self.load("decode.cuh", "decode", &[self.names.element, &self.names.layouts[side as usize]])?;
+        loaded[side as usize] = Some(Arc::clone(&function));
+        Ok(function)
+    }
+
+    /// Where a block of attention takes `tiles` query tiles.
+    pub fn attention(&self, tiles: usize) -> Result<Arc<AttentionKernels>> {
+        let mut loaded = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernels) = loaded.get(&tiles) {
+            return Ok(Arc::clone(kernels));
+        }
+        let Names { element, layouts: [keys, values], widths: [key_width, value_width], turning } = &self.names;
+        let turning = turning.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
+        let kernels = Arc::new(AttentionKernels {
+            fold: self.load("attend.cuh", "fold", &[element, keys])?,
+            turning,
+            attend: self.load("attend.cuh", "attend", &[keys, values, &tiles.to_string()])?,
+            plain: self.load("plain.cuh", "plain", &[element, key_width, value_width])?,
+            unfold: self.load("merge.cuh", "unfold", &[value_width])?,
+            merge: self.load("merge.cuh", "merge", &[element, value_width])?,
+        });
+        loaded.insert(tiles, Arc::clone(&kernels));
+        Ok(kernels)
+    }
+
+    fn load(&self, file: &str, kernel: &str, arguments: &[&str]) -> Result<Arc<Function>> {
+        self.device.function(&instance(file, kernel, arguments), &self.compiler)
+    }
+
+    /// Rows from place to place, by the widest word that fits. `parameters.row_words` counts bytes here.
+    ///
+    /// # Safety
+    /// As [`Function::launch`].
+    pub unsafe fn copy_rows(
+        &self,
+        parameters: &CopyParams,
+        heads: usize,
+        batch: usize,
+        row_bytes: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        let p = parameters;
+        let strides = [
+            p.source_batch_stride,
+            p.source_head_stride,
+            p.source_row_stride,
+            p.target_batch_stride,
+            p.target_head_stride,
+            p.target_row_stride,
+        ];
+        let all =
+            strides.iter().fold(p.source | p.target | row_bytes as u64, |all, stride| all | stride.unsigned_abs());
+        let fitting = COPY_WORDS.iter().position(|(bytes, _)| all.is_multiple_of(*bytes as u64));
+        let index = fitting.unwrap_or(COPY_WORDS.len() - 1);
+        let parameters = CopyParams { row_words: (row_bytes / COPY_WORDS[index].0) as i32, ..*parameters };
+        let grid = [(p.rows.max(0) as usize).div_ceil(COPY_WARPS) as u32, heads as u32, batch as u32];
+        // SAFETY: the caller's promise; elements have two bytes or four, so a word of two always fits.
+        unsafe { launch(&self.copy[index], grid, 32 * COPY_WARPS, &parameters, stream) }
+    }
+
+    /// Writes words of 8 bytes, (address, value) each, in any order.
+    ///
+    /// # Safety
+    /// As [`Function::launch`], for all the addresses.
+    pub unsafe fn poke(&self, words: &[(u64, u64)], stream: Stream) -> Result<()> {
+        const FEW: usize = 4;
+        const MANY: usize = 250;
+        if words.len() <= FEW {
+            let mut few = FewWords { count: words.len() as i32, ..FewWords::default() };
+            words.iter().enumerate().for_each(|(i, word)| (few.targets[i], few.values[i]) = *word);
+            // SAFETY: the caller's promise.
+            return unsafe { launch(&self.poke[0], [u32::from(!words.is_empty()), 1, 1], 256, &few, stream) };
+        }
+        for words in words.chunks(MANY) {
+            let mut many = ManyWords { count: words.len() as i32, ..ManyWords::default() };
+            words.iter().enumerate().for_each(|(i, word)| (many.targets[i], many.values[i]) = *word);
+            // SAFETY: as above.
+            unsafe { launch(&self.poke[1], [1, 1, 1], 256, &many, stream) }?;
+        }
+        Ok(())
+    }
+}
+
+fn instance(file: &str, kernel: &str, arguments: &[&str]) -> Instance {
+    Instance {
+        file: file.into(),
+        kernel: format!("skvq::{kernel}"),
+        arguments: arguments.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// A launch without dynamic shared memory, on one row of threads.
+///
+/// # Safety
+/// As [`Function::launch`].
+pub unsafe fn launch<P: Parameters>(
+    function: &Function,
+    grid: [u32; 3],
+    threads: usize,
+    parameters: &P,
+    stream: Stream,
+) -> Result<()> {
+    let launch = Launch { grid, block: [threads as u32, 1, 1], shared_bytes: 0, stream };
+    // SAFETY: the caller's promise.
+    unsafe { function.launch(&launch, parameters) }
+}

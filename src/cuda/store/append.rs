@@ -1,0 +1,342 @@
+//! One append: room first, then launches that move rows to the sinks, take statistics, encode what leaves the window, and fill the ring.
+//!
+//! Everything that can be refused is refused before the first launch. Launches are in the order of the stream: encoding reads rows of the
+//! ring before new rows take their places.
+
+use super::super::kernels::launch;
+use super::super::launch::Stream;
+use super::super::pages::{BLOCK_ROWS, Side};
+use super::super::params::{CopyParams, EncodeParams, StatisticsParams};
+use super::{CudaLayer, DeviceTensor, Held, State, address, length_words, whole_rows};
+use crate::codebook::Codebook;
+use crate::codec::Rule;
+use crate::error::{Error, Result};
+use crate::layer::Regions;
+use crate::transform::Source;
+
+/// How an append of some rows falls into the regions; as in `layer/append.rs`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    pub rows: usize,
+    pub stored: usize,
+    pub to_sinks: usize,
+    /// Rows of the window before.
+    pub window: usize,
+    pub packed: usize,
+    pub to_pack: usize,
+    pub from_window: usize,
+    /// Blocks with statistics afterwards.
+    pub blocks: usize,
+}
+
+impl Plan {
+    /// New rows that never enter the window, sinks included.
+    fn passing(&self) -> usize {
+        self.to_sinks + self.to_pack - self.from_window
+    }
+
+    pub fn regions(&self, before: Regions) -> Regions {
+        Regions {
+            sinks: before.sinks + self.to_sinks,
+            packed: self.packed + self.to_pack,
+            window: self.window - self.from_window + self.rows - self.passing(),
+        }
+    }
+}
+
+/// Rows `[batch, heads, count, D]` in the model's type; strides in elements.
+#[derive(Clone, Copy)]
+struct Rows {
+    address: u64,
+    strides: [i64; 3],
+    count: usize,
+}
+
+impl Rows {
+    fn skip(self, rows: usize, count: usize, element: usize) -> Self {
+        let bytes = self.strides[2] * (rows * element) as i64;
+        Self { address: self.address.wrapping_add_signed(bytes), count, ..self }
+    }
+}
+
+impl CudaLayer {
+    /// Stores the rows of `n` new tokens: keys `[batch, heads, n, key width]`, values `[batch, heads, n, value width]`. Waits for nothing.
+    /// Nothing changes if this is refused.
+    ///
+    /// # Safety
+    /// Both are memory of the device that stays as it is until the stream is past this call; the stream is a live one of the device, and
+    /// past all earlier calls of this layer and of those that it was cloned from.
+    pub unsafe fn append(&mut self, keys: &DeviceTensor, values: &DeviceTensor, stream: Stream) -> Result<()> {
+        self.check(keys, values)?;
+        let plan = self.plan(keys.shape[2]);
+        let is_new = self.held.is_none();
+        let mut held = match self.held.take() {
+            Some(held) => held,
+            None => self.begin(keys.shape[0])?,
+        };
+        // SAFETY: the caller's promise.
+        let appended = unsafe { self.append_to(&mut held, [keys, values], plan, is_new, stream) };
+        if appended.is_ok() || !is_new {
+            self.held = Some(held);
+        }
+        appended?;
+        self.regions = plan.regions(self.regions);
+        self.blocks = plan.blocks;
+        Ok(())
+    }
+
+    /// Refuses what `append` would refuse.
+    pub fn check(&self, keys: &DeviceTensor, values: &DeviceTensor) -> Result<()> {
+        let batch = match (&self.held, self.padding.len()) {
+            (Some(held), _) => Some(held.batch),
+            (None, 0) => None,
+            (None, padded) => Some(padded),
+        };
+        for (side, rows) in [(Side::Keys, keys), (Side::Values, values)] {
+            let [found_batch, found_heads, tokens, found_width] = rows.shape;
+            let (heads, width) = (self.spec().num_key_value_heads, self.shared.codec(side).layout.head_dim);
+            let fits = batch.unwrap_or(found_batch) == found_batch && found_heads == heads && found_width == width;
+            if !fits || found_batch == 0 || tokens == 0 {
+                let batch = batch.map_or("batch ≥ 1".to_string(), |batch| batch.to_string());
+                let expected = format!("[{batch}, {heads}, tokens ≥ 1, {width}]");
+                return Err(Error::shape(side.name(), expected, &rows.shape.map(|size| size as i64)));
+            }
+            self.expect_rows(side.name(), rows)?;
+        }
+        if keys.shape[0] != values.shape[0] || keys.shape[2] != values.shape[2] {
+            let expected = format!("[{}, …, {}, …] as keys have", keys.shape[0], keys.shape[2]);
+            return Err(Error::shape("values", expected, &values.shape.map(|size| size as i64)));
+        }
+        Ok(())
+    }
+
+    fn plan(&self, rows: usize) -> Plan {
+        let Regions { sinks, packed, window } = self.regions;
+        let to_sinks = rows.min(self.spec().sinks - sinks);
+        let behind_sinks = packed + window + rows - to_sinks;
+        let evictable = behind_sinks.saturating_sub(self.spec().window);
+        let (blocks, packable) = match self.block_rows() {
+            0 => (0, evictable),
+            block_rows => {
+                let blocks = self.blocks.max(behind_sinks / block_rows);
+                (blocks, evictable.min(blocks * block_rows))
+            }
+        };
+        let to_pack = packable.saturating_sub(packed);
+        let stored = self.regions.total();
+        Plan { rows, stored, to_sinks, window, packed, to_pack, from_window: to_pack.min(window), blocks }
+    }
+
+    unsafe fn append_to(
+        &self,
+        held: &mut Held,
+        tensors: [&DeviceTensor; 2],
+        plan: Plan,
+        is_new: bool,
+        stream: Stream,
+    ) -> Result<()> {
+        let shared = &*self.shared;
+        let (heads, element) = (shared.spec.num_key_value_heads, shared.spec.dtype.size());
+        // SAFETY: the caller's promise, for all of these.
+        unsafe {
+            self.reserve(held, plan, stream)?;
+            let regions = plan.regions(self.regions);
+            let mut words = if is_new { self.state_words(held, regions) } else { length_words(held, regions).to_vec() };
+            self.reserve_pages(held, plan, &mut words, stream)?;
+            shared.kernels.poke(&words, stream)?;
+        }
+        for side in Side::BOTH {
+            let tensor = tensors[side as usize];
+            let [batch_stride, head_stride, row_stride, _] = tensor.strides;
+            let new =
+                Rows { address: tensor.address, strides: [batch_stride, head_stride, row_stride], count: plan.rows };
+            // SAFETY: the caller's promise; all places have room now.
+            unsafe {
+                self.keep_sinks(held, side, new, plan, stream)?;
+                self.take_statistics(held, side, new, plan, stream)?;
+                let mut first_row = plan.packed;
+                for rows in self.leaving(held, side, new, plan) {
+                    self.encode(held, side, rows, first_row, stream)?;
+                    first_row += rows.count;
+                }
+                let staying = new.skip(plan.passing(), plan.rows - plan.passing(), element);
+                let target_first = (held.ring_first + plan.window) % held.ring_rows.max(1);
+                let ring = address(held.side(side).ring.as_ref());
+                let parameters = CopyParams {
+                    target_first: target_first as i32,
+                    target_ring: held.ring_rows as i32,
+                    ..self.rows_to(side, staying, ring, held.ring_rows)
+                };
+                shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream)?;
+            }
+        }
+        held.ring_first = (held.ring_first + plan.from_window) % held.ring_rows.max(1);
+        Ok(())
+    }
+
+    /// Rows to an array of `room` rows a head of this layer.
+    fn rows_to(&self, side: Side, rows: Rows, target: u64, room: usize) -> CopyParams {
+        let element = self.spec().dtype.size() as i64;
+        let [batch, head, row] = rows.strides;
+        CopyParams {
+            source_batch_stride: batch * element,
+            source_head_stride: head * element,
+            source_row_stride: row * element,
+            ..whole_rows(
+                rows.address,
+                target,
+                self.spec().num_key_value_heads,
+                room,
+                rows.count,
+                self.shared.row_bytes(side),
+            )
+        }
+    }
+
+    /// The sinks of a sequence are its first tokens behind the padding.
+    unsafe fn keep_sinks(&self, held: &Held, side: Side, new: Rows, plan: Plan, stream: Stream) -> Result<()> {
+        let (shared, sinks) = (&*self.shared, self.spec().sinks);
+        let end = plan.stored + plan.rows;
+        let brings = |batch: usize| {
+            let padding = self.padding(batch);
+            padding.max(plan.stored) < (padding + sinks).min(end)
+        };
+        if !(0..held.batch).any(brings) {
+            return Ok(());
+        }
+        let target = address(held.side(side).sinks.as_ref());
+        let parameters = CopyParams {
+            rows: sinks as i32,
+            source_rows: plan.rows as i32,
+            source_shift: -(plan.stored as i32),
+            shifts: if self.padding.is_empty() { 0 } else { held.paddings() },
+            ..self.rows_to(side, new, target, sinks)
+        };
+        let heads = shared.spec.num_key_value_heads;
+        // SAFETY: the caller's promise.
+        unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream) }
+    }
+
+    /// `count` rows of the ring from the window's row `first` on: one run or two.
+    fn ring_rows(&self, held: &Held, side: Side, first: usize, count: usize) -> [Rows; 2] {
+        let width = self.shared.codec(side).layout.head_dim as i64;
+        let heads = self.spec().num_key_value_heads as i64;
+        let room = held.ring_rows;
+        let strides = [heads * room as i64 * width, room as i64 * width, width];
+        let all = Rows { address: address(held.side(side).ring.as_ref()), strides, count: room };
+        let start = (held.ring_first + first) % room.max(1);
+        let straight = count.min(room - start);
+        let element = self.spec().dtype.size();
+        [all.skip(start, straight, element), all.skip(0, count - straight, element)]
+    }
+
+    /// Rows that are packed now, in order.
+    fn leaving(&self, held: &Held, side: Side, new: Rows, plan: Plan) -> impl Iterator<Item = Rows> + use<> {
+        let [first, second] = self.ring_rows(held, side, 0, plan.from_window);
+        let fresh = new.skip(plan.to_sinks, plan.to_pack - plan.from_window, self.spec().dtype.size());
+        [first, second, fresh].into_iter().filter(|rows| rows.count > 0)
+    }
+
+    unsafe fn encode(&self, held: &Held, side: Side, rows: Rows, first_row: usize, stream: Stream) -> Result<()> {
+        let (shared, codec, heads) = (&*self.shared, self.shared.codec(side), self.spec().num_key_value_heads);
+        let [batch_stride, head_stride, row_stride] = rows.strides;
+        let parameters = EncodeParams {
+            rows: rows.address,
+            batch_stride,
+            head_stride,
+            row_stride,
+            pages: address(held.side(side).table.as_ref()),
+            levels: shared.constants[side as usize].levels,
+            origins: held.origins(),
+            refused: held.state.address() + State::REFUSED,
+            transform: self.transform(held, side),
+            clip: codec.clip,
+            rule: i32::from(codec.rule == Rule::Range),
+            refinements: codec.refinements as i32,
+            unbiased: i32::from(codec.unbiased),
+            uniform: i32::from(!codec.is_of_parts() && matches!(codec.codebook, Codebook::Uniform { .. })),
+            first_row: first_row as i32,
+            row_count: rows.count as i32,
+            page_capacity: held.table_pages as i32,
+            kv_heads: heads as i32,
+            padding: 0,
+        };
+        let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
+        let grid = [blocks as u32, heads as u32, held.batch as u32];
+        // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
+        unsafe { launch(shared.kernels.encode(side), grid, 256, &parameters, stream) }
+    }
+
+    /// Of the blocks that are complete now. Only the first of them may have rows in the window.
+    unsafe fn take_statistics(&self, held: &Held, side: Side, new: Rows, plan: Plan, stream: Stream) -> Result<()> {
+        let (shared, codec) = (&*self.shared, self.shared.codec(side));
+        let (Source::Block(rule), true) = (&codec.source, plan.blocks > self.blocks) else { return Ok(()) };
+        let (size, element) = (rule.rows, shared.spec.dtype.size());
+        let mut block = self.blocks;
+        // A row behind the packed ones is of the window or, from its end on, a new one.
+        let first = block * size - plan.packed;
+        if first < plan.window {
+            let (heads, row_bytes) = (shared.spec.num_key_value_heads, shared.row_bytes(side));
+            let staged = shared.memory.allocate(held.batch * heads * size * row_bytes)?;
+            let [one, two] = self.ring_rows(held, side, first, plan.window - first);
+            let rest = new.skip(plan.to_sinks, size - (plan.window - first), element);
+            let mut at = 0;
+            for rows in [one, two, rest] {
+                let parameters =
+                    CopyParams { target_first: at as i32, ..self.rows_to(side, rows, staged.address(), size) };
+                // SAFETY: rows of the ring and of the caller's tensor, to a new block.
+                unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, row_bytes, stream) }?;
+                at += rows.count;
+            }
+            let width = codec.layout.head_dim as i64;
+            let strides = [(heads * size) as i64 * width, size as i64 * width, width];
+            let rows = Rows { address: staged.address(), strides, count: size };
+            // SAFETY: as above; the staged rows go back to torch for later work on this stream.
+            unsafe { self.statistics_of(held, side, rows, block, 1, stream) }?;
+            block += 1;
+        }
+        if block == plan.blocks {
+            return Ok(());
+        }
+        let rows = new.skip(plan.to_sinks + block * size - plan.packed - plan.window, 0, element);
+        // SAFETY: the caller's promise.
+        unsafe { self.statistics_of(held, side, rows, block, plan.blocks - block, stream) }
+    }
+
+    unsafe fn statistics_of(
+        &self,
+        held: &Held,
+        side: Side,
+        rows: Rows,
+        first_block: usize,
+        count: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        let (shared, codec) = (&*self.shared, self.shared.codec(side));
+        let (Source::Block(rule), Some([shift, scale]), Some(function)) =
+            (&codec.source, &held.side(side).statistics, shared.kernels.statistics(side))
+        else {
+            return Ok(());
+        };
+        let [batch_stride, head_stride, row_stride] = rows.strides;
+        let parameters = StatisticsParams {
+            rows: rows.address,
+            batch_stride,
+            head_stride,
+            row_stride,
+            paddings: if self.padding.is_empty() { 0 } else { held.paddings() },
+            shift: shift.address(),
+            scale: scale.address(),
+            exponent: f64::from(rule.scale_exponent),
+            block: rule.rows as i32,
+            first_block: first_block as i32,
+            block_capacity: held.block_room as i32,
+            kv_heads: shared.spec.num_key_value_heads as i32,
+            with_shift: i32::from(rule.shift),
+            padding: 0,
+        };
+        let grid = [count as u32, shared.spec.num_key_value_heads as u32, held.batch as u32];
+        // SAFETY: whole blocks of rows; statistics have room for them; the caller's promise for the stream.
+        unsafe { launch(function, grid, 256, &parameters, stream) }
+    }
+}

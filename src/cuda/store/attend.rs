@@ -1,0 +1,239 @@
+//! Attention of some queries over the three regions, launch by launch as `kernels/PAGES.md` lists them, in memory of the caller's.
+//!
+//! The packed past is cut into splits of whole pages, enough to fill the device; with block statistics a split stays inside a block of both
+//! streams. Sinks and window make states of their own, and one launch merges all. Lengths are read on the device, but which launches and
+//! how many splits there are follows the host's.
+
+use super::super::kernels::QUERY_TILE;
+use super::super::launch::Stream;
+use super::super::memory::ALIGNMENT;
+use super::super::pages::Side;
+use super::super::params::MaskParams;
+use super::launches::Launches;
+use super::{CudaLayer, DeviceTensor, Held};
+use crate::error::{Error, Result};
+use crate::format::PAGE_ROWS;
+use crate::layer::Regions;
+use crate::tensor::{Dtype, MaskKind};
+
+/// Numbers before the output's in a state, and before the groups' in a query's extras.
+const STATE_HEAD: usize = 4;
+const EXTRAS_HEAD: usize = 4;
+const MOST_TILES: usize = 2;
+/// Rows that a block of threads takes of the sinks or the window.
+pub(super) const PLAIN_ROWS: usize = 32;
+/// Splits that become one state where each has a transform to undo.
+const SPLITS_PER_STATE: usize = 4;
+/// Blocks of threads for each multiprocessor: how many fit at once.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
+
+/// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceMask {
+    pub address: u64,
+    pub shape: [usize; 4],
+    pub strides: [i64; 4],
+    pub kind: MaskKind,
+}
+
+/// One call of attention.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendCall {
+    /// `[batch, query heads, L, Dk]` and `[batch, query heads, L, Dv]`, in the layer's dtype.
+    pub query: DeviceTensor,
+    pub output: DeviceTensor,
+    /// Address and bytes of memory that the call may use as it likes, at least [`CudaLayer::workspace_bytes`].
+    pub workspace: (u64, usize),
+    pub scale: f32,
+    pub mask: Option<DeviceMask>,
+    /// Of the L queries, which are of the last L tokens, none sees tokens behind its own.
+    pub causal: bool,
+    /// 0: none.
+    pub softcap: f32,
+    /// f32 `[query heads]`, or 0.
+    pub sink_logits: u64,
+}
+
+/// How a call is cut, and where its intermediate results lie in the workspace.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub group: usize,
+    pub length: usize,
+    pub query_tiles: usize,
+    /// Of a block of threads.
+    pub tiles: usize,
+    pub key_blocks: usize,
+    pub pages_per_split: usize,
+    pub splits: usize,
+    pub splits_per_state: usize,
+    pub sink_states: usize,
+    pub window_states: usize,
+    pub state_count: usize,
+    pub places: Places,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Places {
+    pub folded: usize,
+    pub extras: usize,
+    pub bias: usize,
+    pub packed: usize,
+    pub states: usize,
+    pub bytes: usize,
+}
+
+impl CudaLayer {
+    /// Bytes of workspace for queries of so many heads and tokens, as long as nothing is appended.
+    pub fn workspace_bytes(&self, query_heads: usize, length: usize) -> Result<usize> {
+        Ok(self.shape(query_heads, length)?.places.bytes)
+    }
+
+    fn shape(&self, query_heads: usize, length: usize) -> Result<Shape> {
+        let (spec, Regions { sinks, packed, window }) = (self.spec(), self.regions);
+        let heads = spec.num_key_value_heads;
+        if query_heads == 0 || !query_heads.is_multiple_of(heads) || length == 0 {
+            let expected = format!("a multiple of {heads} heads and at least one token");
+            return Err(Error::value("query", expected, format!("{query_heads} heads and {length} tokens")));
+        }
+        let group = query_heads / heads;
+        let wanted = (group * length).div_ceil(QUERY_TILE);
+        let tiles = wanted.min(MOST_TILES);
+        let query_tiles = wanted.next_multiple_of(tiles);
+        let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
+        let multiprocessors = self.shared.kernels.device().properties().multiprocessors.max(1) as usize;
+        let others = (batch * heads * query_tiles / tiles).max(1);
+        let wanted_splits = (BLOCKS_PER_MULTIPROCESSOR * multiprocessors).div_ceil(others);
+        let longest = pages.div_ceil(wanted_splits.max(1)).max(1);
+        let block_pages = self.block_rows() / PAGE_ROWS;
+        let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
+        let pages_per_split = (1..=longest).rev().find(divides).unwrap_or(1);
+        let splits = pages.div_ceil(pages_per_split);
+        let splits_per_state = if block_pages == 0 { splits.max(1) } else { SPLITS_PER_STATE };
+        let key_blocks = match spec.keys.block_rows() {
+            0 => 1,
+            rows => packed.div_ceil(rows).max(1),
+        };
+        let (sink_states, window_states) = (sinks.div_ceil(PLAIN_ROWS), window.div_ceil(PLAIN_ROWS));
+        let state_count = sink_states + window_states + splits.div_ceil(splits_per_state);
+        let mut shape = Shape {
+            group,
+            length,
+            query_tiles,
+            tiles,
+            key_blocks,
+            pages_per_split,
+            splits,
+            splits_per_state,
+            sink_states,
+            window_states,
+            state_count,
+            places: Places::default(),
+        };
+        shape.places = self.places(&shape);
+        Ok(shape)
+    }
+
+    fn places(&self, shape: &Shape) -> Places {
+        let (keys, values) = (&self.spec().keys.layout, &self.spec().values.layout);
+        let tiles = self.batch_size() * self.spec().num_key_value_heads * shape.query_tiles;
+        let queries = tiles * QUERY_TILE;
+        let packed = usize::from(shape.splits > 0);
+        let turns = usize::from(self.shared.constants[Side::Keys as usize].transform.shift_sine != 0);
+        let mut end = 0;
+        let mut place = |bytes: usize| {
+            let start = end;
+            end += bytes.next_multiple_of(ALIGNMENT);
+            start
+        };
+        let folded = place(packed * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
+        let extras = place(packed * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
+        let bias = place(turns * queries * self.regions.packed * 4);
+        let packed = place(queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
+        let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
+        Places { folded, extras, bias, packed, states, bytes: end }
+    }
+
+    /// Writes softmax(scale · q·kᵀ + mask) · v over all regions to the output. Waits for nothing.
+    ///
+    /// # Safety
+    /// All addresses are the device's, of the sizes said; inputs stay as they are and output and workspace are nobody else's until the stream
+    /// is past this call; otherwise as [`Self::append`].
+    pub unsafe fn attend(&self, call: &AttendCall, stream: Stream) -> Result<()> {
+        let (Some(held), total) = (&self.held, self.regions.total()) else {
+            return Err(Error::state("attend", "at least one token", 0));
+        };
+        if total == 0 {
+            return Err(Error::state("attend", "at least one token", 0));
+        }
+        self.check_call(call)?;
+        let shape = self.shape(call.query.shape[1], call.query.shape[2])?;
+        let (address, bytes) = call.workspace;
+        if bytes < shape.places.bytes || !address.is_multiple_of(ALIGNMENT as u64) {
+            let expected = format!("{} bytes at a multiple of {ALIGNMENT}", shape.places.bytes);
+            return Err(Error::value("workspace", expected, format!("{bytes} bytes at {address:#x}")));
+        }
+        let kernels = self.shared.kernels.attention(shape.tiles)?;
+        let launches =
+            Launches { layer: self, held, call, shape, kernels: &kernels, mask: self.mask(held, call), stream };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if shape.splits > 0 {
+                launches.packed()?;
+            }
+            launches.plain(0)?;
+            launches.plain(1)?;
+            launches.merge()
+        }
+    }
+
+    fn check_call(&self, call: &AttendCall) -> Result<()> {
+        let (spec, batch, total) = (self.spec(), self.batch_size(), self.regions.total());
+        let [_, heads, length, _] = call.query.shape;
+        for (name, tensor, codec) in [("query", &call.query, &spec.keys), ("output", &call.output, &spec.values)] {
+            let expected = [batch, heads, length, codec.layout.head_dim];
+            if tensor.shape != expected || length > total {
+                let found = tensor.shape.map(|size| size as i64);
+                return Err(Error::shape(name, format!("{expected:?}, at most {total} tokens"), &found));
+            }
+            self.expect_rows(name, tensor)?;
+        }
+        if !(call.scale.is_finite() && call.softcap >= 0.0 && call.softcap.is_finite()) {
+            let found = format!("{} and {}", call.scale, call.softcap);
+            return Err(Error::value("scale and softcap", "finite numbers, the softcap positive", found));
+        }
+        if let Some(mask) = &call.mask {
+            let fits = mask.shape.iter().zip([batch, heads, length]).all(|(found, size)| [1, size].contains(found));
+            if !fits || mask.shape[3] != total {
+                let expected = format!("[{batch} or 1, {heads} or 1, {length} or 1, {total}]");
+                return Err(Error::shape("mask", expected, &mask.shape.map(|size| size as i64)));
+            }
+            if mask.strides[3] != 1 && total > 1 {
+                return Err(Error::value("mask", "tokens that lie together", format!("stride {}", mask.strides[3])));
+            }
+        }
+        Ok(())
+    }
+
+    fn mask(&self, held: &Held, call: &AttendCall) -> MaskParams {
+        let mut parameters = MaskParams {
+            paddings: if self.padding.is_empty() { 0 } else { held.paddings() },
+            causal: i32::from(call.causal),
+            softcap: call.softcap,
+            ..MaskParams::default()
+        };
+        if let Some(mask) = &call.mask {
+            let stride = |axis: usize| if mask.shape[axis] == 1 { 0 } else { mask.strides[axis] };
+            parameters.mask = mask.address;
+            parameters.batch_stride = stride(0);
+            parameters.head_stride = stride(1);
+            parameters.position_stride = stride(2);
+            parameters.kind = match mask.kind {
+                MaskKind::Additive(Dtype::F32) => 1,
+                MaskKind::Additive(Dtype::F16) => 2,
+                MaskKind::Additive(Dtype::BF16) => 3,
+                MaskKind::Visible => 4,
+            };
+        }
+        parameters
+    }
+}

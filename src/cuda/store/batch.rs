@@ -1,0 +1,106 @@
+//! The batch in another order, with fewer or more sequences, or a copy of it: pages are shared, the rest is moved by one launch an array.
+
+use std::sync::Arc;
+
+use super::super::launch::Stream;
+use super::super::memory::Block;
+use super::super::pages::Side;
+use super::super::params::CopyParams;
+use super::{CudaLayer, Held, SideRows, State, pairs, whole_rows};
+use crate::error::{Error, Result};
+
+impl CudaLayer {
+    /// New row `i` of the batch is the old row `indices[i]`: pages are shared, all else is copied.
+    ///
+    /// # Safety
+    /// As [`Self::append`].
+    pub unsafe fn gather(&mut self, indices: &[usize], stream: Stream) -> Result<()> {
+        let batch = self.batch_size();
+        if indices.is_empty() {
+            return Err(Error::value("indices", "at least one row of the batch", "none"));
+        }
+        if let Some(index) = indices.iter().find(|index| **index >= batch) {
+            return Err(Error::value("indices", format!("rows of the batch, 0..{batch}"), index));
+        }
+        // SAFETY: the caller's promise.
+        *self = unsafe { self.gathered(indices, stream) }?;
+        Ok(())
+    }
+
+    /// An independent layer that shares all pages until one of them is written.
+    ///
+    /// # Safety
+    /// As [`Self::append`].
+    pub unsafe fn duplicate(&self, stream: Stream) -> Result<Self> {
+        let all: Vec<usize> = (0..self.batch_size()).collect();
+        // SAFETY: the caller's promise.
+        unsafe { self.gathered(&all, stream) }
+    }
+
+    unsafe fn gathered(&self, indices: &[usize], stream: Stream) -> Result<Self> {
+        let padding = if self.padding.is_empty() || self.held.is_none() {
+            self.padding.clone()
+        } else {
+            indices.iter().map(|index| self.padding[*index]).collect()
+        };
+        let mut copy =
+            Self { shared: Arc::clone(&self.shared), regions: self.regions, padding, blocks: self.blocks, held: None };
+        if let Some(held) = &self.held {
+            // SAFETY: the caller's promise.
+            copy.held = Some(unsafe { copy.gather_held(held, indices, stream) }?);
+        }
+        Ok(copy)
+    }
+
+    unsafe fn gather_held(&self, old: &Held, indices: &[usize], stream: Stream) -> Result<Held> {
+        let shared = &*self.shared;
+        let (batch, heads) = (indices.len(), shared.spec.num_key_value_heads);
+        let sequences: Vec<i32> = indices.iter().map(|index| *index as i32).collect();
+        let sequence_block = shared.memory.allocate(8 * batch.div_ceil(2))?;
+        let words: Vec<_> = pairs(sequence_block.address(), &sequences).collect();
+        // SAFETY: a new block; the caller's promise for the stream.
+        unsafe { shared.kernels.poke(&words, stream) }?;
+        // An array of `rows` rows a head, for the new batch.
+        let gather = |block: Option<&Block>, rows: usize, row_bytes: usize| -> Result<Option<Block>> {
+            let Some(block) = block else { return Ok(None) };
+            let target = shared.memory.allocate(batch * heads * rows * row_bytes)?;
+            let parameters = CopyParams {
+                sequences: sequence_block.address(),
+                ..whole_rows(block.address(), target.address(), heads, rows, rows, row_bytes)
+            };
+            // SAFETY: both blocks have these rows; freed ones are used again on the same stream only.
+            unsafe { shared.kernels.copy_rows(&parameters, heads, batch, row_bytes, stream) }?;
+            Ok(Some(target))
+        };
+        let side = |side: Side| -> Result<SideRows> {
+            let (rows, row_bytes) = (old.side(side), shared.row_bytes(side));
+            let number_bytes = 4 * shared.codec(side).layout.head_dim;
+            let statistics = match &rows.statistics {
+                Some([shift, scale]) => {
+                    let copies = [shift, scale].map(|block| gather(Some(block), old.block_room, number_bytes));
+                    let [shift, scale] = copies;
+                    shift?.zip(scale?).map(<[Block; 2]>::from)
+                }
+                None => None,
+            };
+            Ok(SideRows {
+                pool: Arc::clone(&rows.pool),
+                pages: indices.iter().flat_map(|index| rows.pages[index * heads..][..heads].to_vec()).collect(),
+                table: gather(rows.table.as_ref(), 1, 8 * old.table_pages)?,
+                sinks: gather(rows.sinks.as_ref(), shared.spec.sinks, row_bytes)?,
+                ring: gather(rows.ring.as_ref(), old.ring_rows, row_bytes)?,
+                statistics,
+            })
+        };
+        let sides = [side(Side::Keys)?, side(Side::Values)?];
+        let state = shared.memory.allocate(State::bytes(batch))?;
+        let held = Held { batch, state, sides, spans: old.spans.clone(), ..*old };
+        // SAFETY: new blocks and the old state; the caller's promise for the stream.
+        unsafe {
+            shared.kernels.poke(&self.state_words(&held, self.regions), stream)?;
+            let [to, from] = [&held, old].map(|held| held.state.address() + State::REFUSED);
+            shared.kernels.device().copy(to, from, 4, stream)?;
+        }
+        Ok(held)
+    }
+}
