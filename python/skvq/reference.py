@@ -365,7 +365,8 @@ class ReferenceCodec:
             if not self.symmetric:
                 zero = round_metadata(lane_sum(y) / size, self.metadata)
             d = self.coder.coded(y - zero[..., None])
-            scale = self.clip * torch.sqrt(lane_sum(d * d) / size)
+            # Rounded once, as the processor does: torch's own square root of float32 may be a unit off.
+            scale = self.clip * torch.sqrt((lane_sum(d * d) / size).to(torch.float64)).to(torch.float32)
         elif self.symmetric:
             scale = self.clip * y.abs().amax(-1) / self._largest_level()
         else:
