@@ -4,6 +4,7 @@ Is: `build_driver` and `build_nvrtc`, from the sources in stand_ins/, and `run`,
 process of its own. Is not: anything that runs a kernel.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -38,6 +39,21 @@ def build_driver(folder: Path, *flags: str) -> Path:
 def build_nvrtc(folder: Path, major: int = 12, minor: int = 4, *flags: str) -> str:
     """The path of an NVRTC of that version."""
     return str(_compile("nvrtc.c", folder / f"libnvrtc.so.{major}", f"-DMAJOR={major}", f"-DMINOR={minor}", *flags))
+
+
+@functools.cache
+def real_nvrtc() -> str:
+    """The NVRTC of this machine, found by a process that has no stand-in loaded; "" if there is none."""
+    code = """
+        import torch
+        from skvq import SkvqError
+        from skvq.cuda_runtime import find_nvrtc
+        try:
+            print(find_nvrtc())
+        except SkvqError:
+            pass
+    """
+    return run(code)[0].strip()
 
 
 def start(

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cuda_stand_ins import run
-from skvq import SkvqError
-from skvq.cuda_runtime import find_nvrtc
+from cuda_stand_ins import real_nvrtc, run
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 LAYOUTS = {
@@ -68,10 +66,7 @@ def driver() -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_come_back_from_pages(driver: Path, tmp_path: Path, layout: str) -> None:
-    try:
-        nvrtc = find_nvrtc()
-    except SkvqError:
-        pytest.skip("no NVRTC here")
+    nvrtc = real_nvrtc() or pytest.skip("no NVRTC here")
     code_bytes, number_bytes = LAYOUTS[layout]
     arguments = [nvrtc, str(tmp_path), layout, str(code_bytes), str(number_bytes)]
     printed, seen = run(ROUND_TRIP, driver, arguments, FAKE_CUDA_LOG="1")
