@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from parts_examples import codec_options
-from skvq.reference import ReferenceCodec
+from kernel_examples import BLOCKS, ERROR, codec, float_mask, parts, statics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
@@ -24,36 +22,7 @@ from pipeline import Call
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
 
-# Of the largest output: queries, levels and weights are f16, sums f32.
-ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 5e-4}
-
-
-def codec(format: str = "2", head_dim: int = 64, **more: Any) -> ReferenceCodec:
-    return ReferenceCodec(head_dim=head_dim, format=format, **more)
-
-
-def parts(head_dim: int, index: int, **more: Any) -> ReferenceCodec:
-    return ReferenceCodec(**codec_options(head_dim, index, heads=2, **more))
-
-
-def statics(head_dim: int) -> dict[str, Any]:
-    """Shift, scale and a permutation of each of two heads."""
-    generator = torch.Generator().manual_seed(head_dim)
-    return {
-        "shift": torch.randn(2, head_dim, generator=generator),
-        "scale": 0.5 + torch.rand(2, head_dim, generator=generator),
-        "permutation": [torch.randperm(head_dim, generator=generator).tolist() for _ in range(2)],
-    }
-
-
-def float_mask(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    bias = torch.randn(*shape, generator=generator)
-    return bias.masked_fill(torch.rand(*shape, generator=generator) < 0.2, -torch.inf).to(dtype)
-
-
 TWO = codec()
-BLOCKS = {"block": 128, "scale_exponent": 0.5}
 CALLS = [
     Call(codec(head_dim=128), codec("1.6", 128), group=4, name="2 and ternary, 128"),
     Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning, 128"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_examples import HEADS, statics
 from parts_examples import codec_options
 from skvq.reference import ReferenceCodec
 
@@ -24,8 +25,6 @@ from harness import PageFormat
 from pipeline import transform_of
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
-
-HEADS = 2
 
 
 @dataclass
@@ -52,15 +51,6 @@ class Case:
 
 def plain(format: str, head_dim: int, **more: Any) -> dict[str, Any]:
     return {"format": format, "head_dim": head_dim, **more}
-
-
-def statics(head_dim: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(head_dim)
-    return {
-        "shift": torch.randn(HEADS, head_dim, generator=generator),
-        "scale": 0.5 + torch.rand(HEADS, head_dim, generator=generator),
-        "permutation": [torch.randperm(head_dim, generator=generator).tolist() for _ in range(HEADS)],
-    }
 
 
 RANGE = {"rule": "range", "clip": 0.9}

@@ -24,8 +24,8 @@ from ._native import Layer, SkvqError
 # A layer whose handles were decoded on this many updates in a row warns, once in a cache.
 DECODED_STEPS_BEFORE_WARNING = 3
 # Standard deviation of the error of a packed key's score, by the codec's own estimate, above which a cache warns
-# (tests/bench/LOG.md): 0.6 for the defaults on Gemma 3 270M, 1.8 on Qwen2.5-Coder 0.5B, where they find one line among
-# many no more, 0.3 with plans, 4 and more for settings that lose the text.
+# (tests/bench/LOG.md): 0.5 for the defaults on Gemma 3 270M, 1.5 on Qwen2.5-Coder 0.5B (1.8 with those of before, which
+# found one line among many no more), 0.3 with plans, 4 and more for settings that lose the text.
 LARGEST_SCORE_NOISE = 1.5
 # The reason for decoding that is nobody's fallback.
 ASKED_FOR = "decode()"

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use half::f16;
 
+use crate::format::MAX_HEAD_DIM;
 use crate::tensor::TensorView;
 
 /// Tokens whose queries must have been seen before they say anything.
@@ -36,13 +37,14 @@ impl QueryWeights {
         if self.factors.is_some() || first >= query.tokens() {
             return;
         }
-        let mut row = vec![0.0f32; query.width()];
+        let mut row = [0.0f32; MAX_HEAD_DIM];
+        let row = &mut row[..query.width()];
         self.squares.resize(query.width(), 0.0);
         for head in heads {
             for token in first..query.tokens() {
-                query.read_row_f32(batch, head, token, &mut row);
+                query.read_row_f32(batch, head, token, row);
                 if row.iter().all(|value| value.is_finite()) {
-                    self.squares.iter_mut().zip(&row).for_each(|(sum, &q)| *sum += f64::from(q) * f64::from(q));
+                    self.squares.iter_mut().zip(&*row).for_each(|(sum, &q)| *sum += f64::from(q) * f64::from(q));
                 }
             }
         }

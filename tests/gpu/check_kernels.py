@@ -27,38 +27,11 @@ from kernels import DecodeAttention, Past
 from machine import DeviceCodec, Machine, Statistics, codec_instances
 from pipeline import Call, Rows
 
-from parts_examples import codec_options
+from kernel_examples import BLOCKS, ERROR, HEADS, codec, float_mask, parts, statics
 from skvq.reference import ReferenceCodec
 
-# Of the largest output: queries, levels and weights are f16, sums f32.
-ERROR = {torch.float16: 1e-3, torch.bfloat16: 4e-3, torch.float32: 5e-4}
 TIMES_SDPA = 2.0  # what an error is to stay within, of torch's; told, and no failure
 FP16_STEP = 2.0**-10  # of a block's statistics, whose last bit hangs on the machine's pow
-HEADS = 2
-
-
-def codec(format: str = "2", head_dim: int = 64, **more: Any) -> ReferenceCodec:
-    return ReferenceCodec(head_dim=head_dim, format=format, **more)
-
-
-def parts(head_dim: int, index: int, **more: Any) -> ReferenceCodec:
-    return ReferenceCodec(**codec_options(head_dim, index, heads=HEADS, **more))
-
-
-def statics(head_dim: int) -> dict[str, Any]:
-    """Shift, scale and a permutation of each of two heads."""
-    generator = torch.Generator().manual_seed(head_dim)
-    return {
-        "shift": torch.randn(HEADS, head_dim, generator=generator),
-        "scale": 0.5 + torch.rand(HEADS, head_dim, generator=generator),
-        "permutation": [torch.randperm(head_dim, generator=generator).tolist() for _ in range(HEADS)],
-    }
-
-
-def float_mask(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    bias = torch.randn(*shape, generator=generator)
-    return bias.masked_fill(torch.rand(*shape, generator=generator) < 0.2, -torch.inf).to(dtype)
 
 
 @dataclass
@@ -77,7 +50,6 @@ class CodecCase:
 
 TWO = codec()
 NO_MEAN: dict[str, Any] = {"turning": False, "noise": False}
-BLOCKS: dict[str, Any] = {"block": 128, "scale_exponent": 0.5}
 RANGE: dict[str, Any] = {"rule": "range", "clip": 0.9}
 REFINED = codec("2", 128, refinements=2, unbiased=True, **statics(128))
 SMALL_CODECS = [
@@ -228,8 +200,8 @@ def by_reference(
 def past_of(machine: Machine, call: Call, rows: Rows) -> Past:
     """The rows of a call on the device, as a cache holds them."""
     tables, pools = [], []
-    for stream, codec, packed in (("keys", call.keys, rows.key_bytes), ("values", call.values, rows.value_bytes)):
-        device = DeviceCodec(machine, stream, codec, call.kv_heads)
+    for stream, its_codec, packed in (("keys", call.keys, rows.key_bytes), ("values", call.values, rows.value_bytes)):
+        device = DeviceCodec(machine, stream, its_codec, call.kv_heads)
         pool, table, _ = device.new_pages(call.batch, call.packed)
         for b in range(call.batch):
             for h in range(call.kv_heads):

@@ -29,7 +29,7 @@ from .methods.skvq import Skvq
 from .report import Report, Summary
 from .simulation import Simulator, rule_of
 from .spec_options import parse_options
-from .texts import CALIBRATION_TEXTS, EVALUATION_TEXTS, Chunk, check_apart, cut_chunks, packaged_texts, read_text
+from .texts import Chunk, cut_chunks, evaluation_and_calibration
 
 TABLES: dict[str, tuple[Any, ...]] = {
     "window": (0, 1, 32, 64, 128, 256),
@@ -336,9 +336,7 @@ def ablate(
     Raises:
         ValueError: as `compare`; also an unknown table, or a table whose option the method has not.
     """
-    evaluation = [read_text(source) for source in texts] or packaged_texts(EVALUATION_TEXTS)
-    fitted = [read_text(source) for source in calibration_texts] or packaged_texts(CALIBRATION_TEXTS)
-    check_apart(fitted, evaluation)
+    evaluation, fitted = evaluation_and_calibration(texts, calibration_texts)
     lengths = [tokens] if isinstance(tokens, int) else list(tokens)
     settings = Settings(window=window, sinks=sinks, score_from=score_from)
     varied = _Base(base, settings, model, min(lengths))

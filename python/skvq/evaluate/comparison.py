@@ -28,16 +28,7 @@ from .progress import progress_bar
 from .region_rule import RegionRule
 from .report import Report, Row, _without_nan
 from .simulation import Simulator, rule_of
-from .texts import (
-    CALIBRATION_TEXTS,
-    EVALUATION_TEXTS,
-    Chunk,
-    Text,
-    check_apart,
-    cut_chunks,
-    packaged_texts,
-    read_text,
-)
+from .texts import Chunk, Text, cut_chunks, evaluation_and_calibration
 
 
 @dataclass(frozen=True)
@@ -251,10 +242,8 @@ def compare(
     Example:
         >>> print(compare(model, tokenizer, ["kivi:bits=2", "ours", MyMethod()]).table())
     """
-    evaluation = [read_text(source) for source in texts] or packaged_texts(EVALUATION_TEXTS)
-    fitted = [read_text(source) for source in calibration_texts] or packaged_texts(CALIBRATION_TEXTS)
+    evaluation, fitted = evaluation_and_calibration(texts, calibration_texts)
     chosen = [parse_method(method) if isinstance(method, str) else method for method in methods]
-    check_apart(fitted, evaluation)
     lengths = [tokens] if isinstance(tokens, int) else list(tokens)
     pieces = [piece for length in lengths for piece in cut_chunks(tokenizer, evaluation, chunks, length)]
     calibration = []

@@ -82,6 +82,16 @@ def check_apart(calibration: Sequence[Text], evaluation: Sequence[Text]) -> None
                 )
 
 
+def evaluation_and_calibration(
+    texts: Sequence[str | Path], calibration_texts: Sequence[str | Path]
+) -> tuple[list[Text], list[Text]]:
+    """Both, from files or parts of files; the package's own where none are given. Raises ValueError if they overlap."""
+    evaluation = [read_text(source) for source in texts] or packaged_texts(EVALUATION_TEXTS)
+    calibration = [read_text(source) for source in calibration_texts] or packaged_texts(CALIBRATION_TEXTS)
+    check_apart(calibration, evaluation)
+    return evaluation, calibration
+
+
 def _passages(text: Text) -> set[str]:
     """Long lines; in a text without line breaks, sentences."""
     lines = (" ".join(line.split()) for line in re.split(r"\n+|(?<=[.!?]) ", text.content))
