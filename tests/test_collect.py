@@ -1,5 +1,6 @@
 """Calibration statistics: every moment against plain float64 arithmetic, and passes that stop and go on."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -396,7 +397,9 @@ def test_options_are_checked(llama: Any, options: dict[str, Any]) -> None:
 # ---- files, interruptions
 
 
-def test_a_continued_pass_ends_bit_for_bit_the_same(llama: Any, statistics: Statistics, tmp_path: Path) -> None:
+def test_a_continued_pass_ends_bit_for_bit_the_same(
+    llama: Any, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, whole = tmp_path / "state.safetensors", tmp_path / "whole.safetensors"
     options: dict[str, Any] = {"before_rope": True, "texts": {"a.txt": "00"}, "state_path": state, **OPTIONS}
 
@@ -407,6 +410,11 @@ def test_a_continued_pass_ends_bit_for_bit_the_same(llama: Any, statistics: Stat
     with pytest.raises(KeyboardInterrupt):
         collect(llama, interrupted(), save_every=2, **options)
     assert Statistics.load(state).chunks == 2
+    # The function hides the module of its name.
+    monkeypatch.setattr(sys.modules[collect.__module__], "SECONDS_BETWEEN_SAVES", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        collect(llama, interrupted(), save_every=8, **options)
+    assert Statistics.load(state).chunks == 3
     collect(llama, CHUNKS, save_every=2, **options)
     statistics.save(whole)
     assert state.read_bytes() == whole.read_bytes()

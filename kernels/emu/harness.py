@@ -132,7 +132,7 @@ def read_structures(*sources: Path) -> dict[str, Any]:
     """The structs of C++ files as ctypes structures."""
     found: dict[str, Any] = {}
     for source in sources:
-        text = re.sub(r"//[^\n]*", "", source.read_text())
+        text = re.sub(r"//[^\n]*", "", source.read_text(encoding="utf-8"))
         for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.DOTALL):
             fields: list[tuple[str, Any]] = []
             for line in filter(None, (line.strip() for line in body.split(";"))):
@@ -147,7 +147,7 @@ def read_structures(*sources: Path) -> dict[str, Any]:
 
 def structures() -> dict[str, Any]:
     """Parameter structs, those of the tests' own kernels included."""
-    fragments = (EMULATOR / "fragments.cuh").read_text()
+    fragments = (EMULATOR / "fragments.cuh").read_text(encoding="utf-8")
     own = Path(tempfile.mkdtemp()) / "own.hpp"
     own.write_text("\n".join(re.findall(r"struct \w+Params \{.*?\n\};", fragments, re.DOTALL)))
     return read_structures(KERNELS / "params.cuh", own)
@@ -201,7 +201,7 @@ def build(name: str, units: dict[str, str], flags: tuple[str, ...] = (), link: t
     directory.mkdir(exist_ok=True)
     commands = []
     for unit, text in {**units, "emulator.cpp": '#include "emu/emulator.cpp"\n'}.items():
-        (directory / unit).write_text(text)
+        (directory / unit).write_text(text, encoding="utf-8")
         commands.append(
             [compiler() or "g++", *FLAGS, *flags, "-c", str(directory / unit), "-o", str(directory / f"{unit}.o")]
         )

@@ -8,6 +8,7 @@ Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D]; token_ids int64 [T].
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ from .statistics import CollectOptions, LayerStatistics, Sample, Statistics, cha
 from .turning import TurnedMoments, turning_or_reason
 
 NAME = "skvq_collect"
+SECONDS_BETWEEN_SAVES = 60.0  # of the state, at most, where one chunk does not take longer
 
 
 def collect(
@@ -50,9 +52,10 @@ def collect(
             of the call.
         chunks: token numbers [T] or [1, T], each read on its own from position 0.
         texts: name and SHA-256 of the texts, for the record.
-        state_path: a file that holds the state after every `save_every` chunks and at the end. If it exists, the pass
-            goes on behind the chunks it has, and ends bit for bit as if it had not been interrupted.
-        save_every: chunks between two saves of the state.
+        state_path: a file that holds the state after every `save_every` chunks, or every minute if chunks take longer,
+            and at the end. If it exists, the pass goes on behind the chunks it has, and ends bit for bit as if it had
+            not been interrupted.
+        save_every: chunks between two saves of the state, at most.
         total: number of chunks, for the progress bar.
         progress: show a progress bar on stderr.
         **options: fields of `CollectOptions`: block, sinks, sample_tokens and others.
@@ -71,6 +74,7 @@ def collect(
     if state_path is not None and Path(state_path).is_file():
         statistics = _continued(Statistics.load(state_path, model), statistics, state_path)
         done = statistics.chunks
+    saved = time.monotonic()
     collector = _Collector(statistics, Rotary(model), Rotary(model, torch.float32))
     with (
         _attention_of(model, collector),
@@ -84,8 +88,10 @@ def collect(
             if number >= done:
                 collector.run(model, ids)
                 statistics.chunks_sha256 = seen
-                if state_path is not None and statistics.chunks % save_every == 0:
+                late = time.monotonic() - saved >= SECONDS_BETWEEN_SAVES
+                if state_path is not None and (late or statistics.chunks % save_every == 0):
                     statistics.save(state_path)
+                    saved = time.monotonic()
             elif number == done - 1 and seen != statistics.chunks_sha256:
                 raise SkvqError(
                     f"{state_path}: the state of other text: the first {done} chunks differ from those it has"
