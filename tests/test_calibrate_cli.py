@@ -13,6 +13,7 @@ from skvq import QuantizedDynamicCache, SkvqConfig, StreamOptions, cli
 from skvq.calibrate import Statistics
 from skvq.calibrate.static import static_plan
 from skvq.inspect_plan import plan_report, plan_table
+from skvq.model_layers import cache_argument
 from skvq.models import load
 from skvq.plan import StreamPlan
 from skvq.plan_file import QuantizationPlan
@@ -46,8 +47,8 @@ def test_calibrate_writes_a_plan_for_the_model(folder: Path) -> None:
     assert torch.equal(shift, statistics.layers[2].keys.mean.float())
     cache = QuantizedDynamicCache.from_plan(model, folder / "plan")
     ids = torch.arange(200)[None] % 60 + 2
-    model(ids[:, :-1], past_key_values=cache)
-    assert torch.isfinite(model(ids[:, -1:], past_key_values=cache).logits).all()
+    model(ids[:, :-1], **cache_argument(model, cache))
+    assert torch.isfinite(model(ids[:, -1:], **cache_argument(model, cache)).logits).all()
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ def test_the_spectral_method(
         assert "predicted cost of both" in printed
     ids = torch.arange(200)[None] % 60 + 2
     cache = QuantizedDynamicCache.from_plan(model, tmp_path / "plan")
-    model(ids[:, :-1], past_key_values=cache)
-    assert torch.isfinite(model(ids[:, -1:], past_key_values=cache).logits).all()
+    model(ids[:, :-1], **cache_argument(model, cache))
+    assert torch.isfinite(model(ids[:, -1:], **cache_argument(model, cache)).logits).all()
     # the same statistics serve another fit, and the same fit makes the same plan
     first = (tmp_path / "plan").read_bytes()
     assert cli.main(line.split()) == 0

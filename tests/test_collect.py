@@ -18,6 +18,7 @@ from skvq.calibrate.collect import sample_slot
 from skvq.calibrate.moments import StreamMoments
 from skvq.calibrate.turning import TurnedMoments, Turning, find_turning
 from skvq.evaluate.rope import Rotary
+from skvq.model_layers import cache_argument
 from skvq.reference_parts import turn_tables
 
 SINKS, BLOCK, WINDOW, LAYER = 3, 32, 16, 1
@@ -338,7 +339,7 @@ def test_every_family(family: str) -> None:
     found = collect(model, [ids], before_rope=True, **OPTIONS)
     assert model.config._attn_implementation == before
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(model, cache))
     assert len(found.layers) == tiny_models.PACKED_LAYERS[family]
     for index, layer in found.layers.items():
         assert_close(layer.keys.mean, cache.layers[index].keys[0, :, SINKS:].double().mean(1), 1e-4)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import tiny_directory
 from skvq import QuantizedDynamicCache, demo, evaluate, models
 from skvq.demo import PACKED, STOCK, DemoOptions, print_report, run_demo
+from skvq.model_layers import cache_argument
 from skvq.models import ExtraNotInstalledError, ModelFileError, PackagedModel
 from tiny_models import build, prompts
 
@@ -216,7 +217,7 @@ def test_bytes_of_caches() -> None:
     stock, packed = DynamicCache(config=model.config), QuantizedDynamicCache(model.config, window=16, sinks=2)
     for cache in (stock, packed):
         assert evaluate.bytes_of_cache(cache, model.config).total == 0
-        model(token_ids, past_key_values=cache)
+        model(token_ids, **cache_argument(model, cache))
     held = evaluate.bytes_of_cache(stock, model.config)
     one_token = 2 * 2 * 16 * 4  # keys and values, heads, channels, float32
     assert held.full_layers == [1, 2]

@@ -17,6 +17,7 @@ from skvq.evaluate.divergence import ChunkReference, OutputHead, block_error
 from skvq.evaluate.report import Estimate, Report
 from skvq.evaluate.simulation import Simulator
 from skvq.evaluate.texts import Text, check_apart, cut_chunks, read_text
+from skvq.model_layers import cache_argument
 from tiny_directory import save
 from tiny_models import build, prompts
 
@@ -57,7 +58,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stepped_logits(model: Any, method: Method, token_ids: Tensor) -> Tensor:
     cache = MethodCache(model.config, method, SETTINGS.window, SETTINGS.sinks)
-    steps = [model(x[None], past_key_values=cache, use_cache=True).logits[0] for x in token_ids.split(1)]
+    steps = [model(x[None], **cache_argument(model, cache), use_cache=True).logits[0] for x in token_ids.split(1)]
     return torch.cat(steps)
 
 

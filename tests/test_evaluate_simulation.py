@@ -25,6 +25,7 @@ from skvq.evaluate.methods.ours import _Codecs, _PackedRows, reference_codec
 from skvq.evaluate.region_rule import RegionRule
 from skvq.evaluate.rope import Rotary
 from skvq.evaluate.simulation import AttentionCall, MethodPass, Simulator
+from skvq.model_layers import cache_argument
 from skvq.plan import LayerPlan, StreamPlan
 from skvq.plan_file import QuantizationPlan
 from skvq.reference_layer import ReferenceLayer
@@ -54,7 +55,9 @@ def stepped(family: str, cache: Any, token_ids: torch.Tensor, prompt: int = 1) -
     """Last hidden states [T, hidden]: a prompt in one call, then token by token."""
     base = model(family).base_model
     pieces = [token_ids[:prompt], *token_ids[prompt:].split(1)]
-    return torch.cat([base(x[None], past_key_values=cache, use_cache=True).last_hidden_state[0] for x in pieces])
+    return torch.cat(
+        [base(x[None], **cache_argument(base, cache), use_cache=True).last_hidden_state[0] for x in pieces]
+    )
 
 
 def distances(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -241,7 +244,7 @@ def test_a_method_before_rope_gets_the_models_rotation() -> None:
     layer = llama.base_model.layers[0]
     before = layer.self_attn.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (2, 16)).transpose(1, 2)
     cache: Any = MethodCache(llama.config, parse_method("full"))
-    llama(prompts(1, 5), past_key_values=cache)
+    llama(prompts(1, 5), **cache_argument(llama, cache))
     assert torch.allclose(rope.back(cache.layers[0].keys, 0), before, atol=1e-4)
     method = parse_method("skvq:bits=4,pre_rope=true,reorder=false,clip=1")
     token_ids = prompts(1, 120)[0]
@@ -281,8 +284,8 @@ def test_beams_and_crops_of_the_stepping_cache() -> None:
     token_ids = prompts(2, 60)
     make = functools.partial(MethodCache, llama.config, method, 8, 2)
     kwargs: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
-    beams = llama.generate(token_ids, past_key_values=make(), num_beams=3, **kwargs)
-    alone = llama.generate(token_ids[1:], past_key_values=make(), num_beams=3, **kwargs)
+    beams = llama.generate(token_ids, **cache_argument(llama, make()), num_beams=3, **kwargs)
+    alone = llama.generate(token_ids[1:], **cache_argument(llama, make()), num_beams=3, **kwargs)
     assert torch.equal(beams[1:], alone)
     cache: Any = make()
     stepped("llama", cache, token_ids[0])
@@ -291,11 +294,11 @@ def test_beams_and_crops_of_the_stepping_cache() -> None:
     # six rows came back into the window and stay packed
     assert (cache.get_seq_length(), cache.layers[0].packed_tokens) == (54, 50)
     assert torch.equal(cache.layers[0].keys, before[:, :, :54])
-    llama(token_ids[:1, 54:], past_key_values=cache)
+    llama(token_ids[:1, 54:], **cache_argument(llama, cache))
     assert cache.layers[0].packed_tokens == 50
     assert torch.allclose(cache.layers[0].keys, before, atol=1e-5)
     kivi: Any = MethodCache(llama.config, parse_method("kivi:group=32"), 8, 2)
-    llama(token_ids, past_key_values=kivi)
+    llama(token_ids, **cache_argument(llama, kivi))
     with pytest.raises(ValueError, match="cuts a unit of 32"):
         kivi.crop(-40)
 

@@ -18,6 +18,7 @@ from skvq.evaluate.retrieval import RetrievalOptions, run_retrieval
 from skvq.evaluate.retrieval_cases import TASKS, CaseMaker, Haystack, PromptFormat
 from skvq.evaluate.task_records import RecordFile
 from skvq.evaluate.task_statistics import mean_and_error, wilson_interval
+from skvq.model_layers import cache_argument
 from tiny_directory import save
 from tiny_models import build, prompts
 
@@ -64,7 +65,7 @@ def test_a_shared_prefill_shows_the_queries_too() -> None:
     model, ids = build("qwen3", "sdpa"), prompts(1, 300)
     filled = shared_prefill.read_context(model, ids).fill(QuantizedDynamicCache(model.config, window=16))
     own = QuantizedDynamicCache(model.config, window=16)
-    model(ids, past_key_values=own)
+    model(ids, **cache_argument(model, own))
     for one, other in zip(filled.layers, own.layers, strict=True):
         found, wanted = (torch.from_dlpack(layer.native.query_factors(0, 1)) for layer in (one, other))
         assert torch.allclose(found, wanted, rtol=2e-3)  # one unit of fp16

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import skvq
 from skvq import QuantizedDynamicCache
 from skvq.layer import PackedLayer
+from skvq.model_layers import cache_argument
 from tiny_models import CONFIGS, FAMILIES, PACKED_LAYERS, WITHOUT_SDPA, build, prompts
 
 # Padding that the cache is told of is tested in test_padding.py.
@@ -85,7 +86,9 @@ def generate(family: str, attention: str, mode: str, cache: Any, new: int = NEW,
     torch.manual_seed(5)
     given = inputs(batch, padded, length)
     options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0} | options
-    tokens: torch.Tensor = model(family, attention).generate(**given, past_key_values=cache, **options)
+    tokens: torch.Tensor = model(family, attention).generate(
+        **given, **cache_argument(model(family, attention), cache), **options
+    )
     return tokens
 
 
@@ -170,7 +173,9 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
     logits = []
     for cache in (DynamicCache(config=half.config), QuantizedDynamicCache(half.config, **PASS_THROUGH)):
-        out = half.generate(**given, past_key_values=cache, output_scores=True, return_dict_in_generate=True, **options)
+        out = half.generate(
+            **given, **cache_argument(half, cache), output_scores=True, return_dict_in_generate=True, **options
+        )
         logits.append(out.scores[1].float())
     assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
@@ -179,11 +184,11 @@ def test_a_cached_prompt_is_continued_many_times() -> None:
     llama = model("llama", "sdpa")
     given = inputs(1)
     prefix = QuantizedDynamicCache(llama.config, **LOW_BITS)
-    llama(**given, past_key_values=prefix)
+    llama(**given, **cache_argument(llama, prefix))
     for seed in range(3):
         ids = torch.cat([given["input_ids"], prompts(1, 6, seed)], dim=1)
         cache = copy.deepcopy(prefix)
-        tokens = llama.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        tokens = llama.generate(ids, **cache_argument(llama, cache), max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert tokens.shape == (1, LENGTH + 11)
         assert cache.get_seq_length() == LENGTH + 10
         assert cache.stats()["decoded"] == {}
@@ -196,7 +201,7 @@ def test_a_conversation_continues_with_the_same_cache() -> None:
     stock, packed = DynamicCache(config=llama.config), QuantizedDynamicCache(llama.config, **PASS_THROUGH)
     for turn in range(3):
         ids = prompts(2, 15, turn)
-        a, b = (llama(input_ids=ids, past_key_values=cache).logits for cache in (stock, packed))
+        a, b = (llama(input_ids=ids, **cache_argument(llama, cache)).logits for cache in (stock, packed))
         assert torch.allclose(a, b, atol=1e-4)
     assert packed.stats()["decoded"] == {}
 
@@ -207,7 +212,7 @@ def test_a_call_that_keeps_gradients_works_on_decoded_rows() -> None:
     for ids in (prompts(2, 15), prompts(2, 1, 1)):
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="keys and values that need a gradient")
-            a, b = (llama(input_ids=ids, past_key_values=cache).logits for cache in (stock, packed))
+            a, b = (llama(input_ids=ids, **cache_argument(llama, cache)).logits for cache in (stock, packed))
         assert torch.allclose(a, b, atol=1e-4)
     assert packed.stats()["packed"] == 0
     assert list(packed.stats()["decoded"]) == ["sdpa: query needs a gradient"]

@@ -18,6 +18,7 @@ from skvq import QuantizedDynamicCache, SkvqConfig, SkvqError, StreamOptions
 from skvq.fingerprint import ModelFingerprint
 from skvq.inspect_plan import plan_report, plan_table
 from skvq.layer import PackedLayer
+from skvq.model_layers import cache_argument
 from skvq.plan import LayerPlan, StreamPlan
 from skvq.plan_file import FILE_NAME, PlanHeader, QuantizationPlan
 
@@ -303,9 +304,9 @@ def test_bits_are_counted() -> None:
 def test_layers_pack_as_their_own_plans_say(saved: Path) -> None:
     model = tiny_models.build("llama")
     cache = QuantizedDynamicCache.from_plan(model, saved)
-    model(tiny_models.prompts(2, 150), past_key_values=cache)
+    model(tiny_models.prompts(2, 150), **cache_argument(model, cache))
     exact = QuantizedDynamicCache(LLAMA, key_bits=16, value_bits=16)
-    model(tiny_models.prompts(2, 150), past_key_values=exact)
+    model(tiny_models.prompts(2, 150), **cache_argument(model, exact))
     for index, (layer, twin) in enumerate(zip(cache.layers, exact.layers, strict=True)):
         alone = PackedLayer(plan().layers[index], index, layer.counts)
         alone.update(twin.keys, twin.values)
@@ -316,7 +317,7 @@ def test_layers_pack_as_their_own_plans_say(saved: Path) -> None:
         assert not torch.equal(layer.keys, twin.keys)
         assert torch.equal(layer.values, twin.values) == (index == 2)
     # and attention reads them
-    one, other = (model(tiny_models.prompts(2, 1), past_key_values=x).logits for x in (cache, exact))
+    one, other = (model(tiny_models.prompts(2, 1), **cache_argument(model, x)).logits for x in (cache, exact))
     assert float((one - other).abs().max()) > 0.0
     assert cache.stats()["packed"] == 3
 
@@ -330,7 +331,8 @@ def test_a_plan_without_static_data_is_the_config() -> None:
     by_config = QuantizedDynamicCache(model.config, config)
     prompt = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     runs = [
-        model.generate(tiny_models.prompts(1, 200), past_key_values=x, **prompt).logits for x in (by_plan, by_config)
+        model.generate(tiny_models.prompts(1, 200), **cache_argument(model, x), **prompt).logits
+        for x in (by_plan, by_config)
     ]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
     assert by_plan.skvq_config == by_config.skvq_config

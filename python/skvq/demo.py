@@ -132,11 +132,12 @@ def _long_context(loaded: Any, makers: dict[str, Callable[[], Any]]) -> dict[str
     import torch
 
     from .evaluate import bytes_of_full_layer_at, full_attention_layers
+    from .model_layers import cache_argument
 
     config = loaded.model.config
     probe = makers[STOCK]()
     with torch.no_grad():
-        loaded.model(torch.zeros(1, 1, dtype=torch.long), past_key_values=probe, use_cache=True)
+        loaded.model(torch.zeros(1, 1, dtype=torch.long), **cache_argument(loaded.model, probe), use_cache=True)
     layer: Any = probe.layers[full_attention_layers(config)[0]]
     shapes = [(states.shape[1], states.shape[3]) for states in (layer.keys, layer.values)]
     found = {}

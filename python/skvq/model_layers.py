@@ -1,11 +1,12 @@
 """Which layers of a model a cache packs: full attention, one after another, from the model's configuration.
 
-Is: the refusal of models whose cache cannot be packed, and what the configuration says of each layer's heads. Is not:
-anything about packing itself.
+Is: the refusal of models whose cache cannot be packed, what the configuration says of each layer's heads, and the
+argument by which a model takes a cache. Is not: anything about packing itself.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import cache_utils
@@ -47,6 +48,15 @@ def decoder_config(config: Any) -> Any:
                 f"{', '.join(map(repr, SERVED_LAYER_TYPES))}"
             )
     return decoder
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` as the keyword argument that the model's `forward` and `generate` take it by.
+
+    It is `cache` from transformers 5.24 on and `past_key_values` before.
+    """
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def head_dim_of(layer_config: Any) -> int | None:

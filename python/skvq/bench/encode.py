@@ -101,6 +101,7 @@ def _prefill_rows(options: EncodeOptions) -> list[dict[str, Any]]:
     from transformers import DynamicCache
 
     from ..evaluate import full_attention_layers
+    from ..model_layers import cache_argument
     from ..models import load, packaged_tokens
 
     loaded = load(options.model, dtype=options.dtype, report=lambda text: print(text, flush=True))
@@ -112,7 +113,7 @@ def _prefill_rows(options: EncodeOptions) -> list[dict[str, Any]]:
         cache = DynamicCache(config=config)
         start = time.perf_counter()
         with torch.no_grad():
-            loaded.model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            loaded.model(prompt, **cache_argument(loaded.model, cache), use_cache=True, logits_to_keep=1)
         seconds.append(time.perf_counter() - start)
     prefill = statistics.median(seconds)
     full = full_attention_layers(config)

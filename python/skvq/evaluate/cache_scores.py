@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..model_layers import cache_argument
+
 ReportTokens = Callable[[int], object]
 
 
@@ -51,11 +53,11 @@ def stream_scores(
     _check(token_ids, context, chunk)
     last = token_ids.shape[1] - 1
     with torch.no_grad():
-        model(token_ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(token_ids[:, :context], **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     for start in range(context, last, chunk):
         with torch.no_grad():
             step = token_ids[:, start : min(start + chunk, last)]
-            logits = model(step, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(step, **cache_argument(model, cache), use_cache=True).logits[0]
             scores = logits.float().log_softmax(-1)
         yield scores
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..model_layers import cache_argument
+
 ReportStep = Callable[[str, int], object]
 
 
@@ -113,7 +115,7 @@ def generate(
         model.generate(
             token_ids,
             attention_mask=torch.ones_like(token_ids),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..model_layers import cache_argument
 from ..packed import PromptSnapshot, show_queries
 from .memory import bytes_of_cache, full_attention_layers
 
@@ -137,7 +138,7 @@ def continue_with(model: Any, cache: Any, token_ids: torch.Tensor, keep: int = 0
     each), float32 [keep, vocabulary].
     """
     with torch.no_grad():
-        logits = model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
+        logits = model(token_ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=keep).logits[0]
         scores: torch.Tensor = logits.float().log_softmax(-1)
     return scores
 

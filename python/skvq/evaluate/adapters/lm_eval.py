@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ...model_layers import cache_argument
 from ...models import ExtraNotInstalledError
 from ..shared_prefill import MakeCache, as_token_ids, continue_with, copy_of, read_context
 
@@ -106,7 +107,8 @@ class CacheLM(HFLM):
         return total, is_greedy
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation: Any) -> Any:
-        return super()._model_generate(context, max_length, stop, past_key_values=self.make_cache(), **generation)
+        generation |= cache_argument(self.model, self.make_cache())
+        return super()._model_generate(context, max_length, stop, **generation)
 
 
 def find_tasks(include_path: Path | None = None) -> Any:
