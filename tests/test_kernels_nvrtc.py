@@ -56,10 +56,14 @@ OTHERS = {
     "skvq::plain<skvq::BFloat, 128, 128>": 96,
     "skvq::turning<skvq::Half, 128>": 96,
     f"skvq::rows_to_page<{V16}>": 64,
+    "skvq::block_statistics<skvq::Half, 128>": 64,
+    "skvq::query_squares<skvq::Half, 256>": 96,
+    "skvq::query_factors<256>": 64,
     "skvq::copy_rows<skvq::U32x4>": 64,
     "skvq::poke<skvq::ManyWords>": 32,
 }
 HEADERS = ["attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh", "encode.cuh", "decode.cuh", "repack.cuh", "rows.cuh"]
+HEADERS += ["statistics.cuh", "queries.cuh"]
 # All kernels where they run most, the one that must be fast everywhere.
 JOBS = [(arch, expression) for arch in ARCHITECTURES for expression in list(ATTEND)[: 6 if arch == "sm_90a" else 1]]
 JOBS += [("sm_80", expression) for expression in OTHERS]
