@@ -66,21 +66,24 @@ struct Described {
 impl Place {
     fn describe(&self, tensor: &Bound<PyAny>, name: &str) -> Result<Described> {
         let py = tensor.py();
-        let read = || -> PyResult<(i64, Described)> {
-            let device = tensor.call_method0(intern!(py, "get_device"))?.extract()?;
+        let kind = if self.host_memory { intern!(py, "is_cpu") } else { intern!(py, "is_cuda") };
+        let read = || -> PyResult<(bool, Described)> {
+            let index: i64 = tensor.call_method0(intern!(py, "get_device"))?.extract()?;
+            let is_here = tensor.getattr(kind)?.extract()? && (self.host_memory || index == self.device as i64);
             let described = Described {
                 address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
                 shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
                 strides: tensor.call_method0(intern!(py, "stride"))?.extract()?,
                 dtype: tensor.getattr(intern!(py, "dtype"))?.str()?.to_string(),
             };
-            Ok((device, described))
+            Ok((is_here, described))
         };
-        let (device, mut described) = read().map_err(|error| Error::value(name, "a torch tensor", error))?;
-        let here = if self.host_memory { -1 } else { self.device as i64 };
-        if device != here {
-            let place = |index: i64| if index < 0 { "cpu".to_string() } else { format!("cuda:{index}") };
-            return Err(Error::Device { name: name.into(), expected: place(here), found: place(device) });
+        let (is_here, mut described) = read().map_err(|error| Error::value(name, "a torch tensor", error))?;
+        if !is_here {
+            let expected = if self.host_memory { "cpu".to_string() } else { format!("cuda:{}", self.device) };
+            let device = tensor.getattr(intern!(py, "device")).and_then(|device| device.str()?.extract());
+            let found = device.unwrap_or_else(|_| "another device".to_string());
+            return Err(Error::Device { name: name.into(), expected, found });
         }
         if let Some(short) = described.dtype.strip_prefix("torch.") {
             described.dtype = short.to_string();
