@@ -143,6 +143,7 @@ impl Regions {
     }
 
     /// Of the first `length` tokens.
+    #[must_use]
     pub fn of_first(self, length: usize) -> Self {
         let Self { sinks, packed, window } = self;
         Self {

@@ -52,6 +52,7 @@ class Case:
     longest: int = 170
     seeds: tuple[int, ...] = (0, 1)
     kv_heads: int = 2
+    workspace_bytes: int | None = None
 
 
 def parts(index: int, head_dim: int = 64, **more: Any) -> dict[str, Any]:
@@ -160,6 +161,16 @@ CASES = {
     "raw values": Case(
         parts(1, noise=False), {"head_dim": 64, "format": "raw"}, "float16", padding=(3, 0), seeds=(12,)
     ),
+    # Queries one token at a time, or two of three.
+    "little workspace": Case(
+        {"head_dim": 64, "format": "2", **BLOCKS},
+        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        "bfloat16",
+        padding=(30, 0),
+        steps=6,
+        seeds=(13,),
+        workspace_bytes=90_000,
+    ),
     "no sinks, window of one": Case(
         {"head_dim": 64, "format": "2", **statics(64, 0)},
         {"head_dim": 64, "format": "1.6", **statics(64, 1)},
@@ -202,7 +213,13 @@ class Pair:
         common = {"num_key_value_heads": case.kv_heads, "sinks": case.sinks, "window": case.window, "dtype": case.dtype}
         self.cpu = _native.Layer(**common, **codecs, nonfinite="propagate")
         self.cuda = _native.CudaLayer(
-            **common, **codecs, allocate=self.memory.allocate, nvrtc=nvrtc, stream=lambda: STREAM, host_memory=True
+            **common,
+            **codecs,
+            allocate=self.memory.allocate,
+            nvrtc=nvrtc,
+            stream=lambda: STREAM,
+            host_memory=True,
+            workspace_bytes=case.workspace_bytes,
         )
         self.constant_bytes = self.memory.lent
         if case.padding:
@@ -266,6 +283,9 @@ class Pair:
             self.check_attention(generator, min(3, count), **more)
         mask = torch.randn(1, 1, 1, self.cpu.length, generator=generator)
         mask[torch.rand(mask.shape, generator=generator) < 0.3] = -torch.inf
+        if self.cpu.length >= 3:
+            rows = torch.rand(1, self.query_heads, 3, self.cpu.length, generator=generator) < 0.7
+            self.check_attention(generator, 3, mask=rows, causal=True)
         self.check_attention(generator, 1, mask=mask, sink_logits=torch.randn(self.query_heads, generator=generator))
 
     def check_and_grow(self, generator: torch.Generator) -> None:

@@ -414,6 +414,7 @@ class CudaLayer:
             supported: finding out would wait for the device.
         cache: directory of compiled kernels, as for :func:`cuda_compile`.
         host_memory: tensors are the CPU's, which an emulated driver takes for its own.
+        workspace_bytes: that attention borrows at a time; queries that need more are taken in turns. None: 256 MiB.
 
     Raises:
         SkvqError: CUDA cannot be used, a kernel does not compile, or options that no kernel has.
@@ -435,6 +436,7 @@ class CudaLayer:
         nonfinite: str = "propagate",
         cache: str | PathLike[str] | None = None,
         host_memory: bool = False,
+        workspace_bytes: int | None = None,
     ) -> CudaLayer: ...
     def append(self, keys: _TorchTensor, values: _TorchTensor, query: _TorchTensor | None = None) -> None:
         """Store n tokens: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; query as for :meth:`Layer.append`.

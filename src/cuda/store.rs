@@ -49,6 +49,8 @@ struct Shared {
     spec: LayerSpec,
     kernels: Kernels,
     memory: Arc<dyn Memory>,
+    /// Of a call of attention, which takes its queries in turns where they need more.
+    workspace_bytes: usize,
     constants: [CodecConstants; 2],
 }
 
@@ -171,6 +173,7 @@ impl CudaLayer {
         device: &'static Device,
         compiler: Compiler,
         memory: Arc<dyn Memory>,
+        workspace_bytes: usize,
         stream: Stream,
     ) -> Result<Self> {
         let spec = spec.validate()?;
@@ -197,7 +200,7 @@ impl CudaLayer {
                 CodecConstants::new(&spec.values, heads, device, &*memory, stream)?,
             ]
         };
-        let shared = Arc::new(Shared { spec, kernels, memory, constants });
+        let shared = Arc::new(Shared { spec, kernels, memory, workspace_bytes, constants });
         Ok(Self { shared, regions: Regions::default(), padding: Vec::new(), blocks: 0, held: None })
     }
 

@@ -58,6 +58,25 @@ impl AttendCall {
     pub(super) fn fresh_rows(&self) -> usize {
         self.fresh.map_or(0, |[keys, _]| keys.shape[2])
     }
+
+    /// The same for `count` of the queries' tokens, from `first` on.
+    fn part(&self, first: usize, count: usize) -> Self {
+        let mut part = *self;
+        for tensor in [&mut part.query, &mut part.output] {
+            let skipped = tensor.strides[2] * (first * tensor.dtype.size()) as i64;
+            tensor.address = tensor.address.wrapping_add_signed(skipped);
+            tensor.shape[2] = count;
+        }
+        if let Some(mask) = part.mask.as_mut().filter(|mask| mask.shape[2] > 1) {
+            let element = match mask.kind {
+                MaskKind::Additive(dtype) => dtype.size(),
+                MaskKind::Visible => 1,
+            };
+            mask.address = mask.address.wrapping_add_signed(mask.strides[2] * (first * element) as i64);
+            mask.shape[2] = count;
+        }
+        part
+    }
 }
 
 /// How a call is cut, and where its intermediate results lie in the workspace.
@@ -192,10 +211,33 @@ impl CudaLayer {
             return Err(Error::state("attend", "at least one token", 0));
         }
         self.check_call(call)?;
+        let (length, count) = (call.query.shape[2], self.queries_at_once(call)?);
+        for first in (0..length).step_by(count) {
+            let part = call.part(first, count.min(length - first));
+            let later = length - first - part.query.shape[2];
+            // SAFETY: the caller's promise.
+            unsafe { self.attend_some(held, &part, later, stream) }?;
+        }
+        Ok(())
+    }
+
+    /// Tokens whose queries fit into the workspace, at least one.
+    fn queries_at_once(&self, call: &AttendCall) -> Result<usize> {
+        let mut count = call.query.shape[2];
+        while count > 1
+            && self.shape(call.query.shape[1], count, call.fresh_rows())?.places.bytes > self.shared.workspace_bytes
+        {
+            count = count.div_ceil(2);
+        }
+        Ok(count)
+    }
+
+    /// Queries behind which the call has `later` more tokens.
+    unsafe fn attend_some(&self, held: &Held, call: &AttendCall, later: usize, stream: Stream) -> Result<()> {
         let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
         let kernels = self.shared.kernels.attention(shape.tiles)?;
         let workspace = self.shared.memory.allocate(shape.places.bytes)?;
-        let mask = self.mask(held, call);
+        let mask = self.mask(held, call, later);
         let launches = Launches {
             layer: self,
             held,
@@ -259,12 +301,13 @@ impl CudaLayer {
         Ok(())
     }
 
-    fn mask(&self, held: &Held, call: &AttendCall) -> MaskParams {
+    fn mask(&self, held: &Held, call: &AttendCall, later: usize) -> MaskParams {
         let mut parameters = MaskParams {
             paddings: if self.padding.is_empty() { 0 } else { held.paddings() },
             causal: i32::from(call.causal),
             softcap: call.softcap,
-            total_from_lengths_plus: call.fresh_rows() as i32,
+            // What is behind the last of these queries is hidden from them only if the call is causal.
+            total_from_lengths_plus: call.fresh_rows() as i32 - later as i32,
             ..MaskParams::default()
         };
         if let Some(mask) = &call.mask {
