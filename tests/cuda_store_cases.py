@@ -137,7 +137,7 @@ CASES = {
         seeds=(8,),
     ),
     "queried, alone": Case(
-        QUERIED | {"scale_exponent": 1.0, "block": 256},
+        QUERIED | {"block": 256},
         {"head_dim": 64, "format": "1.6", **statics(64, 1)},
         "float32",
         batch=1,
@@ -323,8 +323,9 @@ class Pair:
         self.cuda.attend(query, found, scale=scale, **more)
         largest = max(1.0, float(expected.float().abs().max()))
         error = float((expected.float() - found.float()).abs().max()) / largest
-        # Queries here look at channels that those of the prompt did not: the few with coarse scales carry their scores.
-        limit = ERROR[self.case.dtype] * (2 if "query_exponent" in self.case.keys else 1)
+        # Queries here look at channels that those of the prompt did not: folded ones are large where keys are small;
+        # what f16 rounds off the products does not cancel as the products do.
+        limit = ERROR[self.case.dtype] * (4 if "query_exponent" in self.case.keys else 1)
         assert error <= limit, f"attention of {length}, {sorted(more)}: {error:.2e}"
 
 
