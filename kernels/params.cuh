@@ -102,16 +102,18 @@ struct PlainParams {
     u64 query;
     i64 query_batch_stride, query_head_stride, query_position_stride;
     u64 key_rows, value_rows;
+    u64 key_table, value_table;  // of the past: u64 [batch, kv heads, table_pages] in place of the rows, or 0
     i64 key_batch_stride, key_head_stride, key_row_stride;
     i64 value_batch_stride, value_head_stride, value_row_stride;
     u64 states;  // as of attend.cuh, of `state_count` states a query; this launch's begin at `first_state`
     u64 lengths;
     MaskParams mask;
     float scale;
-    i32 region;  // 0: sinks, 1: window, 2: fresh rows
+    i32 region;  // 0: sinks, 1: window, 2: fresh rows, 3: the past
     i32 fresh_rows, rows_per_split, first_state, state_count;
     i32 kv_heads, group, length, query_tiles;
     i32 ring_first, ring_rows;  // row r of the region lies at (ring_first + r) mod ring_rows; ring_rows 0: at r
+    i32 table_pages, padding;
 };
 
 /// merge.cuh, unfold: packed states of some splits become one state in the model's space.
@@ -155,10 +157,33 @@ struct StatisticsParams {
     i64 batch_stride, head_stride, row_stride;
     u64 paddings;  // i32 [batch] or 0: rows of packed past that are padding
     u64 shift, scale;  // f32 [batch, heads, block capacity, D]
-    double exponent;
+    u64 factors;       // f32 [batch, heads, D] of queries.cuh, or 0; a head whose first one is 0 has none yet
+    double exponent, exponent_alone;  // of the spread, with factors and without
     i32 block, first_block, block_capacity, kv_heads;
     i32 with_shift;
     i32 padding;
+};
+
+/// queries.cuh, query_squares. Queries of the tokens first_token … first_token + length − 1.
+struct QueryParams {
+    u64 query;  // [batch, heads, length, D]
+    i64 batch_stride, head_stride, position_stride;
+    u64 paddings;  // i32 [batch] or 0: tokens of padding before each sequence
+    u64 partial;   // f64 [batch, kv heads, parts, D]
+    i32 first_token, length, group, kv_heads;
+    i32 parts, padding;
+};
+
+/// queries.cuh, query_factors.
+struct FactorParams {
+    u64 partial;   // of query_squares, or 0
+    u64 squares;   // f64 [batch, kv heads, D + 1]: sums, and the tokens that were seen
+    u64 factors;   // f32 [batch, kv heads, D]
+    u64 paddings;
+    double exponent;
+    i32 first_token, length, kv_heads, parts;
+    i32 starts;  // nothing was seen before: squares and factors have no values
+    i32 fixes;
 };
 
 /// decode.cuh. Grid: row blocks × kv heads × batch.
@@ -178,8 +203,10 @@ static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
 static_assert(sizeof(FoldParams) == 168, "FoldParams");
 /// rows.cuh, copy_rows. Row r of the target is row r + source_shift + shifts[batch] of the source, where the source has it. Strides in bytes.
+/// Where there is a table, rows lie in its pages: row r in page r / 128.
 struct CopyParams {
     u64 source, target;
+    u64 source_table, target_table;  // u64 [batch, heads, table_pages] or 0
     u64 sequences;  // i32 [batch] or 0: which sequence of the source each one of the target is
     u64 shifts;     // i32 [batch] or 0
     i64 source_batch_stride, source_head_stride, source_row_stride;
@@ -189,6 +216,7 @@ struct CopyParams {
     i32 source_rows, source_shift;
     i32 source_first, source_ring;  // row r lies at (first + r) mod ring; ring 0: at first + r
     i32 target_first, target_ring;
+    i32 table_pages, padding;
 };
 
 /// rows.cuh, poke: words of 8 bytes that the launch carries itself, so that nothing of the host's must outlive the call.
@@ -203,17 +231,19 @@ struct ManyWords {
     i32 count, padding;
 };
 
-static_assert(sizeof(CopyParams) == 112, "CopyParams");
+static_assert(sizeof(CopyParams) == 136, "CopyParams");
 static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 168, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 432, "AttendParams");
-static_assert(sizeof(PlainParams) == 216, "PlainParams");
+static_assert(sizeof(PlainParams) == 240, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(EncodeParams) == 184, "EncodeParams");
-static_assert(sizeof(StatisticsParams) == 88, "StatisticsParams");
+static_assert(sizeof(StatisticsParams) == 104, "StatisticsParams");
+static_assert(sizeof(QueryParams) == 72, "QueryParams");
+static_assert(sizeof(FactorParams) == 64, "FactorParams");
 static_assert(sizeof(DecodeParams) == 152, "DecodeParams");
 
 }  // namespace skvq

@@ -1,14 +1,16 @@
-// Attention over rows in the model's type: sinks, window, and rows that a call brings along.
+// Attention over rows in the model's type: sinks, window, rows that a call brings along, and a past that is not packed.
 //
 // Is: the same partial states as attend.cuh, in the model's space. Is not: tuned for long regions; these are a few hundred rows.
-// Grid: splits × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries, which read the same rows. The window is a ring.
+// Grid: splits × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries, which read the same rows. The window is a ring;
+// a past lies in pages of 128 rows, or has been decoded for the call where only its other stream is packed.
 #pragma once
+#include "layout.cuh"
 #include "state.cuh"
 #include "transform.cuh"
 
 namespace skvq {
 
-constexpr int region_sinks = 0, region_window = 1, region_fresh = 2;
+constexpr int region_sinks = 0, region_window = 1, region_fresh = 2, region_past = 3;
 
 /// Rows of a region, the token that its row 0 is, and the first row that may be seen.
 struct RegionRows {
@@ -25,6 +27,10 @@ struct RegionRows {
             token = sinks + packed;
             count = window;
             first_visible = padding ? max(0, padding + sinks - token) : 0;
+        } else if (p.region == region_past) {
+            token = sinks;
+            count = packed;
+            first_visible = padding;  // and so many tokens behind the sinks' places
         } else {
             token = stored;
             count = p.fresh_rows;
@@ -32,6 +38,11 @@ struct RegionRows {
         }
     }
 };
+
+template <class T, int D>
+__device__ __forceinline__ const T* paged_row(const u64* pages, int row) {
+    return reinterpret_cast<const T*>(pages[row / page_rows]) + row % page_rows * D;
+}
 
 template <class T, int Dk, int Dv>
 __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ PlainParams p) {
@@ -50,12 +61,17 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
     for (int k = 0; k < Dk / 16; ++k) q[k] = place.exists ? widen(from[lane + 16 * k]) * p.scale : 0.0f;
     const T* key = reinterpret_cast<const T*>(p.key_rows) + batch * p.key_batch_stride + head * p.key_head_stride;
     const T* value = reinterpret_cast<const T*>(p.value_rows) + batch * p.value_batch_stride + head * p.value_head_stride;
+    const i64 pages = (static_cast<i64>(batch) * p.kv_heads + head) * p.table_pages;
+    const u64* key_pages = p.key_table ? reinterpret_cast<const u64*>(p.key_table) + pages : nullptr;
+    const u64* value_pages = p.value_table ? reinterpret_cast<const u64*>(p.value_table) + pages : nullptr;
 
     for (int row = first; row < end; ++row) {
         const int place = p.ring_rows ? (p.ring_first + row) % p.ring_rows : row;
+        const T* key_row = key_pages ? paged_row<T, Dk>(key_pages, row) : key + place * p.key_row_stride;
+        const T* value_row = value_pages ? paged_row<T, Dv>(value_pages, row) : value + place * p.value_row_stride;
         float score = 0.0f;
 #pragma unroll
-        for (int k = 0; k < Dk / 16; ++k) score += q[k] * widen(key[place * p.key_row_stride + lane + 16 * k]);
+        for (int k = 0; k < Dk / 16; ++k) score += q[k] * widen(key_row[lane + 16 * k]);
         score = add_lanes(score);
         score = view.apply(p.mask, score, rows.token + row);
         if (score == -infinity()) continue;
@@ -69,7 +85,7 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
         const float weight = exp2_fast((score - maximum) * log2_e);
         sum += weight;
 #pragma unroll
-        for (int k = 0; k < Dv / 16; ++k) output[k] += weight * widen(value[place * p.value_row_stride + lane + 16 * k]);
+        for (int k = 0; k < Dv / 16; ++k) output[k] += weight * widen(value_row[lane + 16 * k]);
     }
     float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, p.first_state + split, Dv);
     if (lane == 0) to[0] = maximum, to[1] = sum, to[2] = 0.0f, to[3] = 0.0f;

@@ -4,11 +4,17 @@
 // copy_rows's grid: ceil(rows / 4) × heads × batch; block: 128 threads, a warp a row; Word divides every address, stride and row.
 // poke's grid: 1; block: 256 threads, a word each.
 #pragma once
+#include "layout.cuh"
 #include "params.cuh"
 
 namespace skvq {
 
 constexpr int copy_warps = 4, copy_threads = 32 * copy_warps, poke_threads = 256;
+
+__device__ __forceinline__ u64 paged_row(u64 table, int sequence, int head, int table_pages, int row, i64 stride) {
+    const i64 first = (static_cast<i64>(sequence) * gridDim.y + head) * table_pages;
+    return reinterpret_cast<const u64*>(table)[first + row / page_rows] + row % page_rows * stride;
+}
 
 template <class Word>
 __global__ void __launch_bounds__(copy_threads) copy_rows(const __grid_constant__ CopyParams p) {
@@ -18,9 +24,21 @@ __global__ void __launch_bounds__(copy_threads) copy_rows(const __grid_constant_
     if (row >= p.rows || from < 0 || from >= p.source_rows) return;
     const int source_row = p.source_ring ? (p.source_first + from) % p.source_ring : p.source_first + from;
     const int target_row = p.target_ring ? (p.target_first + row) % p.target_ring : p.target_first + row;
-    const u64 source = p.source + sequence * p.source_batch_stride + head * p.source_head_stride + source_row * p.source_row_stride;
-    const u64 target = p.target + batch * p.target_batch_stride + head * p.target_head_stride + target_row * p.target_row_stride;
+    const u64 source = p.source_table ? paged_row(p.source_table, sequence, head, p.table_pages, source_row, p.source_row_stride)
+                                      : p.source + sequence * p.source_batch_stride + head * p.source_head_stride + source_row * p.source_row_stride;
+    const u64 target = p.target_table ? paged_row(p.target_table, batch, head, p.table_pages, target_row, p.target_row_stride)
+                                      : p.target + batch * p.target_batch_stride + head * p.target_head_stride + target_row * p.target_row_stride;
     for (int word = lane; word < p.row_words; word += 32) reinterpret_cast<Word*>(target)[word] = reinterpret_cast<const Word*>(source)[word];
+}
+
+/// Zeros where a padded sequence has no rows: the first shifts[batch] + source_shift ones, of sequences with shifts. Grid and block of copy_rows.
+template <class Word>
+__global__ void __launch_bounds__(copy_threads) clear_rows(const __grid_constant__ CopyParams p) {
+    const int row = static_cast<int>(blockIdx.x) * copy_warps + threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, batch = blockIdx.z;
+    const int padding = reinterpret_cast<const i32*>(p.shifts)[batch];
+    if (row >= p.rows || padding == 0 || row >= padding + p.source_shift) return;
+    Word* target = reinterpret_cast<Word*>(p.target + batch * p.target_batch_stride + head * p.target_head_stride + row * p.target_row_stride);
+    for (int word = lane; word < p.row_words; word += 32) target[word] = 0;
 }
 
 template <class Words>

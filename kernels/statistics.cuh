@@ -1,6 +1,6 @@
 // Shift and scale of a block of rows (FORMAT.md §4).
 //
-// Is: f64 sums over the block's finite rows, channel by channel, rounded to fp16. Is not: fast, nor often: once a block.
+// Is: f64 sums over the block's finite rows, channel by channel, rounded to fp16, with what the queries put on them. Is not: fast, nor often: once a block.
 // Grid: blocks × kv heads × batch; block: 256 threads, one for each channel.
 #pragma once
 #include "transform.cuh"
@@ -43,9 +43,12 @@ __global__ void __launch_bounds__(statistics_threads) block_statistics(const __g
     double mean = 0.0;
     for (int c = 0; c < D; ++c) mean += variances[c];
     const double deviation = sqrt(variance), common = sqrt(mean / D);
-    const double scale = p.exponent == 1.0   ? deviation
-                         : p.exponent == 0.0 ? common
-                                             : pow(deviation, p.exponent) * pow(common, 1.0 - p.exponent);
+    // Factors of the queries; where they are not fixed, another exponent stands in for them.
+    const float* factors = p.factors ? reinterpret_cast<const float*>(p.factors) + (static_cast<i64>(batch) * p.kv_heads + head) * D : nullptr;
+    const bool weighed = factors && factors[0] != 0.0f;
+    const double exponent = weighed ? p.exponent : p.exponent_alone;
+    const double spread = exponent == 1.0 ? deviation : exponent == 0.0 ? common : pow(deviation, exponent) * pow(common, 1.0 - exponent);
+    const double scale = weighed ? spread * factors[channel] : spread;
     const float rounded = float_of_half(half_of_float(static_cast<float>(clamp_to(scale, smallest_scale, largest_scale))));
     const i64 at = ((static_cast<i64>(batch) * p.kv_heads + head) * p.block_capacity + block) * D + channel;
     reinterpret_cast<float*>(p.shift)[at] = static_cast<float>(shift);

@@ -23,6 +23,7 @@ use crate::page::{PackedRows, PlainRows};
 use crate::tensor::{Dtype, TensorView, TensorViewMut};
 use crate::transform::Source;
 use append::{AppendPlan, Scratch, StreamAppend};
+pub use queries::LEAST_TOKENS as LEAST_QUERY_TOKENS;
 use queries::QueryWeights;
 
 /// What `append` does with a NaN or an infinity.
@@ -139,6 +140,17 @@ pub struct Regions {
 impl Regions {
     pub fn total(&self) -> usize {
         self.sinks + self.packed + self.window
+    }
+
+    /// Of the first `length` tokens.
+    #[must_use]
+    pub fn of_first(self, length: usize) -> Self {
+        let Self { sinks, packed, window } = self;
+        Self {
+            sinks: length.min(sinks),
+            packed: length.saturating_sub(sinks).min(packed),
+            window: length.saturating_sub(sinks + packed).min(window),
+        }
     }
 }
 
@@ -398,15 +410,10 @@ impl Layer {
     /// Forgets the tokens from `length` on. Rows that were packed stay packed, and a cut block with such rows keeps its statistics for
     /// them and for the rows that will fill it; without any it gets new ones when it is complete again.
     pub fn crop(&mut self, length: usize) -> Result<()> {
-        let Regions { sinks, packed, .. } = self.regions;
         if length > self.regions.total() {
             return Err(Error::value("length", format!("at most {}", self.regions.total()), length));
         }
-        let regions = Regions {
-            sinks: length.min(sinks),
-            packed: length.saturating_sub(sinks).min(packed),
-            window: length.saturating_sub(sinks + packed),
-        };
+        let regions = self.regions.of_first(length);
         let blocks = match self.spec.block_rows() {
             0 => 0,
             block_rows => {

@@ -3,6 +3,7 @@
 mod codec;
 mod cuda;
 mod cuda_layer;
+mod cuda_tensors;
 
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import cuda_store_cases as cases
+from cuda_kernel_driver import MOVING, build_driver, instances
 from cuda_stand_ins import build_nvrtc, run
 from skvq import _native
-from skvq.reference import ReferenceCodec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
@@ -25,48 +25,11 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drivers are found through LD_LIBRARY_PATH"),
 ]
 
-HEADERS = [
-    "rows.cuh",
-    "encode.cuh",
-    "decode.cuh",
-    "statistics.cuh",
-    "attend.cuh",
-    "merge.cuh",
-    "plain.cuh",
-    "turning.cuh",
-]
-
-
-def instances(case: cases.Case) -> list[str]:
-    """The kernels that a layer of a case asks for."""
-    codecs = [ReferenceCodec(**case.keys), ReferenceCodec(**case.values)]
-    keys, values = (harness.PageFormat.of(side, codec) for side, codec in zip(("keys", "values"), codecs, strict=True))
-    element = harness.DTYPES[cases.DTYPES[case.dtype]]
-    names = [f"copy_rows<skvq::{word}>" for word in ("u16", "u32", "U32x4")]
-    names += [f"poke<skvq::{words}>" for words in ("FewWords", "ManyWords")]
-    for rows in (keys.expression, values.expression):
-        names += [f"encode<{element}, {rows}>", f"decode<{element}, {rows}>"]
-    width_k, width_v = keys.head_dim, values.head_dim
-    if any(codec.block for codec in codecs):
-        names += [f"block_statistics<{element}, {width}>" for width in (width_k, width_v)]
-    tiles = sorted({min(2, -(-case.group * length // 8)) for length in (1, 3)})
-    names += [f"fold<{element}, {keys.expression}>"]
-    names += [f"attend<{keys.expression}, {values.expression}, {count}>" for count in tiles]
-    names += [f"plain<{element}, {width_k}, {width_v}>", f"unfold<{width_v}>", f"merge<{element}, {width_v}>"]
-    if "shift_sine" in case.keys:
-        names += [f"turning<{element}, {width_k}>"]
-    return [f"skvq::{name}" for name in names]
-
 
 @pytest.fixture(scope="module")
 def driver() -> Path:
     """The folder of a libcuda.so.1 with the kernels of all cases."""
-    wanted = list(dict.fromkeys(name for case in cases.CASES.values() for name in instances(case)))
-    table = '#define EMULATED_INSTANCES "registry.hpp"\n#include "emu/fake_cuda.cpp"\n'
-    units = {f"unit{index}.cpp": harness.unit_of(wanted[index::4], HEADERS) for index in range(4)}
-    units |= {"driver.cpp": table, "entry.cpp": '#include "emu/entry.cpp"\n'}
-    library: Path = harness.build("libcuda.so.1", units, link=("-shared", "-Wl,-soname,libcuda.so.1"))
-    return library.parent
+    return build_driver(name for case in cases.CASES.values() for name in MOVING + instances(case))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +61,8 @@ pair = cases.Pair(cases.CASES["static"], nvrtc)
 generator = torch.Generator().manual_seed(0)
 pair.append(*pair.rows(generator, 140))
 before = pair.cuda.nbytes
-for layer, more in ((pair.cpu, {}), (pair.cuda, {"stream": 3})):
-    layer.gather([0, 1] * 40, **more)
+for layer in (pair.cpu, pair.cuda):
+    layer.gather([0, 1] * 40)
 assert pair.cuda.nbytes - before < 80 * 2 * 2 * 128 * 20 * 4
 pair.append(*pair.rows(generator, 12))
 pair.check(generator)
@@ -115,22 +78,24 @@ def test_a_batch_of_many_copies(driver: Path, nvrtc: str) -> None:
 FAILING = """
 import torch
 from skvq import SkvqError
-for name in ("static", "parts", "blocks"):
+for name in ("static", "parts", "blocks", "queried"):
     failed = 0
     for left in range(1, 30):
         pair = cases.Pair(cases.CASES[name], nvrtc)
         generator = torch.Generator().manual_seed(0)
         for count in (200, 150):
             rows = pair.rows(generator, count)
+            if name == "queried":
+                rows.append(pair.queries(generator, 2, 7))
             pair.cpu.append(*rows)
             pair.memory.left = left
             try:
-                pair.cuda.append(*rows, stream=3)
+                pair.cuda.append(*rows)
             except SkvqError as error:
                 assert "no memory left" in str(error), error
                 failed += 1
                 pair.memory.left = -1
-                pair.cuda.append(*rows, stream=3)
+                pair.cuda.append(*rows)
             pair.memory.left = -1
         if left % 4 == 1:
             pair.check(generator)
@@ -141,7 +106,7 @@ for name in ("static", "parts", "blocks"):
 def test_an_append_without_memory_changes_nothing(driver: Path, nvrtc: str) -> None:
     printed, _ = run_code(FAILING, driver, nvrtc)
     assert all(int(line.split()[1]) >= 10 for line in printed.splitlines()), printed
-    assert len(printed.splitlines()) == 3
+    assert len(printed.splitlines()) == 4
 
 
 BROKEN = """
@@ -154,12 +119,12 @@ pair.append(keys, values)
 for side, options in (("keys", pair.case.keys), ("values", pair.case.values)):
     expected, found = torch.zeros(2, *keys.shape[:3], options["head_dim"], dtype=keys.dtype)
     getattr(pair.cpu, f"decode_{side}")(expected)
-    getattr(pair.cuda, f"decode_{side}")(found, stream=3)
+    getattr(pair.cuda, f"decode_{side}")(found)
     assert expected[0].isnan().any()
     assert torch.equal(expected.isnan(), found.isnan())
     assert float((expected - found).nan_to_num().float().abs().max()) < 0.1
 pair.append(*(rows.nan_to_num(posinf=0.0) for rows in (keys, values)))
-print(pair.cuda.nonfinite_rows(stream=3))
+print(pair.cuda.nonfinite_rows())
 """
 
 
@@ -198,11 +163,11 @@ import torch
 from skvq import SkvqError, _native
 case = cases.CASES["static"]
 memory = cases.Memory()
-def layer(keys=case.keys, nonfinite="propagate", **more):
-    arguments = dict(num_key_value_heads=2, sinks=3, window=20, dtype="float32", stream=3, host_memory=True) | more
+def layer(keys=case.keys, values=case.values, nonfinite="propagate", **more):
+    arguments = dict(num_key_value_heads=2, sinks=3, window=20, dtype="float32") | more
     return _native.CudaLayer(
-        keys=_native.Codec(**keys), values=_native.Codec(**case.values), nonfinite=nonfinite, nvrtc=nvrtc,
-        allocate=memory.allocate, **arguments
+        keys=_native.Codec(**keys), values=_native.Codec(**values), nonfinite=nonfinite, nvrtc=nvrtc,
+        allocate=memory.allocate, **{"stream": lambda: 3, "host_memory": True, **arguments}
     )
 def tell(call):
     try:
@@ -212,25 +177,29 @@ def tell(call):
     else:
         print("nothing")
 tell(lambda: layer(nonfinite="raise"))
-tell(lambda: layer(keys={"head_dim": 64, "format": "raw"}))
-tell(lambda: layer(keys={"head_dim": 64, "format": "2", "block": 128, "query_exponent": 0.5}))
+from parts_examples import codec_options
+tell(lambda: layer(codec_options(64, 1, heads=2), {"head_dim": 64, "format": "raw"}))
+tell(lambda: layer(values={"head_dim": 64, "format": "2", "block": 128, "query_exponent": 0.5}))
 made = layer()
 rows = torch.zeros(2, 2, 30, 64)
-tell(lambda: made.append(rows, rows[:, :, 1:], stream=3))
-tell(lambda: made.append(rows.half(), rows, stream=3))
-tell(lambda: made.append(rows.mT.contiguous().mT, rows, stream=3))
-tell(lambda: layer(host_memory=False).append(rows, rows, stream=3))
-def attend(query, size=1 << 20):
-    made.attend(query, torch.empty_like(query), workspace=memory.allocate(size), scale=1.0, stream=3)
+tell(lambda: made.append(rows, rows[:, :, 1:]))
+tell(lambda: made.append(rows.half(), rows))
+tell(lambda: made.append(rows.mT.contiguous().mT, rows))
+tell(lambda: layer(host_memory=False).append(rows, rows))
+def attend(query, **more):
+    made.attend(query, torch.empty_like(query), scale=1.0, **more)
 tell(lambda: attend(rows[:, :, :1]))
-made.append(rows, rows, stream=3)
-tell(lambda: attend(rows[:, :, :1], 0))
+made.append(rows, rows)
 tell(lambda: attend(rows[:, :1, :1]))
-tell(lambda: made.crop(31, stream=3))
-tell(lambda: made.gather([2], stream=3))
+tell(lambda: attend(rows[:, :, :1], fresh_keys=rows))
+tell(lambda: attend(rows[:, :, :1], fresh_keys=rows, fresh_values=rows[:, :, 1:]))
+tell(lambda: made.observe_queries(rows[:, :1, :1]))
+tell(lambda: made.append(rows, rows, rows.repeat(1, 1, 2, 1)))
+tell(lambda: made.crop(31))
+tell(lambda: made.gather([2]))
 rows[1, 0, 5, 7] = torch.nan
-made.append(rows, rows, stream=3)
-print(made.nonfinite_rows(stream=3), made.length, made.nbytes > 0, repr(made)[:35])
+made.append(rows, rows)
+print(made.nonfinite_rows(), made.length, made.nbytes > 0, repr(made)[:35])
 """
 
 
@@ -239,15 +208,18 @@ def test_what_is_refused_says_why(driver: Path, nvrtc: str) -> None:
     lines = printed.splitlines()
     expected = [
         'nonfinite "raise" on a GPU is not supported',
-        'keys with format "raw" on a GPU is not supported',
-        "keys with query_exponent on a GPU is not supported",
+        "keys with noise beside raw values on a GPU is not supported",
+        "values: expected query_exponent 0: queries meet keys only",
         "values: expected shape [2, …, 30, …] as keys have",
         "keys: expected dtype float32, found float16",
         "keys: expected channels that lie together",
         "keys: expected a tensor on cuda:0, found one on cpu",
         "attend: expected at least one token, found 0",
-        "workspace: expected ",
         "query: expected a multiple of 2 heads",
+        "fresh_keys and fresh_values: expected both or neither",
+        "fresh_values: expected shape [2, 2, 1..=30, 64]",
+        "query: expected shape [2, a multiple of 2, 1 to 30 tokens, 64]",
+        "query: expected shape [2, a multiple of 2, 1 to 30 tokens, 64]",
         "length: expected at most 30, found 31",
         "indices: expected rows of the batch, 0..2, found 2",
     ]

@@ -53,14 +53,14 @@ def test_all_layouts_compile(nvrtc: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("turning", [False, True])
 def test_all_kernels_of_a_shape_compile(nvrtc: str, tmp_path: Path, turning: bool) -> None:
-    keys = StreamOptions(parts=((3, 16), (1, 48))) if turning else StreamOptions(bits=2, block=128)
+    keys = StreamOptions(parts=((3, 16), (1, 48))) if turning else StreamOptions(bits=2, block=128, query_exponent=0.5)
     values = StreamOptions(bits=1.6)
     shape = AttentionShape(64, "bfloat16", 16, keys.resolved(), values.resolved(), turning)
     instances = kernel_instances(shape)
     names = ["rows_to_page", "page_to_rows", "encode", "decode"] * 2
-    names += [] if turning else ["block_statistics"]
+    names += ["scale_squares"] if turning else ["block_statistics", "scale_squares", "query_squares", "query_factors"]
     names += ["fold", "attend", "unfold", *(["turning"] if turning else []), "plain", "merge"]
-    names += ["copy_rows"] * 3 + ["poke"] * 2
+    names += ["copy_rows"] * 3 + ["clear_rows"] + ["poke"] * 2
     assert [x.kernel for x in instances] == [f"skvq::{name}" for name in names]
     compiled = _native.cuda_compile_many(nvrtc, [(x.parts, "sm_90a") for x in instances], tmp_path)
     assert all("0 bytes spill stores" in kernel.log for kernel in compiled)
@@ -86,10 +86,12 @@ def test_the_dtype_is_the_configurations_unless_named() -> None:
 def test_rows_that_are_not_packed_need_no_packed_kernels() -> None:
     raw, packed = StreamOptions(bits=16).resolved(), StreamOptions(bits=2).resolved()
     plain = ["skvq::plain<skvq::Half, 64, 64>", "skvq::merge<skvq::Half, 64>"]
-    assert [str(x) for x in kernel_instances(AttentionShape(64, "float16", 1, raw, raw))] == plain
+    found = kernel_instances(AttentionShape(64, "float16", 1, raw, raw))
+    assert [str(x) for x in found[:2]] == plain
+    assert {x.file for x in found[2:]} == {"rows.cuh"}
     found = kernel_instances(AttentionShape(64, "float16", 1, raw, packed))
     assert str(found[0]) == "skvq::rows_to_page<skvq::Layout<skvq::values, 64, 2, 64, 1, 1>>"
-    assert [str(x) for x in found[4:]] == plain
+    assert [str(x) for x in found[4:6]] == plain
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def statistics_by_kernel(case: Case, kernels: harness.Kernels, rows: Tensor, blo
         **strides(rows),
         shift=shift,
         scale=scale,
-        exponent=codec.scale_exponent,
+        exponent_alone=codec.scale_exponent,
         block=codec.block,
         block_capacity=blocks,
         kv_heads=case.kv_heads,

@@ -56,10 +56,16 @@ OTHERS = {
     "skvq::plain<skvq::BFloat, 128, 128>": 96,
     "skvq::turning<skvq::Half, 128>": 96,
     f"skvq::rows_to_page<{V16}>": 64,
+    "skvq::block_statistics<skvq::Half, 128>": 64,
+    "skvq::query_squares<skvq::Half, 256>": 96,
+    "skvq::query_factors<256>": 64,
+    f"skvq::scale_squares<{K2}>": 32,
+    "skvq::clear_rows<skvq::u16>": 32,
     "skvq::copy_rows<skvq::U32x4>": 64,
     "skvq::poke<skvq::ManyWords>": 32,
 }
 HEADERS = ["attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh", "encode.cuh", "decode.cuh", "repack.cuh", "rows.cuh"]
+HEADERS += ["statistics.cuh", "queries.cuh", "noise.cuh"]
 # All kernels where they run most, the one that must be fast everywhere.
 JOBS = [(arch, expression) for arch in ARCHITECTURES for expression in list(ATTEND)[: 6 if arch == "sm_90a" else 1]]
 JOBS += [("sm_80", expression) for expression in OTHERS]
@@ -125,7 +131,10 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     log, name, cubin = compiled()[job]
     assert name
     assert cubin[:4] == b"\x7fELF"
-    assert [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)] == [0, 0, 0], log
+    # A function of the kernel's own, such as pow, has a line of its own.
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)]
+    assert len(spilled) >= 3, log
+    assert not any(spilled), log
     used = re.search(r"Used (\d+) registers", log)
     assert used
     assert int(used[1]) <= {**ATTEND, **OTHERS}[job[1]]

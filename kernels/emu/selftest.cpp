@@ -70,7 +70,7 @@ struct Stream {
         StatisticsParams s{};
         s.rows = address(rows), s.head_stride = block_capacity * block * D, s.row_stride = D;
         s.shift = address(shift), s.scale = address(scale);
-        s.exponent = 0.5, s.block = block, s.block_capacity = block_capacity, s.kv_heads = kv_heads, s.with_shift = 1;
+        s.exponent_alone = 0.5, s.block = block, s.block_capacity = block_capacity, s.kv_heads = kv_heads, s.with_shift = 1;
         emulator::launch({block_capacity, kv_heads, 1}, {statistics_threads, 1, 1}, 0, [&] { block_statistics<float, D>(s); });
         i32 refused = 0;
         EncodeParams e{};

@@ -391,16 +391,16 @@ class _TorchTensor(Protocol):
 class CudaLayer:
     """One attention layer's store on a GPU, as :class:`Layer` is on the CPU: the same regions, rows and attention.
 
-    Every call puts its work on ``stream`` (``torch.cuda.current_stream().cuda_stream``) and returns; none but the
-    constructor and :meth:`nonfinite_rows` waits. A layer and its clones are used on one stream, or on streams that the
+    Every call puts its work on the stream that ``stream`` tells and returns; none waits but the constructor and
+    those that say so. A layer and its clones are used on one stream, or on streams that the
     caller orders; it is torch's current stream, for which ``allocate`` lends. Tensors of a call must stay as they are
     until the stream is past it; torch sees to that for tensors that were made on this stream. Channels of a row must
     lie together.
 
     Args:
         num_key_value_heads: Hkv.
-        keys: how keys are packed: any but ``"raw"`` and ``query_exponent``, head_dim at most 256.
-        values: likewise.
+        keys: how keys are packed, head_dim at most 256.
+        values: likewise. Where only one of both is packed, attention decodes it at every call.
         sinks: first tokens that stay as they are.
         window: last tokens that stay as they are, at least 1.
         dtype: of keys, values, queries and outputs: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
@@ -408,12 +408,13 @@ class CudaLayer:
             such as ``functools.partial(torch.empty, dtype=torch.uint8, device="cuda")``. The layer keeps what it gets
             as long as it uses it.
         nvrtc: path of the compiler for kernels that are not compiled yet.
-        stream: for what the constructor uploads, which it waits for.
+        stream: tells the number of torch's current stream on the device: ``torch.cuda.current_stream().cuda_stream``.
         device: its number, as torch counts.
         nonfinite: ``"propagate"``: a row with a NaN or an infinity decodes to NaN and is counted. ``"raise"`` is not
             supported: finding out would wait for the device.
         cache: directory of compiled kernels, as for :func:`cuda_compile`.
         host_memory: tensors are the CPU's, which an emulated driver takes for its own.
+        workspace_bytes: that attention borrows at a time; queries that need more are taken in turns. None: 256 MiB.
 
     Raises:
         SkvqError: CUDA cannot be used, a kernel does not compile, or options that no kernel has.
@@ -430,59 +431,70 @@ class CudaLayer:
         dtype: str,
         allocate: Callable[[int], _TorchTensor],
         nvrtc: str,
-        stream: int,
+        stream: Callable[[], int],
         device: int = 0,
         nonfinite: str = "propagate",
         cache: str | PathLike[str] | None = None,
         host_memory: bool = False,
+        workspace_bytes: int | None = None,
     ) -> CudaLayer: ...
-    def append(self, keys: _TorchTensor, values: _TorchTensor, *, stream: int) -> None:
-        """Store n tokens: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]. Refused, it changes nothing."""
+    def append(self, keys: _TorchTensor, values: _TorchTensor, query: _TorchTensor | None = None) -> None:
+        """Store n tokens: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; query as for :meth:`Layer.append`.
+
+        Refused, it changes nothing.
+        """
     def check(self, keys: _TorchTensor, values: _TorchTensor) -> None:
         """Refuse what :meth:`append` would refuse."""
-    def workspace_bytes(self, query_heads: int, length: int) -> int:
-        """What :meth:`attend` needs for L queries of so many heads; good until the layer changes."""
+    def observe_queries(self, query: _TorchTensor) -> None:
+        """As :meth:`Layer.observe_queries`."""
+    def query_factors(self, batch: int, head: int) -> OwnedTensor | None:
+        """As :meth:`Layer.query_factors`, within a step of fp16. Waits for the stream."""
+    def score_noise(self, query: _TorchTensor, scale: float) -> float:
+        """As :meth:`Layer.score_noise`. Waits for the stream."""
+    @property
+    def wants_queries(self) -> bool:
+        """As :attr:`Layer.wants_queries`."""
     def attend(
         self,
         query: _TorchTensor,
         output: _TorchTensor,
         *,
-        workspace: _TorchTensor,
         scale: float,
-        stream: int,
         mask: _TorchTensor | None = None,
         causal: bool = False,
         softcap: float | None = None,
         sink_logits: _TorchTensor | None = None,
+        fresh_keys: _TorchTensor | None = None,
+        fresh_values: _TorchTensor | None = None,
     ) -> None:
         """Attention over all T tokens, softmax(scale·q·kᵀ + mask)·v; a query that sees nothing gives zeros.
 
         Args:
             query: [B, Hq, L, Dk].
             output: [B, Hq, L, Dv], written.
-            workspace: uint8 [:meth:`workspace_bytes` or more] at a multiple of 256 bytes, overwritten.
             scale: of the scores.
-            stream: of the device.
             mask: [B or 1, Hq or 1, L or 1, T], bool (True: seen) or float (added).
             causal: of the L queries, which are of the last L tokens, none sees tokens behind its own.
             softcap: scores become softcap·tanh(score / softcap).
             sink_logits: float32 [Hq], in the denominator of the softmax.
+            fresh_keys: [B, Hkv, n, Dk], the last append's rows in full precision, used in place of the stored ones.
+            fresh_values: [B, Hkv, n, Dv], likewise; both or neither.
         """
-    def decode_keys(self, output: _TorchTensor, *, stream: int) -> None:
-        """Write all keys, decoded, to output [B, Hkv, T, Dk]. Not for padded sequences."""
-    def decode_values(self, output: _TorchTensor, *, stream: int) -> None:
-        """Write all values, decoded, to output [B, Hkv, T, Dv]. Not for padded sequences."""
+    def decode_keys(self, output: _TorchTensor) -> None:
+        """Write all keys, decoded, to output [B, Hkv, T, Dk]."""
+    def decode_values(self, output: _TorchTensor) -> None:
+        """Write all values, decoded, to output [B, Hkv, T, Dv]."""
     def set_padding(self, padding: Sequence[int]) -> None:
         """As :meth:`Layer.set_padding`."""
-    def crop(self, length: int, *, stream: int) -> None:
+    def crop(self, length: int) -> None:
         """As :meth:`Layer.crop`."""
-    def gather(self, indices: Sequence[int], *, stream: int) -> None:
+    def gather(self, indices: Sequence[int]) -> None:
         """As :meth:`Layer.gather`; sinks, window and tables are copied, pages are not."""
     def reset(self) -> None:
         """As :meth:`Layer.reset`."""
-    def clone(self, *, stream: int) -> CudaLayer:
+    def clone(self) -> CudaLayer:
         """An independent layer that shares all pages until one of them is written."""
-    def nonfinite_rows(self, *, stream: int) -> int:
+    def nonfinite_rows(self) -> int:
         """Packed rows of keys, and of values, that were not finite. Waits for the stream."""
     @property
     def length(self) -> int:
@@ -496,6 +508,9 @@ class CudaLayer:
     @property
     def nbytes(self) -> int:
         """Device memory held: pages with those that are free, sinks, window, tables, statistics."""
+    @property
+    def bits_per_element(self) -> float:
+        """8 * nbytes over the number of stored key and value elements."""
     @property
     def sink_tokens(self) -> int:
         """Tokens that stay as they are in front."""

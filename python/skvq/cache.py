@@ -230,9 +230,11 @@ class QuantizedDynamicCache(Cache):
             "packed": attention calls computed on packed bytes; "prefill": prompts attended in full precision;
             "decoded": for each reason, how often keys or values of a layer were decoded to a plain tensor;
             "score_noise": for each layer with packed keys, the standard deviation of their scores' error as the codec
-            expects it, at the first step that saw any.
+            expects it, at the first step that saw any; "nonfinite_rows": for each layer on a GPU that packed rows with
+            a NaN or an infinity, how many (of keys and of values), for which this call waits.
         """
-        return self._counts.as_dict()
+        broken = {layer.index: layer.nonfinite_rows() for layer in self._packed_layers()}
+        return self._counts.as_dict() | {"nonfinite_rows": {index: count for index, count in broken.items() if count}}
 
     def __repr__(self) -> str:
         return text_table(self._title(), self._figures())

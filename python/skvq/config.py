@@ -301,7 +301,8 @@ class SkvqConfig:
         window: the most recent tokens, kept in the model's dtype (the current one included).
         sinks: the first tokens, kept in the model's dtype.
         keys, values: everything about the packing of keys and of values.
-        nonfinite: "raise" refuses keys or values with NaN or infinity; "propagate" stores such rows as NaN.
+        nonfinite: "raise" refuses keys or values with NaN or infinity; "propagate" stores such rows as NaN. On a GPU
+            both store them, and `cache.stats()` counts them.
 
     Raises:
         SkvqError: a value is not one of those above; the message names argument, value and what was expected.

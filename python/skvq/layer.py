@@ -1,7 +1,8 @@
 """`PackedLayer`: one attention layer of the cache, in the protocol of transformers' cache layers.
 
 Is: the way of keys and values into the native store, and the store's rows back as handles or tensors.
-Is not: the choice of which layers are packed (cache.py). This release works on CPU tensors only.
+The store is where the first keys are: `Layer` in the CPU's memory, `CudaLayer` on a GPU, with the same methods.
+Is not: the choice of which layers are packed (cache.py).
 Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv].
 """
 
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from ._native import Layer, SkvqError
+from ._native import CudaLayer, Layer, SkvqError
+from .cuda_store import DEVICE_TYPES
 from .display import LayerFigures
 from .packed import AttentionCounts, PromptSnapshot, Snapshot
 from .plan import DTYPE_NAMES, LayerPlan
@@ -49,7 +51,7 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = True
 
-    _native: Layer
+    _native: Layer | CudaLayer
 
     def __init__(self, plan: LayerPlan, index: int, counts: AttentionCounts) -> None:
         # Not the base's __init__: it assigns `keys` and `values`, which are computed here.
@@ -65,24 +67,24 @@ class PackedLayer(CacheLayerMixin):
         self.decoded_steps = 0
 
     @property
-    def native(self) -> Layer:
+    def native(self) -> Layer | CudaLayer:
         """The native store, with everything in it."""
         if self.waiting is not None:
             self._store_prompt(None)
         return self._native
 
     @native.setter
-    def native(self, store: Layer) -> None:
+    def native(self, store: Layer | CudaLayer) -> None:
         self._native = store
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Build the store for the shapes and the dtype of the first keys and values."""
+        """Build the store for the shapes, the dtype and the device of the first keys and values."""
         problem = self._problem(key_states, value_states)
         if problem is not None:
             raise SkvqError(f"layer {self.index}: {problem}")
         heads, key_dim, value_dim = key_states.shape[1], key_states.shape[3], value_states.shape[3]
         try:
-            self.native = self.plan.build(heads, key_dim, value_dim, key_states.dtype)
+            self.native = self.plan.build(heads, key_dim, value_dim, key_states.dtype, key_states.device)
         except SkvqError as error:
             raise SkvqError(f"layer {self.index}: {error}") from None
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -95,8 +97,8 @@ class PackedLayer(CacheLayerMixin):
         """Store n tokens; see the class for what is returned. After an error the layer is as before.
 
         Raises:
-            SkvqError: keys or values are not [B, Hkv, n, D] of one dtype on the CPU, differ from what the layer holds,
-                or have NaN or infinity (unless the configuration lets them through).
+            SkvqError: keys or values are not [B, Hkv, n, D] of one dtype on one device, differ from what the layer
+                holds, or have NaN or infinity (unless the configuration lets them through; a GPU's are counted).
         """
         was_initialized = self.is_initialized
         if not was_initialized:
@@ -107,12 +109,14 @@ class PackedLayer(CacheLayerMixin):
         try:
             if past == 0 and self.padding:
                 native.set_padding(self._padding_of(keys.shape[0]))
-            if keys.requires_grad or values.requires_grad:
+            needs_no_gradient = not (keys.requires_grad or values.requires_grad)
+            if not needs_no_gradient:
                 keys, values = self._detached(keys, values)
+            keys, values = _with_whole_rows(keys), _with_whole_rows(values)
             count = keys.shape[2]
             if count == 0 and past and self._problem(keys, values) is None:
-                return Snapshot(self, self._shape(True), self._shape(False), self.dtype).handles()
-            waits = past == 0 and count > 1 and native.wants_queries and keys is key_states and values is value_states
+                return self._snapshot().handles()
+            waits = past == 0 and count > 1 and native.wants_queries and needs_no_gradient
             if waits:
                 native.check(keys, values)
             else:
@@ -135,7 +139,10 @@ class PackedLayer(CacheLayerMixin):
                 self.counts.prefill += 1
                 return key_states, value_states
         fresh = (keys, values) if count > 1 else (None, None)
-        return Snapshot(self, self._shape(True), self._shape(False), self.dtype, *fresh).handles()
+        return self._snapshot(*fresh).handles()
+
+    def _snapshot(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Snapshot:
+        return Snapshot(self, self._shape(True), self._shape(False), self.dtype, self.device, keys, values)
 
     def take_queries(self, query: torch.Tensor) -> None:
         """Queries [B, Hq, L, Dk] of the last L tokens; see the class."""
@@ -181,12 +188,16 @@ class PackedLayer(CacheLayerMixin):
             if not isinstance(x, torch.Tensor) or x.ndim != 4:
                 got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
                 return f"{name}: got {got}, expected a tensor [batch, num_key_value_heads, tokens, head_dim]"
-            if x.device.type != "cpu":
-                return f"{name}: on device {x.device}, expected cpu: this release keeps its cache on the CPU"
+            if x.device.type not in DEVICE_TYPES:
+                return f"{name}: on device {x.device}, expected {' or '.join(DEVICE_TYPES)}"
+            if self.is_initialized and x.device != self.device:
+                return f"{name}: on device {x.device}, expected {self.device} as the tokens stored before"
             if x.dtype not in DTYPE_NAMES:
                 return f"{name}: dtype {x.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}"
             if 0 in (x.shape[0], x.shape[1], x.shape[3]):
                 return f"{name}: shape {tuple(x.shape)}, expected at least one sequence, head and channel"
+        if keys.device != values.device:
+            return f"value_states: on device {values.device}, expected {keys.device} as key_states"
         if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
             return (
                 f"value_states: {values.dtype} {tuple(values.shape)}, expected batch, heads, tokens and dtype of "
@@ -247,7 +258,7 @@ class PackedLayer(CacheLayerMixin):
         if not self.get_seq_length():
             return None
         self.counts.decoded["layer.keys" if is_key else "layer.values"] += 1
-        output = torch.empty(self._shape(is_key), dtype=self.dtype, device="cpu")
+        output = torch.empty(self._shape(is_key), dtype=self.dtype, device=self.device)
         (self.native.decode_keys if is_key else self.native.decode_values)(output)
         return output
 
@@ -273,6 +284,11 @@ class PackedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes held: codes, metadata, statistics, sinks, window and unused page rows."""
         return self.native.nbytes if self.is_initialized else 0
+
+    def nonfinite_rows(self) -> int:
+        """Packed rows of keys and of values that were not finite, as a store on a GPU counts them; waits for it."""
+        store = self.native if self.is_initialized else None
+        return store.nonfinite_rows() if isinstance(store, CudaLayer) else 0
 
     def __repr__(self) -> str:
         x = self.figures()
@@ -339,7 +355,7 @@ class PackedLayer(CacheLayerMixin):
         self.version += 1
 
     def offload(self) -> None:
-        """Nothing to do: the store is in the CPU's memory already."""
+        """Nothing to do: the store stays where the first keys were."""
 
     def prefetch(self) -> None:
         """Nothing to do: attention runs where the store is."""
@@ -360,6 +376,11 @@ class PackedLayer(CacheLayerMixin):
         raise SkvqError(
             "a packed cache layer cannot be pickled or copied shallowly: use copy.deepcopy, or save its keys and values"
         )
+
+
+def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with channels that lie together."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def row_numbers(indices: torch.Tensor, batch: int) -> list[int]:

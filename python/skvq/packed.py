@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ._native import Layer, SkvqError
+from ._native import CudaLayer, Layer, SkvqError
 
 # A layer whose handles were decoded on this many updates in a row warns, once in a cache.
 DECODED_STEPS_BEFORE_WARNING = 3
@@ -30,7 +30,6 @@ LARGEST_SCORE_NOISE = 1.5
 # The reason for decoding that is nobody's fallback.
 ASKED_FOR = "decode()"
 
-_CPU = torch.device("cpu")
 _sdpa: Any = torch.nn.functional.scaled_dot_product_attention
 _without_torch_function = torch._C.DisableTorchFunctionSubclass
 _is_grad_enabled = torch.is_grad_enabled
@@ -64,7 +63,7 @@ class AttentionCounts:
 class PackedSource(Protocol):
     """What a snapshot needs of a cache layer."""
 
-    native: Layer
+    native: Layer | CudaLayer
     version: int
     index: int
     counts: AttentionCounts
@@ -80,7 +79,7 @@ class PackedSource(Protocol):
 class Snapshot:
     """The keys and values that one `update` returned: a layer at one version, and the call's own rows unrounded."""
 
-    __slots__ = ("dtype", "fresh_keys", "fresh_values", "key_shape", "source", "value_shape", "version")
+    __slots__ = ("device", "dtype", "fresh_keys", "fresh_values", "key_shape", "source", "value_shape", "version")
 
     def __init__(
         self,
@@ -88,6 +87,7 @@ class Snapshot:
         key_shape: tuple[int, int, int, int],
         value_shape: tuple[int, int, int, int],
         dtype: torch.dtype,
+        device: torch.device,
         fresh_keys: torch.Tensor | None = None,
         fresh_values: torch.Tensor | None = None,
     ) -> None:
@@ -96,11 +96,12 @@ class Snapshot:
         self.key_shape = key_shape
         self.value_shape = value_shape
         self.dtype = dtype
+        self.device = device
         self.fresh_keys = fresh_keys
         self.fresh_values = fresh_values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
-        twin = type(self)(copy.deepcopy(self.source, memo), self.key_shape, self.value_shape, self.dtype)
+        twin = type(self)(copy.deepcopy(self.source, memo), self.key_shape, self.value_shape, self.dtype, self.device)
         twin.version = self.version
         twin.fresh_keys, twin.fresh_values = self.fresh_keys, self.fresh_values
         memo[id(self)] = twin
@@ -178,7 +179,7 @@ class Snapshot:
         source = self.source
         if source.version != self.version:
             raise self._stale()
-        output = torch.empty(self.key_shape if is_key else self.value_shape, dtype=self.dtype, device="cpu")
+        output = torch.empty(self.key_shape if is_key else self.value_shape, dtype=self.dtype, device=self.device)
         (source.native.decode_keys if is_key else source.native.decode_values)(output)
         fresh = self.fresh_keys if is_key else self.fresh_values
         if fresh is not None:
@@ -224,7 +225,7 @@ class PromptSnapshot(Snapshot):
         and `take_queries`.
         """
         key_shape, value_shape = (cast(tuple[int, int, int, int], tuple(x.shape)) for x in (keys, values))
-        return cls(source, key_shape, value_shape, keys.dtype, keys, values)
+        return cls(source, key_shape, value_shape, keys.dtype, keys.device, keys, values)
 
     def attend(
         self,
@@ -292,7 +293,9 @@ class PackedStates(torch.Tensor):
     ) -> PackedStates:
         """A handle of `shape`; `repeats` copies of every head, in a dimension of their own if `ungrouped`."""
         size = torch.Size(shape)
-        handle: PackedStates = torch.Tensor._make_wrapper_subclass(cls, size, dtype=snapshot.dtype, device=_CPU)
+        handle: PackedStates = torch.Tensor._make_wrapper_subclass(
+            cls, size, dtype=snapshot.dtype, device=snapshot.device
+        )
         handle._snapshot = snapshot
         handle._is_key = is_key
         handle._shape = size
@@ -313,8 +316,8 @@ class PackedStates(torch.Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Always the CPU."""
-        return _CPU
+        """Where the layer is."""
+        return self._snapshot.device
 
     def decode(self, reason: str = ASKED_FOR) -> torch.Tensor:
         """The plain tensor that this handle stands for; `reason` is counted in `cache.stats()`."""
@@ -371,8 +374,8 @@ class PackedStates(torch.Tensor):
         return self
 
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """This handle: it is on the CPU."""
-        return self
+        """This handle if it is on the CPU, otherwise a plain tensor there."""
+        return self if self.device.type == "cpu" else super().cpu(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """This handle, if device and dtype stay; otherwise a plain tensor."""
@@ -381,7 +384,8 @@ class PackedStates(torch.Tensor):
             first_is_tensor = bool(args) and isinstance(args[0], torch.Tensor)
             if len(named) == len(kwargs) and not first_is_tensor:
                 device, dtype = torch._C._nn._parse_to(*args, **named)[:2]
-                if (device is None or device.type == "cpu") and (dtype is None or dtype == self.dtype):
+                here = device is None or (device.type, device.index or 0) == (self.device.type, self.device.index or 0)
+                if here and (dtype is None or dtype == self.dtype):
                     return self
         return super().to(*args, **kwargs)
 
@@ -499,6 +503,8 @@ def _why_not_packed(
         return "keys and values are rearranged"
     if type(query) is not torch.Tensor or query.ndim != 4:
         return "query is not a plain tensor of four dimensions"
+    if query.device != key.device or (query.dtype != key.dtype and key.device.type != "cpu"):
+        return "query and keys differ in device or dtype"
     batch, heads, length, _ = query.shape
     key_batch, key_heads, tokens, _ = key._shape
     if batch != key_batch or heads % key_heads:

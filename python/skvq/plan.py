@@ -14,10 +14,12 @@ from typing import Any, cast
 
 import torch
 
-from ._native import Codec, Layer, SkvqError
+from . import cuda_store
+from ._native import Codec, CudaLayer, Layer, SkvqError
 from .config import GROUP_SIZES, SkvqConfig, StreamOptions
 
 HEAD_DIM_UNIT = 16
+CPU = torch.device("cpu")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -144,17 +146,27 @@ class LayerPlan:
         self.keys.check("keys", key_head_dim)
         self.values.check("values", value_head_dim)
 
-    def build(self, num_key_value_heads: int, key_head_dim: int, value_head_dim: int, dtype: torch.dtype) -> Layer:
-        """An empty store."""
+    def build(
+        self,
+        num_key_value_heads: int,
+        key_head_dim: int,
+        value_head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> Layer | CudaLayer:
+        """An empty store, where keys and values of `device` go; both kinds have the same methods."""
         if dtype not in DTYPE_NAMES:
             expected = ", ".join(DTYPE_NAMES.values())
             raise SkvqError(f"keys: dtype {dtype}: expected one of {expected}")
-        return Layer(
-            num_key_value_heads=num_key_value_heads,
-            keys=self.keys.codec("keys", key_head_dim),
-            values=self.values.codec("values", value_head_dim),
-            sinks=self.sinks,
-            window=self.window,
-            dtype=DTYPE_NAMES[dtype],
-            nonfinite=self.nonfinite,
-        )
+        spec: dict[str, Any] = {
+            "num_key_value_heads": num_key_value_heads,
+            "keys": self.keys.codec("keys", key_head_dim),
+            "values": self.values.codec("values", value_head_dim),
+            "sinks": self.sinks,
+            "window": self.window,
+            "dtype": DTYPE_NAMES[dtype],
+        }
+        access = cuda_store.access(device)
+        if access is None:
+            return Layer(**spec, nonfinite=self.nonfinite)
+        return cuda_store.new_cuda_layer(access, self.nonfinite, **spec)

@@ -23,7 +23,8 @@ _FORMATS = {"8": 8, "4": 4, "3": 3, "2": 2, "1.6": 16, "1.5": 15, "parts": 0}  #
 _MOST_PARTS = 8
 _REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of src/FORMAT.md and a device's pages
 _QUERY_TILE, _MOST_TILES = 8, 2  # of kernels/state.cuh, and of a block of attention in src/cuda/store/attend.rs
-_MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")] + [("poke", "FewWords"), ("poke", "ManyWords")]
+_MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")]
+_MOVING += [("clear_rows", "u16"), ("poke", "FewWords"), ("poke", "ManyWords")]
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def layout(stream: str, head_dim: int, options: StreamOptions) -> str:
 
 
 def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
-    """The kernels that a layer of this shape runs: for packing and reading rows, for a decode step's attention, and for
-    moving rows to and from a device.
+    """The kernels that a layer of this shape runs: for packing, reading and moving rows, for attention of one token and
+    of several, and for repacking rows of src/FORMAT.md.
 
     Attention on packed bytes has kernels where keys and values are both packed.
     """
@@ -106,17 +107,22 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("decode.cuh", "skvq::decode", (element, rows)))
     if shape.keys.block or shape.values.block:
         found.append(KernelInstance("statistics.cuh", "skvq::block_statistics", (element, width)))
+    if "keys" in layouts:
+        found.append(KernelInstance("noise.cuh", "skvq::scale_squares", (layouts["keys"],)))
+    if shape.keys.query_exponent:
+        found.append(KernelInstance("queries.cuh", "skvq::query_squares", (element, width)))
+        found.append(KernelInstance("queries.cuh", "skvq::query_factors", (width,)))
     if len(layouts) == 2:
-        tiles = min(_MOST_TILES, -(-shape.queries_per_head // _QUERY_TILE))
+        least = min(_MOST_TILES, -(-shape.queries_per_head // _QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
-        found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
+        for tiles in range(least, _MOST_TILES + 1):
+            found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
         if shape.turning:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
     found.append(KernelInstance("plain.cuh", "skvq::plain", (element, width, width)))
     found.append(KernelInstance("merge.cuh", "skvq::merge", (element, width)))
-    if len(layouts) == 2:
-        found += [KernelInstance("rows.cuh", f"skvq::{name}", (f"skvq::{word}",)) for name, word in _MOVING]
+    found += [KernelInstance("rows.cuh", f"skvq::{name}", (f"skvq::{word}",)) for name, word in _MOVING]
     return found
 
 

@@ -4,14 +4,14 @@
 //! A score q·k̂ errs by q'·e with q' the folded query and e the quantizer's error, whose channels are about independent with variance κ·a²: κ the mean squared
 //! error of the codebook on a normal variable, a the row's stored scale. Nothing is decoded.
 
-use crate::backend::simd::rows;
+use crate::backend::simd::{Isa, rows};
 use crate::codebook::Codebook;
 use crate::codec::{Codec, group_metadata};
 use crate::error::{Error, Result};
 use crate::format::{MAX_HEAD_DIM, PAGE_ROWS};
 use crate::layer::{Layer, Stream};
 use crate::tensor::TensorView;
-use crate::transform::Source;
+use crate::transform::{Affine, Source};
 
 /// The mean over packed rows and query heads of a score's error variance, for the last query of `query` `[batch, heads, L, D]`; 0 if nothing is packed.
 pub fn score_noise(layer: &Layer, query: &TensorView, scale: f32) -> Result<f32> {
@@ -29,22 +29,24 @@ pub fn score_noise(layer: &Layer, query: &TensorView, scale: f32) -> Result<f32>
     }
     let mut row = [0.0f32; MAX_HEAD_DIM];
     let row = &mut row[..width];
-    let mut sum = 0.0;
+    let (mut sum, mut counted) = (0.0, 0);
     for b in 0..batch {
+        let padding = layer.padding(b);
+        counted += heads * rows.saturating_sub(padding);
         for head in 0..heads {
             let kv_head = head / (heads / kv_heads);
             query.read_row_f32(b, head, length - 1, row);
             for value in &mut *row {
                 *value *= scale;
             }
-            sum += head_noise(layer, codec, kv_head, &layer.head(b, kv_head).keys, row);
+            sum += head_noise(layer, codec, kv_head, &layer.head(b, kv_head).keys, padding, row);
         }
     }
-    Ok((sum / (batch * heads * rows) as f64) as f32)
+    Ok((sum / counted.max(1) as f64) as f32)
 }
 
-/// The sum over the packed rows of a head.
-fn head_noise(layer: &Layer, codec: &Codec, kv_head: usize, stream: &Stream, query: &[f32]) -> f64 {
+/// The sum over the packed rows of a head, behind those of padding.
+fn head_noise(layer: &Layer, codec: &Codec, kv_head: usize, stream: &Stream, padding: usize, query: &[f32]) -> f64 {
     let (layout, groups) = (&codec.layout, codec.layout.groups());
     let mut weights = vec![0.0f64; groups];
     let mut sum = 0.0;
@@ -54,11 +56,15 @@ fn head_noise(layer: &Layer, codec: &Codec, kv_head: usize, stream: &Stream, que
             _ => first == 0,
         };
         if new_block {
-            error_weights(layer, codec, kv_head, stream, first, query, &mut weights);
+            let affine = match &codec.source {
+                Source::Block(rule) => Some(stream.past.block(first, rule.rows).expand(query.len())),
+                _ => None,
+            };
+            error_weights(layer.spec().isa, codec, kv_head, affine.as_ref(), query, &mut weights);
         }
         let metadata = stream.past.page(first / PAGE_ROWS).metadata(layout);
         let count = PAGE_ROWS.min(stream.past.len() - first);
-        for bytes in metadata.chunks_exact(layout.metadata_bytes).take(count) {
+        for bytes in metadata.chunks_exact(layout.metadata_bytes).take(count).skip(padding.saturating_sub(first)) {
             for (g, weight) in weights.iter().enumerate() {
                 let scale = f64::from(group_metadata(layout, bytes, g).0);
                 // A row that is not finite has no scale and tells nothing.
@@ -69,17 +75,15 @@ fn head_noise(layer: &Layer, codec: &Codec, kv_head: usize, stream: &Stream, que
     sum
 }
 
-/// Σ κ q'² over the channels of each group, in the block of row `first`.
-fn error_weights(
-    layer: &Layer,
+/// Σ κ q'² over the channels of each group; `affine` of a block of rows, where they have their own.
+pub fn error_weights(
+    isa: Isa,
     codec: &Codec,
     kv_head: usize,
-    stream: &Stream,
-    first: usize,
+    affine: Option<&Affine>,
     query: &[f32],
     weights: &mut [f64],
 ) {
-    let isa = layer.spec().isa;
     let width = query.len();
     let mut folded = vec![0.0f32; width];
     if let Some(matrix) = codec.matrix(kv_head) {
@@ -93,12 +97,9 @@ fn error_weights(
         weights[0] = codec.parts.iter().map(part).sum();
         return;
     }
-    let affine = match &codec.source {
-        Source::Block(rule) => Some(stream.past.block(first, rule.rows).expand(width)),
-        _ => codec.static_affine(kv_head).cloned(),
-    };
+    let affine = affine.or_else(|| codec.static_affine(kv_head));
     for (i, value) in folded.iter_mut().enumerate() {
-        *value = query[i] * affine.as_ref().map_or(1.0, |affine| affine.scale[i]);
+        *value = query[i] * affine.map_or(1.0, |affine| affine.scale[i]);
     }
     rows::rotate(isa, codec.rotation, &mut folded);
     if let Some(permutation) = codec.permutation(kv_head) {

@@ -25,10 +25,13 @@ pub struct Kernels {
     device: &'static Device,
     compiler: Compiler,
     names: Names,
-    encode: [Arc<Function>; 2],
+    /// None for raw rows.
+    encode: [Option<Arc<Function>>; 2],
     copy: [Arc<Function>; 3],
+    clear: Arc<Function>,
     poke: [Arc<Function>; 2],
     statistics: [Option<Arc<Function>>; 2],
+    queries: Option<[Arc<Function>; 2]>,
     /// By tiles of a block.
     attention: Mutex<HashMap<usize, Arc<AttentionKernels>>>,
     decode: Mutex<[Option<Arc<Function>>; 2]>,
@@ -39,16 +42,23 @@ struct Names {
     layouts: [String; 2],
     widths: [String; 2],
     turning: bool,
+    /// Keys and values are.
+    packed: bool,
 }
 
 /// The kernels of a call of attention.
 pub struct AttentionKernels {
+    /// Where keys and values are packed.
+    pub packed: Option<PackedKernels>,
+    pub plain: Arc<Function>,
+    pub merge: Arc<Function>,
+}
+
+pub struct PackedKernels {
     pub fold: Arc<Function>,
     pub turning: Option<Arc<Function>>,
     pub attend: Arc<Function>,
-    pub plain: Arc<Function>,
     pub unfold: Arc<Function>,
-    pub merge: Arc<Function>,
 }
 
 impl Kernels {
@@ -59,23 +69,34 @@ impl Kernels {
             layouts: Side::BOTH.map(|side| layout_expression(side, codecs[side as usize])),
             widths: codecs.map(|codec| codec.layout.head_dim.to_string()),
             turning: matches!(spec.keys.source, Source::Turning(_)),
+            packed: codecs.iter().all(|codec| !codec.is_raw()),
         };
         let load = |file: &str, kernel: &str, arguments: &[&str]| {
             device.function(&instance(file, kernel, arguments), &compiler)
         };
-        let encode = |side: Side| load("encode.cuh", "encode", &[names.element, &names.layouts[side as usize]]);
+        let encode = |side: Side| {
+            let arguments = [names.element, names.layouts[side as usize].as_str()];
+            (!codecs[side as usize].is_raw()).then(|| load("encode.cuh", "encode", &arguments)).transpose()
+        };
         let statistics = |side: Side| {
             let takes = codecs[side as usize].block_rows() > 0;
             let arguments = [names.element, names.widths[side as usize].as_str()];
             takes.then(|| load("statistics.cuh", "block_statistics", &arguments)).transpose()
         };
+        let queries = (spec.keys.query_exponent() > 0.0).then(|| {
+            let width = names.widths[0].as_str();
+            let squares = load("queries.cuh", "query_squares", &[names.element, width])?;
+            Ok([squares, load("queries.cuh", "query_factors", &[width])?])
+        });
         let copy = |index: usize| load("rows.cuh", "copy_rows", &[COPY_WORDS[index].1]);
         let poke = |words: &str| load("rows.cuh", "poke", &[words]);
         Ok(Self {
             encode: [encode(Side::Keys)?, encode(Side::Values)?],
             copy: [copy(0)?, copy(1)?, copy(2)?],
+            clear: load("rows.cuh", "clear_rows", &["skvq::u16"])?,
             poke: [poke("skvq::FewWords")?, poke("skvq::ManyWords")?],
             statistics: [statistics(Side::Keys)?, statistics(Side::Values)?],
+            queries: queries.transpose()?,
             attention: Mutex::default(),
             decode: Mutex::default(),
             device,
@@ -88,12 +109,17 @@ impl Kernels {
         self.device
     }
 
-    pub fn encode(&self, side: Side) -> &Function {
-        &self.encode[side as usize]
+    pub fn encode(&self, side: Side) -> Option<&Function> {
+        self.encode[side as usize].as_deref()
     }
 
     pub fn statistics(&self, side: Side) -> Option<&Function> {
         self.statistics[side as usize].as_deref()
+    }
+
+    /// `query_squares` and `query_factors`, where queries have a say.
+    pub fn queries(&self) -> Option<[&Function; 2]> {
+        self.queries.as_ref().map(|[squares, factors]| [&**squares, &**factors])
     }
 
     pub fn decode(&self, side: Side) -> Result<Arc<Function>> {
@@ -112,18 +138,29 @@ impl Kernels {
         if let Some(kernels) = loaded.get(&tiles) {
             return Ok(Arc::clone(kernels));
         }
-        let Names { element, layouts: [keys, values], widths: [key_width, value_width], turning } = &self.names;
-        let turning = turning.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
+        let Names { element, layouts: [keys, values], widths: [key_width, value_width], .. } = &self.names;
+        let packed = || -> Result<PackedKernels> {
+            let turning =
+                self.names.turning.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
+            Ok(PackedKernels {
+                fold: self.load("attend.cuh", "fold", &[element, keys])?,
+                turning,
+                attend: self.load("attend.cuh", "attend", &[keys, values, &tiles.to_string()])?,
+                unfold: self.load("merge.cuh", "unfold", &[value_width])?,
+            })
+        };
         let kernels = Arc::new(AttentionKernels {
-            fold: self.load("attend.cuh", "fold", &[element, keys])?,
-            turning,
-            attend: self.load("attend.cuh", "attend", &[keys, values, &tiles.to_string()])?,
+            packed: self.names.packed.then(packed).transpose()?,
             plain: self.load("plain.cuh", "plain", &[element, key_width, value_width])?,
-            unfold: self.load("merge.cuh", "unfold", &[value_width])?,
             merge: self.load("merge.cuh", "merge", &[element, value_width])?,
         });
         loaded.insert(tiles, Arc::clone(&kernels));
         Ok(kernels)
+    }
+
+    /// The kernel behind an estimate of the keys' noise.
+    pub fn scale_squares(&self) -> Result<Arc<Function>> {
+        self.load("noise.cuh", "scale_squares", &[&self.names.layouts[Side::Keys as usize]])
     }
 
     fn load(&self, file: &str, kernel: &str, arguments: &[&str]) -> Result<Arc<Function>> {
@@ -159,6 +196,24 @@ impl Kernels {
         let grid = [(p.rows.max(0) as usize).div_ceil(COPY_WARPS) as u32, heads as u32, batch as u32];
         // SAFETY: the caller's promise; elements have two bytes or four, so a word of two always fits.
         unsafe { launch(&self.copy[index], grid, 32 * COPY_WARPS, &parameters, stream) }
+    }
+
+    /// Zeros where padded sequences have no rows; what [`CopyParams`] say of a target, of elements of two bytes or four.
+    ///
+    /// # Safety
+    /// As [`Function::launch`].
+    pub unsafe fn clear_rows(
+        &self,
+        parameters: &CopyParams,
+        heads: usize,
+        batch: usize,
+        row_bytes: usize,
+        stream: Stream,
+    ) -> Result<()> {
+        let parameters = CopyParams { row_words: (row_bytes / 2) as i32, ..*parameters };
+        let grid = [(parameters.rows.max(0) as usize).div_ceil(COPY_WARPS) as u32, heads as u32, batch as u32];
+        // SAFETY: the caller's promise.
+        unsafe { launch(&self.clear, grid, 32 * COPY_WARPS, &parameters, stream) }
     }
 
     /// Writes words of 8 bytes, (address, value) each, in any order.

@@ -139,6 +139,18 @@ impl Device {
         self.driver.check("cuMemcpyAsync", status)
     }
 
+    /// Reads numbers of device memory, and waits for them.
+    ///
+    /// # Safety
+    /// `source` begins as many numbers, for which any bytes are values; the stream is one of this device.
+    pub unsafe fn read<T: Copy>(&self, target: &mut [T], source: u64, stream: Stream) -> Result<()> {
+        // SAFETY: the slice is borrowed until the copy is done, which is waited for; the caller's promise for the rest.
+        unsafe {
+            self.copy(target.as_mut_ptr() as u64, source, size_of_val(target), stream)?;
+            self.synchronize(stream)
+        }
+    }
+
     /// Sets `bytes` bytes of device memory to `value`.
     ///
     /// # Safety

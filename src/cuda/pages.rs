@@ -56,14 +56,8 @@ pub fn expect_supported(side: Side, codec: &Codec) -> Result<()> {
     if head_dim > MAX_HEAD_DIM {
         return refuse(format!("head_dim {head_dim}"), "kernels have heads of at most 256 channels");
     }
-    if codec.is_raw() {
-        return refuse("format \"raw\"".into(), "kernels attend to packed rows");
-    }
     if codec.parts.len() > MAX_PARTS {
         return refuse(format!("{} parts", codec.parts.len()), "kernels have rows of at most 8 parts");
-    }
-    if codec.query_exponent() > 0.0 {
-        return refuse("query_exponent".into(), "no kernel takes note of queries");
     }
     Ok(())
 }
@@ -98,9 +92,12 @@ fn packed_parts(codec: &Codec) -> u64 {
     all.enumerate().fold(0, |sum, (index, (bits, width))| sum | ((bits | (width / 16) << 3) as u64) << (8 * index))
 }
 
-/// Bytes of a page of 128 rows, up to the next page.
+/// Bytes of a page of 128 rows, up to the next page. Raw rows lie in it one behind the other.
 pub fn page_bytes(codec: &Codec) -> usize {
     let layout = &codec.layout;
+    if let Format::Raw(dtype) = layout.format {
+        return PAGE_ROWS * layout.head_dim * dtype.size();
+    }
     let octets = layout.head_dim / 8;
     let lane_bytes = match layout.format {
         Format::Ternary => layout.head_dim.div_ceil(10),

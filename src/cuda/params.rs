@@ -79,14 +79,14 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32,
     }
 
-    PlainParams: 216 {
+    PlainParams: 240 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
-        key_rows: u64, value_rows: u64,
+        key_rows: u64, value_rows: u64, key_table: u64, value_table: u64,
         key_batch_stride: i64, key_head_stride: i64, key_row_stride: i64,
         value_batch_stride: i64, value_head_stride: i64, value_row_stride: i64,
         states: u64, lengths: u64, mask: MaskParams,
         scale: f32, region: i32, fresh_rows: i32, rows_per_split: i32, first_state: i32, state_count: i32,
-        kv_heads: i32, group: i32, length: i32, query_tiles: i32, ring_first: i32, ring_rows: i32,
+        kv_heads: i32, group: i32, length: i32, query_tiles: i32, ring_first: i32, ring_rows: i32, table_pages: i32, padding: i32,
     }
 
     UnfoldParams: 128 {
@@ -107,9 +107,20 @@ parameters! {
         first_row: i32, row_count: i32, page_capacity: i32, kv_heads: i32, padding: i32,
     }
 
-    StatisticsParams: 88 {
+    StatisticsParams: 104 {
         rows: u64, batch_stride: i64, head_stride: i64, row_stride: i64, paddings: u64, shift: u64, scale: u64,
-        exponent: f64, block: i32, first_block: i32, block_capacity: i32, kv_heads: i32, with_shift: i32, padding: i32,
+        factors: u64, exponent: f64, exponent_alone: f64,
+        block: i32, first_block: i32, block_capacity: i32, kv_heads: i32, with_shift: i32, padding: i32,
+    }
+
+    QueryParams: 72 {
+        query: u64, batch_stride: i64, head_stride: i64, position_stride: i64, paddings: u64, partial: u64,
+        first_token: i32, length: i32, group: i32, kv_heads: i32, parts: i32, padding: i32,
+    }
+
+    FactorParams: 64 {
+        partial: u64, squares: u64, factors: u64, paddings: u64, exponent: f64,
+        first_token: i32, length: i32, kv_heads: i32, parts: i32, starts: i32, fixes: i32,
     }
 
     DecodeParams: 152 {
@@ -118,12 +129,12 @@ parameters! {
         first_row: i32, row_count: i32, page_capacity: i32, kv_heads: i32,
     }
 
-    CopyParams: 112 {
-        source: u64, target: u64, sequences: u64, shifts: u64,
+    CopyParams: 136 {
+        source: u64, target: u64, source_table: u64, target_table: u64, sequences: u64, shifts: u64,
         source_batch_stride: i64, source_head_stride: i64, source_row_stride: i64,
         target_batch_stride: i64, target_head_stride: i64, target_row_stride: i64,
         row_words: i32, rows: i32, source_rows: i32, source_shift: i32,
-        source_first: i32, source_ring: i32, target_first: i32, target_ring: i32,
+        source_first: i32, source_ring: i32, target_first: i32, target_ring: i32, table_pages: i32, padding: i32,
     }
 
     FewWords: 72 { targets: [u64; 4], values: [u64; 4], count: i32, padding: i32 }

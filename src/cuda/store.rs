@@ -1,6 +1,6 @@
 //! One attention layer's store on a GPU: sinks | packed past | window, as `layer.rs` has it on the CPU, and the same rows in each.
 //!
-//! What it is: which kernels run on which rows, in `append.rs` (with `room.rs`), `attend.rs` (with `launches.rs`), `batch.rs` and `decode.rs`; here what is held. Packed rows lie in
+//! What it is: which kernels run on which rows, in `append.rs` (with `room.rs` and `queries.rs`), `attend.rs` (with `launches.rs`), `batch.rs`, `decode.rs` and `noise.rs`; here what is held. Packed rows lie in
 //! reference-counted pages (`memory.rs`), found by the device through a table; a shared page is copied when it is written. Sinks lie in an
 //! array, the window in a ring, `[batch, kv heads, rows, D]` each. The host knows every length, so nothing waits for the device; the device
 //! has them too, written by the launches themselves (`poke`). What it is not: an owner of memory or streams, which are torch's, nor fit for
@@ -11,12 +11,15 @@ mod attend;
 mod batch;
 mod decode;
 mod launches;
+mod noise;
+mod queries;
 mod room;
 
 use std::sync::Arc;
 
 pub use attend::{AttendCall, DeviceMask};
 
+use self::queries::Seen;
 use super::constants::{CodecConstants, SpanTable};
 use super::device::Device;
 use super::instance::Compiler;
@@ -46,6 +49,8 @@ struct Shared {
     spec: LayerSpec,
     kernels: Kernels,
     memory: Arc<dyn Memory>,
+    /// Of a call of attention, which takes its queries in turns where they need more.
+    workspace_bytes: usize,
     constants: [CodecConstants; 2],
 }
 
@@ -88,6 +93,8 @@ struct Held {
     /// Blocks that the statistics have room for.
     block_room: usize,
     spans: Option<Arc<SpanTable>>,
+    /// None before the first queries.
+    queries: Option<Seen>,
 }
 
 /// One stream of a batch.
@@ -166,12 +173,21 @@ impl CudaLayer {
         device: &'static Device,
         compiler: Compiler,
         memory: Arc<dyn Memory>,
+        workspace_bytes: usize,
         stream: Stream,
     ) -> Result<Self> {
         let spec = spec.validate()?;
         if spec.nonfinite == NonFinite::Raise {
             let reason = "finding out would wait for the device; \"propagate\" keeps such rows and counts them";
             return Err(Error::Unsupported { name: "nonfinite \"raise\" on a GPU".into(), reason: reason.into() });
+        }
+        if spec.values.is_raw() && !spec.keys.noise.is_empty() {
+            let reason =
+                "noise is taken off the scores of attention on packed rows; drop it from the plan, or pack the values";
+            return Err(Error::Unsupported {
+                name: "keys with noise beside raw values on a GPU".into(),
+                reason: reason.into(),
+            });
         }
         expect_supported(Side::Keys, &spec.keys)?;
         expect_supported(Side::Values, &spec.values)?;
@@ -184,7 +200,7 @@ impl CudaLayer {
                 CodecConstants::new(&spec.values, heads, device, &*memory, stream)?,
             ]
         };
-        let shared = Arc::new(Shared { spec, kernels, memory, constants });
+        let shared = Arc::new(Shared { spec, kernels, memory, workspace_bytes, constants });
         Ok(Self { shared, regions: Regions::default(), padding: Vec::new(), blocks: 0, held: None })
     }
 
@@ -219,21 +235,16 @@ impl CudaLayer {
     /// # Safety
     /// As [`Self::append`].
     pub unsafe fn crop(&mut self, length: usize, stream: Stream) -> Result<()> {
-        let Regions { sinks, packed, .. } = self.regions;
         if length > self.regions.total() {
             return Err(Error::value("length", format!("at most {}", self.regions.total()), length));
         }
-        let regions = Regions {
-            sinks: length.min(sinks),
-            packed: length.saturating_sub(sinks).min(packed),
-            window: length.saturating_sub(sinks + packed),
-        };
+        let regions = self.regions.of_first(length);
         if let Some(held) = &mut self.held {
             for side in &mut held.sides {
                 side.pages.iter_mut().for_each(|pages| pages.truncate(regions.packed.div_ceil(PAGE_ROWS)));
             }
             // SAFETY: the caller's promise.
-            unsafe { self.shared.kernels.poke(&length_words(held, regions), stream) }?;
+            unsafe { self.shared.kernels.poke(&length_words(held.lengths(), regions), stream) }?;
         }
         if let Some(complete) = (regions.packed + regions.window).checked_div(self.block_rows()) {
             self.blocks = self.blocks.min(complete).max(regions.packed.div_ceil(self.block_rows()));
@@ -248,7 +259,7 @@ impl CudaLayer {
         let origins: Vec<i32> = paddings.iter().map(|padding| self.shared.spec.sinks as i32 - padding).collect();
         let refused = (held.state.address() + State::REFUSED, 0);
         let arrays = pairs(held.origins(), &origins).chain(pairs(held.paddings(), &paddings));
-        length_words(held, regions).into_iter().chain([refused]).chain(arrays).collect()
+        length_words(held.lengths(), regions).into_iter().chain([refused]).chain(arrays).collect()
     }
 
     pub fn reset(&mut self) {
@@ -266,7 +277,15 @@ impl CudaLayer {
             let statistics = side.statistics.iter().flatten();
             side.pool.bytes() + blocks.chain(statistics).map(Block::bytes).sum::<usize>()
         };
-        held.state.bytes() + held.sides.iter().map(side).sum::<usize>()
+        let queries = held.queries.as_ref().map_or(0, |seen| seen.squares.bytes() + seen.factors.bytes());
+        held.state.bytes() + queries + held.sides.iter().map(side).sum::<usize>()
+    }
+
+    /// `nbytes` in bits over the numbers that the tokens have; 0 before the first token.
+    pub fn bits_per_element(&self) -> f64 {
+        let width = self.spec().keys.layout.head_dim + self.spec().values.layout.head_dim;
+        let elements = self.batch_size() * self.spec().num_key_value_heads * self.regions.total() * width;
+        if elements == 0 { 0.0 } else { self.nbytes() as f64 * 8.0 / elements as f64 }
     }
 
     /// Rows that were not finite, counted once for keys and once for values. Waits for the stream.
@@ -275,14 +294,10 @@ impl CudaLayer {
     /// As [`Self::append`].
     pub unsafe fn nonfinite_rows(&self, stream: Stream) -> Result<usize> {
         let Some(held) = &self.held else { return Ok(0) };
-        let mut count = 0i32;
-        let device = self.shared.kernels.device();
-        // SAFETY: the integer outlives the copy, which is waited for; the caller's promise for the stream.
-        unsafe {
-            device.copy((&raw mut count) as u64, held.state.address() + State::REFUSED, 4, stream)?;
-            device.synchronize(stream)?;
-        }
-        Ok(count.max(0) as usize)
+        let mut count = [0i32];
+        // SAFETY: one number of the state; the caller's promise for the stream.
+        unsafe { self.shared.kernels.device().read(&mut count, held.state.address() + State::REFUSED, stream) }?;
+        Ok(count[0].max(0) as usize)
     }
 
     /// Rows that share statistics, or 0.
@@ -330,10 +345,11 @@ impl CudaLayer {
     }
 }
 
-fn length_words(held: &Held, regions: Regions) -> [(u64, u64); 2] {
+/// What kernels read at `lengths`.
+fn length_words(lengths: u64, regions: Regions) -> [(u64, u64); 2] {
     let Regions { sinks, packed, window } = regions;
     let words = [pair(packed as i32, sinks as i32), pair(window as i32, 0)];
-    [(held.lengths(), words[0]), (held.lengths() + 8, words[1])]
+    [(lengths, words[0]), (lengths + 8, words[1])]
 }
 
 /// `count` rows from the front of compact arrays of `room` rows a head, in both.

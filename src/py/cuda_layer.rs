@@ -3,130 +3,34 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pyo3::intern;
 use pyo3::prelude::*;
 
 use super::codec::PyCodec;
+use super::cuda_tensors::{Place, TorchMemory};
 use crate::backend::simd::Isa;
 use crate::cuda::device::Device;
-use crate::cuda::launch::Stream;
-use crate::cuda::memory::{Block, Memory};
 use crate::cuda::pages::Side;
-use crate::cuda::store::{AttendCall, CudaLayer, DeviceMask, DeviceTensor};
-use crate::error::{Error, Result};
+use crate::cuda::store::{AttendCall, CudaLayer};
+use crate::dlpack::OwnedTensor;
+use crate::error::Error;
 use crate::layer::{LayerSpec, NonFinite};
-use crate::tensor::{Dtype, MaskKind};
+use crate::tensor::Dtype;
 
-/// Memory from a Python function `allocate(bytes)`, which returns a tensor: that of torch's caching allocator.
-struct TorchMemory {
-    allocate: Py<PyAny>,
-}
+/// What a call of attention borrows at most, unless one token's queries need more.
+const WORKSPACE_BYTES: usize = 256 << 20;
 
-impl Memory for TorchMemory {
-    fn allocate(&self, bytes: usize) -> Result<Block> {
-        let lent = Python::attach(|py| -> PyResult<(u64, Py<PyAny>)> {
-            let tensor = self.allocate.bind(py).call1((bytes,))?;
-            let address = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
-            Ok((address, tensor.unbind()))
-        });
-        let (address, tensor) = lent.map_err(|error| Error::state("allocate", format!("{bytes} bytes"), error))?;
-        Block::new(address, bytes, Box::new(tensor))
-    }
-}
-
-/// One attention layer's store on a GPU. Every call puts its work on a stream and returns.
+/// One attention layer's store on a GPU. Every call puts its work on torch's current stream and returns.
 #[pyclass(name = "CudaLayer", module = "skvq._native")]
 pub struct PyCudaLayer {
     layer: CudaLayer,
-    device: usize,
-    host_memory: bool,
-}
-
-/// Address, shape, strides and dtype's name of a torch tensor.
-struct Described {
-    address: u64,
-    shape: Vec<usize>,
-    strides: Vec<i64>,
-    dtype: String,
-}
-
-impl PyCudaLayer {
-    fn describe(&self, tensor: &Bound<PyAny>, name: &str) -> Result<Described> {
-        let py = tensor.py();
-        let read = || -> PyResult<(i64, Described)> {
-            let device = tensor.call_method0(intern!(py, "get_device"))?.extract()?;
-            let described = Described {
-                address: tensor.call_method0(intern!(py, "data_ptr"))?.extract()?,
-                shape: tensor.getattr(intern!(py, "shape"))?.extract()?,
-                strides: tensor.call_method0(intern!(py, "stride"))?.extract()?,
-                dtype: tensor.getattr(intern!(py, "dtype"))?.str()?.to_string(),
-            };
-            Ok((device, described))
-        };
-        let (device, mut described) = read().map_err(|error| Error::value(name, "a torch tensor", error))?;
-        let here = if self.host_memory { -1 } else { self.device as i64 };
-        if device != here {
-            let place = |index: i64| if index < 0 { "cpu".to_string() } else { format!("cuda:{index}") };
-            return Err(Error::Device { name: name.into(), expected: place(here), found: place(device) });
-        }
-        if let Some(short) = described.dtype.strip_prefix("torch.") {
-            described.dtype = short.to_string();
-        }
-        Ok(described)
-    }
-
-    fn tensor4(&self, tensor: &Bound<PyAny>, name: &str) -> Result<DeviceTensor> {
-        let Described { address, shape, strides, dtype } = self.describe(tensor, name)?;
-        let (shape, strides) = four(name, &shape, &strides, "[batch, heads, tokens, channels]")?;
-        Ok(DeviceTensor {
-            address,
-            shape,
-            strides,
-            dtype: Dtype::from_name(&dtype).map_err(|_| not_a_float(name, &dtype))?,
-        })
-    }
-
-    fn mask4(&self, tensor: &Bound<PyAny>) -> Result<DeviceMask> {
-        let Described { address, shape, strides, dtype } = self.describe(tensor, "mask")?;
-        let (shape, strides) = four("mask", &shape, &strides, "[batch or 1, heads or 1, queries or 1, tokens]")?;
-        let kind = if dtype == "bool" {
-            MaskKind::Visible
-        } else {
-            MaskKind::Additive(Dtype::from_name(&dtype).map_err(|_| not_a_float("mask", &dtype))?)
-        };
-        Ok(DeviceMask { address, shape, strides, kind })
-    }
-
-    /// The address of a compact float32 vector.
-    fn vector(&self, tensor: &Bound<PyAny>, name: &str, length: usize) -> Result<u64> {
-        let Described { address, shape, strides, dtype } = self.describe(tensor, name)?;
-        if dtype != "float32" {
-            return Err(Error::dtype(name, "float32", dtype));
-        }
-        if shape != [length] || (strides != [1] && length > 1) {
-            let found: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
-            return Err(Error::shape(name, format!("[{length}], compact"), &found));
-        }
-        Ok(address)
-    }
-}
-
-fn not_a_float(name: &str, dtype: &str) -> Error {
-    Error::dtype(name, "float32, float16 or bfloat16", dtype)
-}
-
-fn four(name: &str, shape: &[usize], strides: &[i64], axes: &str) -> Result<([usize; 4], [i64; 4])> {
-    match (shape.try_into(), strides.try_into()) {
-        (Ok(shape), Ok(strides)) => Ok((shape, strides)),
-        _ => Err(Error::shape(name, axes, &shape.iter().map(|size| *size as i64).collect::<Vec<_>>())),
-    }
+    place: Place,
 }
 
 #[pymethods]
 impl PyCudaLayer {
     #[new]
     #[pyo3(signature = (*, num_key_value_heads, keys, values, sinks, window, dtype, allocate, nvrtc, stream, device=0,
-        nonfinite="propagate", cache=None, host_memory=false))]
+        nonfinite="propagate", cache=None, host_memory=false, workspace_bytes=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python,
@@ -138,97 +42,139 @@ impl PyCudaLayer {
         dtype: &str,
         allocate: Py<PyAny>,
         nvrtc: &str,
-        stream: usize,
+        stream: Py<PyAny>,
         device: usize,
         nonfinite: &str,
         cache: Option<PathBuf>,
         host_memory: bool,
+        workspace_bytes: Option<usize>,
     ) -> PyResult<Self> {
+        let dtype = Dtype::from_name(dtype)?;
         let spec = LayerSpec {
             num_key_value_heads,
-            keys: keys.codec.clone(),
-            values: values.codec.clone(),
+            keys: super::in_dtype(&keys.codec, dtype),
+            values: super::in_dtype(&values.codec, dtype),
             sinks,
             window,
-            dtype: Dtype::from_name(dtype)?,
+            dtype,
             nonfinite: NonFinite::from_name(nonfinite)?,
             isa: Isa::best(),
         };
         let memory = Arc::new(TorchMemory { allocate });
+        let place = Place { device, host_memory, stream };
+        let workspace_bytes = workspace_bytes.unwrap_or(WORKSPACE_BYTES);
+        let stream = place.stream(py)?;
         let layer = py.detach(|| {
             let compiler = super::cuda::compiler(nvrtc, cache)?;
-            // SAFETY: the caller promises a stream of the device, and `allocate` tensors on it.
-            unsafe { CudaLayer::new(spec, Device::get(device)?, compiler, memory, Stream(stream)) }
+            // SAFETY: the caller promises streams of the device, and `allocate` tensors on it.
+            unsafe { CudaLayer::new(spec, Device::get(device)?, compiler, memory, workspace_bytes, stream) }
         })?;
-        Ok(Self { layer, device, host_memory })
+        Ok(Self { layer, place })
     }
 
-    /// Stores new tokens: keys `[B, Hkv, n, Dk]`, values `[B, Hkv, n, Dv]` in the layer's dtype.
-    #[pyo3(signature = (keys, values, *, stream))]
-    fn append(&mut self, py: Python, keys: &Bound<PyAny>, values: &Bound<PyAny>, stream: usize) -> PyResult<()> {
-        let (keys, values) = (self.tensor4(keys, "keys")?, self.tensor4(values, "values")?);
-        // SAFETY: tensors of this device, which torch keeps until the stream is past the call; the caller promises the stream.
-        py.detach(|| unsafe { self.layer.append(&keys, &values, Stream(stream)) })?;
+    /// Stores new tokens: keys `[B, Hkv, n, Dk]`, values `[B, Hkv, n, Dv]` in the layer's dtype; query `[B, Hq, L, Dk]`, where it is
+    /// known, of the last L of them. Nothing changes on an error.
+    #[pyo3(signature = (keys, values, query=None))]
+    fn append(
+        &mut self,
+        py: Python,
+        keys: &Bound<PyAny>,
+        values: &Bound<PyAny>,
+        query: Option<Bound<PyAny>>,
+    ) -> PyResult<()> {
+        let (keys, values) = (self.place.tensor4(keys, "keys")?, self.place.tensor4(values, "values")?);
+        let query = query.map(|query| self.place.tensor4(&query, "query")).transpose()?;
+        let stream = self.place.stream(py)?;
+        // SAFETY: tensors of this device, which torch keeps until the stream is past the call; the constructor's caller promised the stream.
+        py.detach(|| unsafe { self.layer.append(&keys, &values, query.as_ref(), stream) })?;
         Ok(())
     }
 
     /// Refuses what `append` would refuse, and stores nothing.
     fn check(&self, keys: &Bound<PyAny>, values: &Bound<PyAny>) -> PyResult<()> {
-        Ok(self.layer.check(&self.tensor4(keys, "keys")?, &self.tensor4(values, "values")?)?)
+        Ok(self.layer.check(&self.place.tensor4(keys, "keys")?, &self.place.tensor4(values, "values")?)?)
     }
 
-    /// Bytes of workspace that `attend` needs for L queries of so many heads, until the next append.
-    fn workspace_bytes(&self, query_heads: usize, length: usize) -> PyResult<usize> {
-        Ok(self.layer.workspace_bytes(query_heads, length)?)
+    /// Takes note of the queries `[B, Hq, L, Dk]` of the last L tokens.
+    fn observe_queries(&mut self, py: Python, query: &Bound<PyAny>) -> PyResult<()> {
+        let (query, stream) = (self.place.tensor4(query, "query")?, self.place.stream(py)?);
+        // SAFETY: as in `append`.
+        Ok(py.detach(|| unsafe { self.layer.observe_queries(&query, stream) })?)
+    }
+
+    /// What queries have put on the scales of a head's channels, float32 `[Dk]`; None before it is fixed. Waits for the stream.
+    fn query_factors(&self, py: Python, batch: usize, head: usize) -> PyResult<Option<OwnedTensor>> {
+        let stream = self.place.stream(py)?;
+        // SAFETY: as in `crop`.
+        let factors = py.detach(|| unsafe { self.layer.query_factors(batch, head, stream) })?;
+        Ok(factors.map(|factors| OwnedTensor::build(&[factors.len()], |out: &mut [f32]| out.copy_from_slice(&factors))))
+    }
+
+    /// The mean variance of the error that packing made in the scores scale · q·kᵀ of packed keys, as the codec expects it; the last
+    /// query of `[B, Hq, L, Dk]` counts. Waits for the stream.
+    fn score_noise(&self, py: Python, query: &Bound<PyAny>, scale: f32) -> PyResult<f32> {
+        let (query, stream) = (self.place.tensor4(query, "query")?, self.place.stream(py)?);
+        // SAFETY: as in `append`.
+        Ok(py.detach(|| unsafe { self.layer.score_noise(&query, scale, stream) })?)
+    }
+
+    /// Whether queries still have a say in how keys are packed.
+    #[getter]
+    fn wants_queries(&self) -> bool {
+        self.layer.wants_queries()
     }
 
     /// Writes softmax(scale · q·kᵀ + mask) · v over all regions to `output` `[B, Hq, L, Dv]`; query `[B, Hq, L, Dk]`.
-    #[pyo3(signature = (query, output, *, workspace, scale, stream, mask=None, causal=false, softcap=None, sink_logits=None))]
+    #[pyo3(signature = (query, output, *, scale, mask=None, causal=false, softcap=None, sink_logits=None,
+        fresh_keys=None, fresh_values=None))]
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
         py: Python,
         query: &Bound<PyAny>,
         output: &Bound<PyAny>,
-        workspace: &Bound<PyAny>,
         scale: f32,
-        stream: usize,
         mask: Option<Bound<PyAny>>,
         causal: bool,
         softcap: Option<f32>,
         sink_logits: Option<Bound<PyAny>>,
+        fresh_keys: Option<Bound<PyAny>>,
+        fresh_values: Option<Bound<PyAny>>,
     ) -> PyResult<()> {
-        let query = self.tensor4(query, "query")?;
-        let Described { address, shape, dtype, .. } = self.describe(workspace, "workspace")?;
-        if dtype != "uint8" || shape.len() != 1 {
-            return Err(Error::dtype("workspace", "uint8 of one axis", dtype).into());
-        }
-        let sink_logits = sink_logits.map(|logits| self.vector(&logits, "sink_logits", query.shape[1])).transpose()?;
+        let place = &self.place;
+        let query = place.tensor4(query, "query")?;
+        let sink_logits = sink_logits.map(|logits| place.vector(&logits, "sink_logits", query.shape[1])).transpose()?;
+        let fresh = match (fresh_keys, fresh_values) {
+            (Some(keys), Some(values)) => {
+                Some([place.tensor4(&keys, "fresh_keys")?, place.tensor4(&values, "fresh_values")?])
+            }
+            (None, None) => None,
+            _ => return Err(Error::value("fresh_keys and fresh_values", "both or neither", "one of them").into()),
+        };
         let call = AttendCall {
             query,
-            output: self.tensor4(output, "output")?,
-            workspace: (address, shape[0]),
+            output: place.tensor4(output, "output")?,
             scale,
-            mask: mask.map(|mask| self.mask4(&mask)).transpose()?,
+            mask: mask.map(|mask| place.mask4(&mask)).transpose()?,
             causal,
             softcap: softcap.unwrap_or(0.0),
             sink_logits: sink_logits.unwrap_or(0),
+            fresh,
         };
+        let stream = place.stream(py)?;
         // SAFETY: as in `append`.
-        py.detach(|| unsafe { self.layer.attend(&call, Stream(stream)) })?;
+        py.detach(|| unsafe { self.layer.attend(&call, stream) })?;
         Ok(())
     }
 
     /// Writes all keys, decoded, to `output` `[B, Hkv, T, Dk]` in the layer's dtype.
-    #[pyo3(signature = (output, *, stream))]
-    fn decode_keys(&self, py: Python, output: &Bound<PyAny>, stream: usize) -> PyResult<()> {
-        self.decode(py, Side::Keys, output, stream)
+    fn decode_keys(&self, py: Python, output: &Bound<PyAny>) -> PyResult<()> {
+        self.decode(py, Side::Keys, output)
     }
 
     /// Writes all values, decoded, to `output` `[B, Hkv, T, Dv]` in the layer's dtype.
-    #[pyo3(signature = (output, *, stream))]
-    fn decode_values(&self, py: Python, output: &Bound<PyAny>, stream: usize) -> PyResult<()> {
-        self.decode(py, Side::Values, output, stream)
+    fn decode_values(&self, py: Python, output: &Bound<PyAny>) -> PyResult<()> {
+        self.decode(py, Side::Values, output)
     }
 
     /// Tokens of padding in front of each sequence of the batch that the first append will bring.
@@ -237,17 +183,17 @@ impl PyCudaLayer {
     }
 
     /// Forgets the tokens from `length` on; rows that were packed stay packed.
-    #[pyo3(signature = (length, *, stream))]
-    fn crop(&mut self, py: Python, length: usize, stream: usize) -> PyResult<()> {
-        // SAFETY: the caller promises a stream of the device.
-        Ok(py.detach(|| unsafe { self.layer.crop(length, Stream(stream)) })?)
+    fn crop(&mut self, py: Python, length: usize) -> PyResult<()> {
+        let stream = self.place.stream(py)?;
+        // SAFETY: the constructor's caller promised the stream.
+        Ok(py.detach(|| unsafe { self.layer.crop(length, stream) })?)
     }
 
     /// New row i of the batch is the old row indices[i]; pages are not copied until they are written.
-    #[pyo3(signature = (indices, *, stream))]
-    fn gather(&mut self, py: Python, indices: Vec<usize>, stream: usize) -> PyResult<()> {
+    fn gather(&mut self, py: Python, indices: Vec<usize>) -> PyResult<()> {
+        let stream = self.place.stream(py)?;
         // SAFETY: as in `crop`.
-        Ok(py.detach(|| unsafe { self.layer.gather(&indices, Stream(stream)) })?)
+        Ok(py.detach(|| unsafe { self.layer.gather(&indices, stream) })?)
     }
 
     fn reset(&mut self) {
@@ -255,18 +201,21 @@ impl PyCudaLayer {
     }
 
     /// An independent layer that shares all pages until one of them is written.
-    #[pyo3(name = "clone", signature = (*, stream))]
-    fn duplicate(&self, py: Python, stream: usize) -> PyResult<Self> {
+    #[pyo3(name = "clone")]
+    fn duplicate(&self, py: Python) -> PyResult<Self> {
+        let Place { device, host_memory, stream } = &self.place;
+        let place = Place { device: *device, host_memory: *host_memory, stream: stream.clone_ref(py) };
+        let stream = place.stream(py)?;
         // SAFETY: as in `crop`.
-        let layer = py.detach(|| unsafe { self.layer.duplicate(Stream(stream)) })?;
-        Ok(Self { layer, device: self.device, host_memory: self.host_memory })
+        let layer = py.detach(|| unsafe { self.layer.duplicate(stream) })?;
+        Ok(Self { layer, place })
     }
 
     /// Rows of keys and of values that were not finite; waits for the stream.
-    #[pyo3(signature = (*, stream))]
-    fn nonfinite_rows(&self, py: Python, stream: usize) -> PyResult<usize> {
+    fn nonfinite_rows(&self, py: Python) -> PyResult<usize> {
+        let stream = self.place.stream(py)?;
         // SAFETY: as in `crop`.
-        Ok(py.detach(|| unsafe { self.layer.nonfinite_rows(Stream(stream)) })?)
+        Ok(py.detach(|| unsafe { self.layer.nonfinite_rows(stream) })?)
     }
 
     #[getter]
@@ -291,6 +240,11 @@ impl PyCudaLayer {
     }
 
     #[getter]
+    fn bits_per_element(&self) -> f64 {
+        self.layer.bits_per_element()
+    }
+
+    #[getter]
     fn sink_tokens(&self) -> usize {
         self.layer.regions().sinks
     }
@@ -310,7 +264,7 @@ impl PyCudaLayer {
         let regions = self.layer.regions();
         format!(
             "CudaLayer(device={}, batch_size={}, num_key_value_heads={}, tokens={} sinks + {} packed + {} window, nbytes={})",
-            self.device,
+            self.place.device,
             self.layer.batch_size(),
             self.layer.spec().num_key_value_heads,
             regions.sinks,
@@ -322,10 +276,11 @@ impl PyCudaLayer {
 }
 
 impl PyCudaLayer {
-    fn decode(&self, py: Python, side: Side, output: &Bound<PyAny>, stream: usize) -> PyResult<()> {
-        let output = self.tensor4(output, "output")?;
+    fn decode(&self, py: Python, side: Side, output: &Bound<PyAny>) -> PyResult<()> {
+        let output = self.place.tensor4(output, "output")?;
+        let stream = self.place.stream(py)?;
         // SAFETY: as in `append`.
-        py.detach(|| unsafe { self.layer.decode(side, &output, Stream(stream)) })?;
+        py.detach(|| unsafe { self.layer.decode(side, &output, stream) })?;
         Ok(())
     }
 }

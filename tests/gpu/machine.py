@@ -202,7 +202,7 @@ class DeviceCodec:
             **strides(rows),
             shift=shift,
             scale=scale,
-            exponent=self.codec.scale_exponent,
+            exponent_alone=self.codec.scale_exponent,
             block=self.codec.block,
             block_capacity=blocks,
             kv_heads=heads,

@@ -85,7 +85,9 @@ def has_statistics(name: str) -> bool:
 def packed_layer(shape: Shape, name: str, *, static: bool, dtype: str = "bfloat16") -> Layer:
     """An empty layer store for this shape and a format such as "K2V1.6", with the default window and sinks."""
     plan = _calibrated(shape) if name == PLAN else LayerPlan.from_config(options_of(name, static=static))
-    return plan.build(shape.num_key_value_heads, shape.head_dim, shape.head_dim, getattr(torch, dtype))
+    store = plan.build(shape.num_key_value_heads, shape.head_dim, shape.head_dim, getattr(torch, dtype))
+    assert isinstance(store, Layer)
+    return store
 
 
 def _calibrated(shape: Shape) -> LayerPlan:

@@ -60,14 +60,23 @@ impl Rows {
 }
 
 impl CudaLayer {
-    /// Stores the rows of `n` new tokens: keys `[batch, heads, n, key width]`, values `[batch, heads, n, value width]`. Waits for nothing.
-    /// Nothing changes if this is refused.
+    /// Stores the rows of `n` new tokens: keys `[batch, heads, n, key width]`, values `[batch, heads, n, value width]`; the queries `[batch, query heads, L, key
+    /// width]`, where they are known, are of the last L of them. Waits for nothing. Nothing changes if this is refused.
     ///
     /// # Safety
     /// Both are memory of the device that stays as it is until the stream is past this call; the stream is a live one of the device, and
     /// past all earlier calls of this layer and of those that it was cloned from.
-    pub unsafe fn append(&mut self, keys: &DeviceTensor, values: &DeviceTensor, stream: Stream) -> Result<()> {
+    pub unsafe fn append(
+        &mut self,
+        keys: &DeviceTensor,
+        values: &DeviceTensor,
+        query: Option<&DeviceTensor>,
+        stream: Stream,
+    ) -> Result<()> {
         self.check(keys, values)?;
+        if let Some(query) = query {
+            self.check_query(query, keys.shape[0], keys.shape[2])?;
+        }
         let plan = self.plan(keys.shape[2]);
         let is_new = self.held.is_none();
         let mut held = match self.held.take() {
@@ -75,7 +84,7 @@ impl CudaLayer {
             None => self.begin(keys.shape[0])?,
         };
         // SAFETY: the caller's promise.
-        let appended = unsafe { self.append_to(&mut held, [keys, values], plan, is_new, stream) };
+        let appended = unsafe { self.append_to(&mut held, [keys, values], query, plan, is_new, stream) };
         if appended.is_ok() || !is_new {
             self.held = Some(held);
         }
@@ -131,19 +140,23 @@ impl CudaLayer {
         &self,
         held: &mut Held,
         tensors: [&DeviceTensor; 2],
+        query: Option<&DeviceTensor>,
         plan: Plan,
         is_new: bool,
         stream: Stream,
     ) -> Result<()> {
         let shared = &*self.shared;
         let (heads, element) = (shared.spec.num_key_value_heads, shared.spec.dtype.size());
+        let observation = self.prepare_queries(held, query, plan.stored + plan.rows)?;
         // SAFETY: the caller's promise, for all of these.
         unsafe {
             self.reserve(held, plan, stream)?;
             let regions = plan.regions(self.regions);
-            let mut words = if is_new { self.state_words(held, regions) } else { length_words(held, regions).to_vec() };
+            let mut words =
+                if is_new { self.state_words(held, regions) } else { length_words(held.lengths(), regions).to_vec() };
             self.reserve_pages(held, plan, &mut words, stream)?;
             shared.kernels.poke(&words, stream)?;
+            self.note_queries(held, observation.as_ref(), plan.blocks > self.blocks, stream)?;
         }
         for side in Side::BOTH {
             let tensor = tensors[side as usize];
@@ -239,6 +252,16 @@ impl CudaLayer {
 
     unsafe fn encode(&self, held: &Held, side: Side, rows: Rows, first_row: usize, stream: Stream) -> Result<()> {
         let (shared, codec, heads) = (&*self.shared, self.shared.codec(side), self.spec().num_key_value_heads);
+        let Some(function) = shared.kernels.encode(side) else {
+            let parameters = CopyParams {
+                target_table: address(held.side(side).table.as_ref()),
+                target_first: first_row as i32,
+                table_pages: held.table_pages as i32,
+                ..self.rows_to(side, rows, 0, 0)
+            };
+            // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
+            return unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream) };
+        };
         let [batch_stride, head_stride, row_stride] = rows.strides;
         let parameters = EncodeParams {
             rows: rows.address,
@@ -264,7 +287,7 @@ impl CudaLayer {
         let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
         let grid = [blocks as u32, heads as u32, held.batch as u32];
         // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
-        unsafe { launch(shared.kernels.encode(side), grid, 256, &parameters, stream) }
+        unsafe { launch(function, grid, 256, &parameters, stream) }
     }
 
     /// Of the blocks that are complete now. Only the first of them may have rows in the window.
@@ -318,6 +341,7 @@ impl CudaLayer {
         else {
             return Ok(());
         };
+        let factors = held.queries.as_ref().filter(|seen| seen.started).map_or(0, |seen| seen.factors.address());
         let [batch_stride, head_stride, row_stride] = rows.strides;
         let parameters = StatisticsParams {
             rows: rows.address,
@@ -327,7 +351,10 @@ impl CudaLayer {
             paddings: if self.padding.is_empty() { 0 } else { held.paddings() },
             shift: shift.address(),
             scale: scale.address(),
+            factors: if side == Side::Keys { factors } else { 0 },
             exponent: f64::from(rule.scale_exponent),
+            // Without queries the spread of a channel stands in for them.
+            exponent_alone: f64::from((rule.scale_exponent + rule.query_exponent / 2.0).min(1.0)),
             block: rule.rows as i32,
             first_block: first_block as i32,
             block_capacity: held.block_room as i32,

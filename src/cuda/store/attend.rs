@@ -1,4 +1,4 @@
-//! Attention of some queries over the three regions, launch by launch as `kernels/PAGES.md` lists them, in memory of the caller's.
+//! Attention of some queries over the three regions, launch by launch as `kernels/PAGES.md` lists them, in a workspace that it borrows for its launches.
 //!
 //! The packed past is cut into splits of whole pages, enough to fill the device; with block statistics a split stays inside a block of both
 //! streams. Sinks and window make states of their own, and one launch merges all. Lengths are read on the device, but which launches and
@@ -9,7 +9,7 @@ use super::super::launch::Stream;
 use super::super::memory::ALIGNMENT;
 use super::super::pages::Side;
 use super::super::params::MaskParams;
-use super::launches::Launches;
+use super::launches::{Launches, Region};
 use super::{CudaLayer, DeviceTensor, Held};
 use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
@@ -42,8 +42,6 @@ pub struct AttendCall {
     /// `[batch, query heads, L, Dk]` and `[batch, query heads, L, Dv]`, in the layer's dtype.
     pub query: DeviceTensor,
     pub output: DeviceTensor,
-    /// Address and bytes of memory that the call may use as it likes, at least [`CudaLayer::workspace_bytes`].
-    pub workspace: (u64, usize),
     pub scale: f32,
     pub mask: Option<DeviceMask>,
     /// Of the L queries, which are of the last L tokens, none sees tokens behind its own.
@@ -52,11 +50,42 @@ pub struct AttendCall {
     pub softcap: f32,
     /// f32 `[query heads]`, or 0.
     pub sink_logits: u64,
+    /// Keys and values of the last append; the store is then read only for the tokens before them.
+    pub fresh: Option<[DeviceTensor; 2]>,
+}
+
+impl AttendCall {
+    pub(super) fn fresh_rows(&self) -> usize {
+        self.fresh.map_or(0, |[keys, _]| keys.shape[2])
+    }
+
+    /// The same for `count` of the queries' tokens, from `first` on.
+    fn part(&self, first: usize, count: usize) -> Self {
+        let mut part = *self;
+        for tensor in [&mut part.query, &mut part.output] {
+            let skipped = tensor.strides[2] * (first * tensor.dtype.size()) as i64;
+            tensor.address = tensor.address.wrapping_add_signed(skipped);
+            tensor.shape[2] = count;
+        }
+        if let Some(mask) = part.mask.as_mut().filter(|mask| mask.shape[2] > 1) {
+            let element = match mask.kind {
+                MaskKind::Additive(dtype) => dtype.size(),
+                MaskKind::Visible => 1,
+            };
+            mask.address = mask.address.wrapping_add_signed(mask.strides[2] * (first * element) as i64);
+            mask.shape[2] = count;
+        }
+        part
+    }
 }
 
 /// How a call is cut, and where its intermediate results lie in the workspace.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
+    /// Rows that are read from the store.
+    pub regions: Regions,
+    /// Keys and values are packed; otherwise the past is read row by row.
+    pub packed: bool,
     pub group: usize,
     pub length: usize,
     pub query_tiles: usize,
@@ -68,6 +97,9 @@ pub(super) struct Shape {
     pub splits_per_state: usize,
     pub sink_states: usize,
     pub window_states: usize,
+    pub fresh_states: usize,
+    /// Rows of a past that is read row by row, of a block of threads.
+    pub past_rows: usize,
     pub state_count: usize,
     pub places: Places,
 }
@@ -79,17 +111,18 @@ pub(super) struct Places {
     pub bias: usize,
     pub packed: usize,
     pub states: usize,
+    /// Of what is read, where that is not all that is stored.
+    pub lengths: usize,
+    /// Keys and values that are decoded for this call.
+    pub decoded: [usize; 2],
     pub bytes: usize,
 }
 
 impl CudaLayer {
-    /// Bytes of workspace for queries of so many heads and tokens, as long as nothing is appended.
-    pub fn workspace_bytes(&self, query_heads: usize, length: usize) -> Result<usize> {
-        Ok(self.shape(query_heads, length)?.places.bytes)
-    }
-
-    fn shape(&self, query_heads: usize, length: usize) -> Result<Shape> {
-        let (spec, Regions { sinks, packed, window }) = (self.spec(), self.regions);
+    fn shape(&self, query_heads: usize, length: usize, fresh: usize) -> Result<Shape> {
+        let (spec, regions) = (self.spec(), self.regions.of_first(self.regions.total() - fresh));
+        let Regions { sinks, packed, window } = regions;
+        let is_packed = Side::BOTH.iter().all(|side| !self.shared.codec(*side).is_raw());
         let heads = spec.num_key_value_heads;
         if query_heads == 0 || !query_heads.is_multiple_of(heads) || length == 0 {
             let expected = format!("a multiple of {heads} heads and at least one token");
@@ -107,15 +140,19 @@ impl CudaLayer {
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
         let pages_per_split = (1..=longest).rev().find(divides).unwrap_or(1);
-        let splits = pages.div_ceil(pages_per_split);
+        let splits = if is_packed { pages.div_ceil(pages_per_split) } else { 0 };
         let splits_per_state = if block_pages == 0 { splits.max(1) } else { SPLITS_PER_STATE };
         let key_blocks = match spec.keys.block_rows() {
             0 => 1,
             rows => packed.div_ceil(rows).max(1),
         };
-        let (sink_states, window_states) = (sinks.div_ceil(PLAIN_ROWS), window.div_ceil(PLAIN_ROWS));
-        let state_count = sink_states + window_states + splits.div_ceil(splits_per_state);
+        let [sink_states, window_states, fresh_states] = [sinks, window, fresh].map(|rows| rows.div_ceil(PLAIN_ROWS));
+        let past_rows = packed.div_ceil(wanted_splits.max(1)).max(PLAIN_ROWS);
+        let past_states = if is_packed { splits.div_ceil(splits_per_state) } else { packed.div_ceil(past_rows) };
+        let state_count = sink_states + window_states + fresh_states + past_states;
         let mut shape = Shape {
+            regions,
+            packed: is_packed,
             group,
             length,
             query_tiles,
@@ -126,6 +163,8 @@ impl CudaLayer {
             splits_per_state,
             sink_states,
             window_states,
+            fresh_states,
+            past_rows,
             state_count,
             places: Places::default(),
         };
@@ -147,16 +186,22 @@ impl CudaLayer {
         };
         let folded = place(packed * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
         let extras = place(packed * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
-        let bias = place(turns * queries * self.regions.packed * 4);
+        let bias = place(packed * turns * queries * shape.regions.packed * 4);
         let packed = place(queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
         let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
-        Places { folded, extras, bias, packed, states, bytes: end }
+        let lengths = place(16);
+        let rows = self.batch_size() * self.spec().num_key_value_heads * shape.regions.packed;
+        let decoded = Side::BOTH.map(|side| {
+            let decodes = !shape.packed && !self.shared.codec(side).is_raw();
+            place(usize::from(decodes) * rows * self.shared.row_bytes(side))
+        });
+        Places { folded, extras, bias, packed, states, lengths, decoded, bytes: end }
     }
 
     /// Writes softmax(scale · q·kᵀ + mask) · v over all regions to the output. Waits for nothing.
     ///
     /// # Safety
-    /// All addresses are the device's, of the sizes said; inputs stay as they are and output and workspace are nobody else's until the stream
+    /// All addresses are the device's, of the sizes said; inputs stay as they are and the output is nobody else's until the stream
     /// is past this call; otherwise as [`Self::append`].
     pub unsafe fn attend(&self, call: &AttendCall, stream: Stream) -> Result<()> {
         let (Some(held), total) = (&self.held, self.regions.total()) else {
@@ -166,22 +211,50 @@ impl CudaLayer {
             return Err(Error::state("attend", "at least one token", 0));
         }
         self.check_call(call)?;
-        let shape = self.shape(call.query.shape[1], call.query.shape[2])?;
-        let (address, bytes) = call.workspace;
-        if bytes < shape.places.bytes || !address.is_multiple_of(ALIGNMENT as u64) {
-            let expected = format!("{} bytes at a multiple of {ALIGNMENT}", shape.places.bytes);
-            return Err(Error::value("workspace", expected, format!("{bytes} bytes at {address:#x}")));
+        let (length, count) = (call.query.shape[2], self.queries_at_once(call)?);
+        for first in (0..length).step_by(count) {
+            let part = call.part(first, count.min(length - first));
+            let later = length - first - part.query.shape[2];
+            // SAFETY: the caller's promise.
+            unsafe { self.attend_some(held, &part, later, stream) }?;
         }
+        Ok(())
+    }
+
+    /// Tokens whose queries fit into the workspace, at least one.
+    fn queries_at_once(&self, call: &AttendCall) -> Result<usize> {
+        let mut count = call.query.shape[2];
+        while count > 1
+            && self.shape(call.query.shape[1], count, call.fresh_rows())?.places.bytes > self.shared.workspace_bytes
+        {
+            count = count.div_ceil(2);
+        }
+        Ok(count)
+    }
+
+    /// Queries behind which the call has `later` more tokens.
+    unsafe fn attend_some(&self, held: &Held, call: &AttendCall, later: usize, stream: Stream) -> Result<()> {
+        let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
         let kernels = self.shared.kernels.attention(shape.tiles)?;
-        let launches =
-            Launches { layer: self, held, call, shape, kernels: &kernels, mask: self.mask(held, call), stream };
+        let workspace = self.shared.memory.allocate(shape.places.bytes)?;
+        let mask = self.mask(held, call, later);
+        let launches = Launches {
+            layer: self,
+            held,
+            call,
+            shape,
+            kernels: &kernels,
+            mask,
+            workspace: workspace.address(),
+            stream,
+        };
         // SAFETY: the caller's promise.
         unsafe {
-            if shape.splits > 0 {
-                launches.packed()?;
-            }
-            launches.plain(0)?;
-            launches.plain(1)?;
+            launches.lengths()?;
+            launches.past()?;
+            launches.plain(Region::Sinks)?;
+            launches.plain(Region::Window)?;
+            launches.plain(Region::Fresh)?;
             launches.merge()
         }
     }
@@ -196,6 +269,20 @@ impl CudaLayer {
                 return Err(Error::shape(name, format!("{expected:?}, at most {total} tokens"), &found));
             }
             self.expect_rows(name, tensor)?;
+        }
+        for (side, rows) in Side::BOTH.into_iter().zip(call.fresh.iter().flatten()) {
+            let (name, heads, width) = (
+                ["fresh_keys", "fresh_values"][side as usize],
+                spec.num_key_value_heads,
+                self.shared.codec(side).layout.head_dim,
+            );
+            let [_, _, count, _] = rows.shape;
+            let fits = (1..=total).contains(&count) && count == call.fresh_rows();
+            if !fits || rows.shape != [batch, heads, count, width] {
+                let expected = format!("[{batch}, {heads}, 1..={total}, {width}]");
+                return Err(Error::shape(name, expected, &rows.shape.map(|size| size as i64)));
+            }
+            self.expect_rows(name, rows)?;
         }
         if !(call.scale.is_finite() && call.softcap >= 0.0 && call.softcap.is_finite()) {
             let found = format!("{} and {}", call.scale, call.softcap);
@@ -214,11 +301,13 @@ impl CudaLayer {
         Ok(())
     }
 
-    fn mask(&self, held: &Held, call: &AttendCall) -> MaskParams {
+    fn mask(&self, held: &Held, call: &AttendCall, later: usize) -> MaskParams {
         let mut parameters = MaskParams {
             paddings: if self.padding.is_empty() { 0 } else { held.paddings() },
             causal: i32::from(call.causal),
             softcap: call.softcap,
+            // What is behind the last of these queries is hidden from them only if the call is causal.
+            total_from_lengths_plus: call.fresh_rows() as i32 - later as i32,
             ..MaskParams::default()
         };
         if let Some(mask) = &call.mask {

@@ -6,6 +6,7 @@ use super::super::launch::Stream;
 use super::super::memory::Block;
 use super::super::pages::Side;
 use super::super::params::CopyParams;
+use super::queries::Seen;
 use super::{CudaLayer, Held, SideRows, State, pairs, whole_rows};
 use crate::error::{Error, Result};
 
@@ -94,7 +95,22 @@ impl CudaLayer {
         };
         let sides = [side(Side::Keys)?, side(Side::Values)?];
         let state = shared.memory.allocate(State::bytes(batch))?;
-        let held = Held { batch, state, sides, spans: old.spans.clone(), ..*old };
+        let queries = match old.queries.as_ref().filter(|seen| seen.started) {
+            Some(seen) => {
+                let width = shared.spec.keys.layout.head_dim;
+                let squares = gather(Some(&seen.squares), 1, 8 * (width + 1))?;
+                let factors = gather(Some(&seen.factors), 1, 4 * width)?;
+                squares.zip(factors).map(|(squares, factors)| Seen {
+                    squares,
+                    factors,
+                    started: true,
+                    tokens: indices.iter().map(|index| seen.tokens[*index]).collect(),
+                    fixed: indices.iter().map(|index| seen.fixed[*index]).collect(),
+                })
+            }
+            None => None,
+        };
+        let held = Held { batch, state, sides, spans: old.spans.clone(), queries, ..*old };
         // SAFETY: new blocks and the old state; the caller's promise for the stream.
         unsafe {
             shared.kernels.poke(&self.state_words(&held, self.regions), stream)?;

@@ -1,18 +1,44 @@
 //! The launches of a call of attention, each with its parameters: `attend.rs` says which ones, and where their results lie.
 
-use super::super::kernels::{AttentionKernels, launch};
+use super::super::kernels::{AttentionKernels, PackedKernels, launch};
 use super::super::launch::Stream;
 use super::super::pages::Side;
 use super::super::params::{
     AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, TurningParams, UnfoldParams,
 };
 use super::attend::{AttendCall, PLAIN_ROWS, Shape};
-use super::{CudaLayer, Held, address};
+use super::decode::Target;
+use super::{CudaLayer, Held, address, length_words};
 use crate::error::Result;
 use crate::transform::SPAN;
 
 /// Of a block.
 const THREADS: usize = 128;
+
+/// What `plain` reads; as numbers those of `kernels/plain.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Region {
+    Sinks,
+    Window,
+    Fresh,
+    Past,
+}
+
+impl Shape {
+    fn states(&self, region: Region) -> usize {
+        match region {
+            Region::Sinks => self.sink_states,
+            Region::Window => self.window_states,
+            Region::Fresh => self.fresh_states,
+            Region::Past => self.regions.packed.div_ceil(self.past_rows),
+        }
+    }
+
+    /// States of the regions lie one behind the other.
+    fn first_state(&self, region: Region) -> usize {
+        [self.sink_states, self.window_states, self.fresh_states].iter().take(region as usize).sum()
+    }
+}
 
 /// The launches of one call.
 pub(super) struct Launches<'a> {
@@ -22,12 +48,14 @@ pub(super) struct Launches<'a> {
     pub shape: Shape,
     pub kernels: &'a AttentionKernels,
     pub mask: MaskParams,
+    /// Its address; `shape.places` says what lies where.
+    pub workspace: u64,
     pub stream: Stream,
 }
 
 impl Launches<'_> {
     fn place(&self, offset: usize) -> u64 {
-        self.call.workspace.0 + offset as u64
+        self.workspace + offset as u64
     }
 
     fn heads(&self) -> i32 {
@@ -39,12 +67,56 @@ impl Launches<'_> {
         [x as u32, self.heads() as u32 * self.shape.query_tiles as u32, self.held.batch as u32]
     }
 
-    /// States of the packed rows.
+    /// Address of the lengths of what is read.
+    fn lengths_read(&self) -> u64 {
+        if self.call.fresh.is_some() { self.place(self.shape.places.lengths) } else { self.held.lengths() }
+    }
+
+    /// Tells the device what is read, where that is not all that is stored.
     ///
     /// # Safety
     /// As [`CudaLayer::attend`], here and in the functions below.
-    pub unsafe fn packed(&self) -> Result<()> {
+    pub unsafe fn lengths(&self) -> Result<()> {
+        if self.call.fresh.is_none() {
+            return Ok(());
+        }
+        // SAFETY: a place in the workspace.
+        unsafe { self.layer.shared.kernels.poke(&length_words(self.lengths_read(), self.shape.regions), self.stream) }
+    }
+
+    /// States of the rows between sinks and window.
+    pub unsafe fn past(&self) -> Result<()> {
+        match &self.kernels.packed {
+            _ if self.shape.regions.packed == 0 => Ok(()),
+            // SAFETY: the caller's promise.
+            Some(kernels) => unsafe { self.packed(kernels) },
+            None => {
+                for side in Side::BOTH.into_iter().filter(|side| !self.layer.shared.codec(*side).is_raw()) {
+                    let target =
+                        Target { address: self.decoded(side), strides: self.strides(side, self.shape.regions.packed) };
+                    // SAFETY: a place in the workspace with room for these rows.
+                    unsafe { self.layer.decode_past(self.held, side, self.shape.regions.packed, target, self.stream) }?;
+                }
+                // SAFETY: the caller's promise.
+                unsafe { self.plain(Region::Past) }
+            }
+        }
+    }
+
+    fn decoded(&self, side: Side) -> u64 {
+        self.place(self.shape.places.decoded[side as usize])
+    }
+
+    /// Of compact rows `[batch, kv heads, room, width]`.
+    fn strides(&self, side: Side, room: usize) -> [i64; 3] {
+        let (width, room) = (self.layer.shared.codec(side).layout.head_dim as i64, room as i64);
+        [i64::from(self.heads()) * room * width, room * width, width]
+    }
+
+    /// States of packed rows.
+    unsafe fn packed(&self, kernels: &PackedKernels) -> Result<()> {
         let Self { layer, held, call, shape, .. } = self;
+        let packed = shape.regions.packed;
         let (places, query) = (shape.places, &call.query);
         let [keys, values] = &layer.shared.constants;
         let key_transform = layer.transform(held, Side::Keys);
@@ -57,7 +129,7 @@ impl Launches<'_> {
             folded: self.place(places.folded),
             extras: self.place(places.extras),
             noise: keys.noise,
-            lengths: held.lengths(),
+            lengths: self.lengths_read(),
             transform: key_transform,
             scale: call.scale,
             kv_heads,
@@ -67,8 +139,8 @@ impl Launches<'_> {
             padding: 0,
         };
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
-        unsafe { launch(&self.kernels.fold, self.grid(shape.key_blocks), THREADS, &fold, self.stream) }?;
-        if let Some(function) = &self.kernels.turning {
+        unsafe { launch(&kernels.fold, self.grid(shape.key_blocks), THREADS, &fold, self.stream) }?;
+        if let Some(function) = &kernels.turning {
             let turning = TurningParams {
                 query: query.address,
                 query_batch_stride: query.strides[0],
@@ -76,9 +148,9 @@ impl Launches<'_> {
                 query_position_stride: query.strides[2],
                 bias: self.place(places.bias),
                 origins: held.origins(),
-                lengths: held.lengths(),
+                lengths: self.lengths_read(),
                 transform: key_transform,
-                capacity: layer.regions.packed as i64,
+                capacity: packed as i64,
                 scale: call.scale,
                 kv_heads,
                 group,
@@ -86,7 +158,7 @@ impl Launches<'_> {
                 query_tiles: shape.query_tiles as i32,
                 padding: 0,
             };
-            let spans = layer.regions.packed / SPAN + 2;
+            let spans = packed / SPAN + 2;
             // SAFETY: as above.
             unsafe { launch(function, self.grid(spans), THREADS, &turning, self.stream) }?;
         }
@@ -95,12 +167,12 @@ impl Launches<'_> {
             value_pages: address(held.side(Side::Values).table.as_ref()),
             folded: fold.folded,
             extras: fold.extras,
-            bias: if self.kernels.turning.is_some() { self.place(places.bias) } else { 0 },
+            bias: if kernels.turning.is_some() { self.place(places.bias) } else { 0 },
             states: self.place(places.packed),
-            lengths: held.lengths(),
+            lengths: self.lengths_read(),
             key_wide_levels: 0,
             value_wide_levels: 0,
-            bias_capacity: layer.regions.packed as i64,
+            bias_capacity: packed as i64,
             mask: self.mask,
             key_levels: keys.table,
             value_levels: values.table,
@@ -118,14 +190,14 @@ impl Launches<'_> {
         let [splits, head_tiles, batch] = self.grid(shape.splits);
         let grid = [splits, head_tiles / shape.tiles as u32, batch];
         // SAFETY: as above.
-        unsafe { launch(&self.kernels.attend, grid, THREADS, &attend, self.stream) }?;
+        unsafe { launch(&kernels.attend, grid, THREADS, &attend, self.stream) }?;
         let unfold = UnfoldParams {
             packed: attend.states,
             states: self.place(places.states),
             transform: layer.transform(held, Side::Values),
             splits: shape.splits as i32,
             splits_per_state: shape.splits_per_state as i32,
-            first_state: (shape.sink_states + shape.window_states) as i32,
+            first_state: shape.first_state(Region::Past) as i32,
             state_count: shape.state_count as i32,
             pages_per_split: shape.pages_per_split as i32,
             kv_heads,
@@ -134,29 +206,40 @@ impl Launches<'_> {
         };
         let made = shape.splits.div_ceil(shape.splits_per_state);
         // SAFETY: as above.
-        unsafe { launch(&self.kernels.unfold, self.grid(made), THREADS, &unfold, self.stream) }
+        unsafe { launch(&kernels.unfold, self.grid(made), THREADS, &unfold, self.stream) }
     }
 
-    /// States of the sinks (region 0) or the window (region 1).
-    pub unsafe fn plain(&self, region: i32) -> Result<()> {
+    /// States of rows in the model's type.
+    pub unsafe fn plain(&self, region: Region) -> Result<()> {
         let Self { layer, held, call, shape, .. } = self;
-        let (states, first_state, room, ring) = if region == 0 {
-            (shape.sink_states, 0, layer.spec().sinks, None)
-        } else {
-            (shape.window_states, shape.sink_states, held.ring_rows, Some(held.ring_first))
-        };
-        let [key_rows, value_rows] = Side::BOTH.map(|side| {
-            let rows = held.side(side);
-            address(if region == 0 { rows.sinks.as_ref() } else { rows.ring.as_ref() })
-        });
-        let strides = |side: Side| {
-            let (width, room) = (layer.shared.codec(side).layout.head_dim as i64, room as i64);
-            [i64::from(self.heads()) * room * width, room * width, width]
-        };
-        let (
+        let states = shape.states(region);
+        let ring = region == Region::Window;
+        let mut rows = [0; 2];
+        let mut tables = [0; 2];
+        let mut strides = [[0; 3]; 2];
+        for side in Side::BOTH {
+            let (index, own) = (side as usize, held.side(side));
+            (rows[index], strides[index]) = match (region, &call.fresh) {
+                (Region::Sinks, _) => (address(own.sinks.as_ref()), self.strides(side, layer.spec().sinks)),
+                (Region::Window, _) => (address(own.ring.as_ref()), self.strides(side, held.ring_rows)),
+                (Region::Fresh, Some(fresh)) => {
+                    let [batch, head, row, _] = fresh[index].strides;
+                    (fresh[index].address, [batch, head, row])
+                }
+                (Region::Fresh, None) => return Ok(()),
+                (Region::Past, _) if layer.shared.codec(side).is_raw() => {
+                    tables[index] = address(own.table.as_ref());
+                    (0, [0; 3])
+                }
+                (Region::Past, _) => (self.decoded(side), self.strides(side, shape.regions.packed)),
+            };
+        }
+        let [key_rows, value_rows] = rows;
+        let [key_table, value_table] = tables;
+        let [
             [key_batch_stride, key_head_stride, key_row_stride],
             [value_batch_stride, value_head_stride, value_row_stride],
-        ) = (strides(Side::Keys), strides(Side::Values));
+        ] = strides;
         let parameters = PlainParams {
             query: call.query.address,
             query_batch_stride: call.query.strides[0],
@@ -164,6 +247,8 @@ impl Launches<'_> {
             query_position_stride: call.query.strides[2],
             key_rows,
             value_rows,
+            key_table,
+            value_table,
             key_batch_stride,
             key_head_stride,
             key_row_stride,
@@ -171,20 +256,22 @@ impl Launches<'_> {
             value_head_stride,
             value_row_stride,
             states: self.place(shape.places.states),
-            lengths: held.lengths(),
+            lengths: self.lengths_read(),
             mask: self.mask,
             scale: call.scale,
-            region,
-            fresh_rows: 0,
-            rows_per_split: PLAIN_ROWS as i32,
-            first_state: first_state as i32,
+            region: region as i32,
+            fresh_rows: call.fresh_rows() as i32,
+            rows_per_split: if region == Region::Past { shape.past_rows } else { PLAIN_ROWS } as i32,
+            first_state: shape.first_state(region) as i32,
             state_count: shape.state_count as i32,
             kv_heads: self.heads(),
             group: shape.group as i32,
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
-            ring_first: ring.unwrap_or(0) as i32,
-            ring_rows: if ring.is_some() { held.ring_rows as i32 } else { 0 },
+            ring_first: if ring { held.ring_first as i32 } else { 0 },
+            ring_rows: if ring { held.ring_rows as i32 } else { 0 },
+            table_pages: held.table_pages as i32,
+            padding: 0,
         };
         // SAFETY: rows of this layer; states have room for these; the caller's promise for the rest.
         unsafe { launch(&self.kernels.plain, self.grid(states), THREADS, &parameters, self.stream) }

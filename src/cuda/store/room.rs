@@ -34,6 +34,7 @@ impl CudaLayer {
             ring_first: 0,
             block_room: 0,
             spans: None,
+            queries: None,
         })
     }
 

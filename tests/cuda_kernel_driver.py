@@ -1,0 +1,68 @@
+"""A libcuda.so.1 that runs the kernels of a store in the emulator, and which kernels those are.
+
+Is: what tests of `CudaLayer` and of the cache on it link. Is not: a list that the store reads; a kernel that is missing
+here is an error of the emulated driver there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import cuda_store_cases as cases
+from skvq.reference import ReferenceCodec
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
+import harness
+
+HEADERS = [
+    "rows.cuh",
+    "encode.cuh",
+    "decode.cuh",
+    "statistics.cuh",
+    "queries.cuh",
+    "noise.cuh",
+    "attend.cuh",
+    "merge.cuh",
+    "plain.cuh",
+    "turning.cuh",
+]
+
+
+def instances(case: cases.Case) -> list[str]:
+    """The kernels that a layer of a case asks for."""
+    element, names = harness.DTYPES[cases.DTYPES[case.dtype]], []
+    width_k, width_v = case.keys["head_dim"], case.values["head_dim"]
+    packed = []
+    for side, options in (("keys", case.keys), ("values", case.values)):
+        if options["format"] != "raw":
+            packed.append(harness.PageFormat.of(side, ReferenceCodec(**options)).expression)
+            names += [f"encode<{element}, {packed[-1]}>", f"decode<{element}, {packed[-1]}>"]
+        if options.get("block"):
+            names.append(f"block_statistics<{element}, {options['head_dim']}>")
+    if case.keys["format"] != "raw":
+        names.append(f"scale_squares<{packed[0]}>")
+    if "query_exponent" in case.keys:
+        names += [f"query_squares<{element}, {width_k}>", f"query_factors<{width_k}>"]
+    if len(packed) == 2:
+        tiles = sorted({min(2, -(-case.group * length // 8)) for length in (1, 2, 3)})
+        names += [f"fold<{element}, {packed[0]}>", *(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
+        names += [f"unfold<{width_v}>", *([f"turning<{element}, {width_k}>"] if "shift_sine" in case.keys else [])]
+    return [
+        f"skvq::{name}" for name in [*names, f"plain<{element}, {width_k}, {width_v}>", f"merge<{element}, {width_v}>"]
+    ]
+
+
+MOVING = [f"skvq::copy_rows<skvq::{word}>" for word in ("u16", "u32", "U32x4")]
+MOVING += ["skvq::clear_rows<skvq::u16>", *(f"skvq::poke<skvq::{words}>" for words in ("FewWords", "ManyWords"))]
+
+
+def build_driver(names: Iterable[str]) -> Path:
+    """Its folder, for LD_LIBRARY_PATH."""
+    wanted = list(dict.fromkeys(names))
+    units = {f"unit{index}.cpp": harness.unit_of(wanted[index::4], HEADERS) for index in range(4)}
+    units["driver.cpp"] = '#define EMULATED_INSTANCES "registry.hpp"\n#include "emu/fake_cuda.cpp"\n'
+    units["entry.cpp"] = '#include "emu/entry.cpp"\n'
+    library: Path = harness.build("libcuda.so.1", units, link=("-shared", "-Wl,-soname,libcuda.so.1"))
+    return library.parent

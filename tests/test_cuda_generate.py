@@ -1,0 +1,62 @@
+"""Generation with a cache on a device, the whole way: models, `PackedLayer`, `CudaLayer`, kernels in the emulator.
+
+Is: tokens of a lossless cache against transformers' own, logits at the default's bits against the store on the CPU, and
+the changes of a cache (cuda_generate_cases.py). Is not: a word on a GPU; tensors are the CPU's here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from cuda_kernel_driver import build_driver, harness
+from cuda_stand_ins import build_nvrtc, run
+from skvq.plan import LayerPlan
+from skvq.warmup import AttentionShape, kernel_instances
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cuda_generate_cases as cases
+
+pytestmark = [
+    pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drivers are found through LD_LIBRARY_PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A driver with what `skvq warmup` would compile for these layers, and an NVRTC that knows its names."""
+    plans = [LayerPlan.from_config(config) for config in (cases.RAW, cases.LOW)]
+    streams = [(plan.keys.options.resolved(), plan.values.options.resolved()) for plan in plans]
+    shapes = [AttentionShape(64, "float32", 2, *options) for options in streams]
+    wanted = [x for shape in shapes for x in kernel_instances(shape) if x.file != "repack.cuh"]
+    nvrtc = build_nvrtc(tmp_path_factory.mktemp("nvrtc"), 12, 4, "-DEMULATED", "-ldl")
+    return build_driver(map(str, wanted)), nvrtc
+
+
+def check(stand_ins: tuple[Path, str], *arguments: str) -> None:
+    driver, nvrtc = stand_ins
+    code = "import cuda_generate_cases as cases, sys\ncases.main(*sys.argv[1:])"
+    printed, _ = run(code, driver, arguments, SKVQ_NVRTC=nvrtc, SKVQ_CACHE_DIR="")
+    assert printed == "equal\n"
+
+
+@pytest.mark.parametrize("way", cases.WAYS)
+def test_a_lossless_cache_gives_the_same_tokens(stand_ins: tuple[Path, str], way: str) -> None:
+    check(stand_ins, "same", "llama", "sdpa", way)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_softcap_and_sink_logits(stand_ins: tuple[Path, str], family: str) -> None:
+    check(stand_ins, "same", family, "skvq", "greedy")
+
+
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma2", "skvq")])
+def test_logits_are_close_at_low_bits(stand_ins: tuple[Path, str], family: str, attention: str) -> None:
+    check(stand_ins, "close", family, attention)
+
+
+def test_changes_of_a_cache(stand_ins: tuple[Path, str]) -> None:
+    check(stand_ins, "changes")
