@@ -1,5 +1,5 @@
 """The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate`, and the
-commands of evaluate/cli.py and calibrate/cli.py.
+commands of evaluate/cli.py, calibrate/cli.py and weights/cli.py.
 
 Only parses arguments, calls what does the work, writes JSON and plots, and turns expected errors into one line and
 exit status 1. torch and transformers are imported when a command runs, not before.
@@ -225,9 +225,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_warmup(commands)
     from .calibrate import cli as calibrate_cli
     from .evaluate import cli as evaluate_cli
+    from .weights import cli as weights_cli
 
     evaluate_cli.add_commands(commands)
     calibrate_cli.add_commands(commands)
+    weights_cli.add_commands(commands)
     return parser
 
 
