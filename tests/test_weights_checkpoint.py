@@ -123,7 +123,8 @@ def test_a_packed_cache_over_packed_weights(tmp_path: Path) -> None:
     ids = prompts(1, 300)
     output = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert output.shape == (1, 304)
-    assert cache.stats().decoded_calls == 0 if hasattr(cache.stats(), "decoded_calls") else True
+    assert cache.layers[0].get_seq_length() == 303
+    assert cache.nbytes < 0.5 * 303 * 3 * 2 * 2 * 16 * 4  # of float32 rows: 3 layers, keys and values, 2 heads of 16
 
 
 @pytest.mark.parametrize(
@@ -189,3 +190,24 @@ def test_the_plan_of_a_quantized_model_is_named_in_errors(tmp_path: Path, capsys
     assert "candidate 'gptq:bits=4': expected full, rtn:OPTIONS" in capsys.readouterr().err
     assert main(["quantize", str(source), "-o", str(source), *SMALL, "--no-plan"]) == 1
     assert "expected an empty directory" in capsys.readouterr().err
+
+
+def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every contestant decodes; the quantized ones hold fewer bytes."""
+    source, out = save(tmp_path / "model"), tmp_path / "w4"
+    assert main(["quantize", str(source), "-o", str(out), *SMALL, "--no-plan"]) == 0
+    figures = tmp_path / "bench.json"
+    sizes = ["--tokens", "700", "--new-tokens", "2", "--rows", "1"]
+    assert (
+        main(["bench", "weights", "--model", str(source), "--checkpoint", str(out), *sizes, "--json", str(figures)])
+        == 0
+    )
+    found = json.loads(figures.read_text())
+    assert len(found["rows"]) == 12
+    assert len(found["products"]) >= 3
+    plain, small = found["rows"][0], found["rows"][-1]
+    assert plain["speed_ratio"] == plain["memory_ratio"] == 1.0
+    assert small["cache"] == "packed"
+    assert small["cache_bytes"] < 0.8 * plain["cache_bytes"]
+    assert small["weight_bytes"] < plain["weight_bytes"]
+    assert "8-bit output layer" in capsys.readouterr().out

@@ -158,6 +158,17 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def read_linears(folder: Path, part: str) -> dict[str, QuantizedWeight]:
+    """The packed weights of a checkpoint whose names contain `part`, without a model around them."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    bits = checkpoint_bits(getattr(config, "quantization_config", None), str(folder))
+    stored = read_folder(folder)
+    names = sorted(x.removesuffix(PACKED) for x in stored if x.endswith(PACKED) and part in x)
+    return {name: _weight({x: stored[f"{name}.{x}"] for x in PARTS if f"{name}.{x}" in stored}, bits) for name in names}
+
+
 def checkpoint_bits(found: Any, name: str) -> int:
     """Bits of the layers of the checkpoint `name` with this quantization_config. Raises SkvqError if it is another
     format, or layers differ.
