@@ -1,5 +1,5 @@
-"""The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate`, and the
-commands of evaluate/cli.py and calibrate/cli.py.
+"""The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate | weights`,
+and the commands of evaluate/cli.py, calibrate/cli.py and weights/cli.py.
 
 Only parses arguments, calls what does the work, writes JSON and plots, and turns expected errors into one line and
 exit status 1. torch and transformers are imported when a command runs, not before.
@@ -140,6 +140,16 @@ def _add_bench(commands: Any) -> None:
     add_output(generate, plot=True)
     generate.set_defaults(run=_run_simple, benchmark_name="generate", options_name="GenerateOptions")
 
+    weights = bench.add_parser("weights", help="quantized weights: products of every backend, decoding, memory")
+    weights.add_argument("--model", required=True, metavar="PATH_OR_ID", help="of full precision")
+    weights.add_argument("--checkpoint", required=True, metavar="DIR", help="of `skvq quantize`, for the same model")
+    weights.add_argument("--plan", metavar="FILE", help="of the packed cache (default: the default format)")
+    weights.add_argument("--rows", type=whole_number(1), nargs="+", metavar="N", help="of a product (default: 1 256)")
+    weights.add_argument("--tokens", type=whole_number(1), metavar="N", help="in the cache (default: 8192)")
+    weights.add_argument("--new-tokens", type=whole_number(1), metavar="N", help="timed (default: 8)")
+    add_output(weights, plot=False)
+    weights.set_defaults(run=_run_simple, benchmark_name="weights", options_name="WeightsOptions")
+
 
 def _add_warmup(commands: Any) -> None:
     parser = commands.add_parser(
@@ -225,9 +235,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_warmup(commands)
     from .calibrate import cli as calibrate_cli
     from .evaluate import cli as evaluate_cli
+    from .weights import cli as weights_cli
 
     evaluate_cli.add_commands(commands)
     calibrate_cli.add_commands(commands)
+    weights_cli.add_commands(commands)
     return parser
 
 

@@ -17,6 +17,7 @@ ABLATION_TABLES = ("window", "sinks", "group", "reorder", "clip", "metadata", "r
 
 def add_commands(commands: Any) -> None:
     """Adds `eval` with its subcommands to the subparsers of the command line."""
+    from ..weights import cli as weights_cli
     from . import tasks_cli
 
     parser = commands.add_parser("eval", help="quality of methods and caches on real text")
@@ -24,6 +25,7 @@ def add_commands(commands: Any) -> None:
     _add_compare(subcommands)
     _add_ablate(subcommands)
     tasks_cli.add_commands(subcommands)
+    weights_cli.add_evaluation(subcommands)
 
 
 def _add_compare(subcommands: Any) -> None:

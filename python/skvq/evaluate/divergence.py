@@ -7,6 +7,7 @@ Shapes: token_ids int64 [T]; per-token measures float32 [n], of the predictions 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,6 +114,12 @@ class ChunkReference:
         self._parts = [
             self._part(logits, target) for logits, target in zip(self._logits(None), self._targets(), strict=True)
         ]
+
+    def against(self, simulator: Simulator, head: OutputHead) -> ChunkReference:
+        """The same full-precision predictions, to measure another model by: one with quantized weights."""
+        other = copy.copy(self)
+        other._simulator, other._head = simulator, head
+        return other
 
     @staticmethod
     def _part(logits: Tensor, target: Tensor) -> _ReferenceRows:

@@ -1,0 +1,216 @@
+"""`skvq bench weights`: linear layers of a quantized checkpoint on every backend, and decoding with weights and cache
+of every kind.
+
+Products: the distinct shapes of one decoder layer, 1 row (decoding) and a prompt's many. Decoding: greedy steps over a
+cache that is filled without a prompt pass: keys and values of `real_tokens` tokens, repeated up to the wanted length,
+which costs what as many different ones would. Bytes of weights are those that the model holds, shared ones once.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import make_report
+from .timing import CacheFlush, time_in_turns
+
+LAYER = "layers.1."  # whose products are timed; the first one may differ
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """What `skvq bench weights` runs.
+
+    Attributes:
+        model: of full precision, a directory or hub id.
+        checkpoint: of the same model, from `skvq quantize`.
+        plan: of the packed cache; None: the default format.
+        rows: of a product.
+        tokens: in the cache while decoding.
+        new_tokens: timed steps.
+        real_tokens: of a text that fill the cache.
+        dtypes: of activations, and of the full-precision weights; the first is what ratios are to.
+    """
+
+    model: str = ""
+    checkpoint: str = ""
+    plan: str | None = None
+    rows: tuple[int, ...] = (1, 256)
+    tokens: int = 8192
+    new_tokens: int = 8
+    real_tokens: int = 512
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, shared memory once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _products(options: WeightsOptions) -> list[dict[str, Any]]:
+    from ..weights.running import Int4Linear, read_linears
+
+    found: dict[tuple[int, int], Any] = {}
+    for name, weight in read_linears(Path(options.checkpoint), LAYER).items():
+        found.setdefault((weight.codes.shape[0], weight.codes.shape[1]), (name, weight))
+    rows = []
+    for (outputs, inputs), (name, weight) in found.items():
+        dense = weight.dequantize()
+        half, packed = dense.bfloat16(), Int4Linear(weight, None)
+        for count in options.rows:
+            x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(0))
+            y = x.bfloat16()
+            contestants = _contestants(x, y, dense, half, packed)
+            times = time_in_turns(contestants, rounds=7, seconds=6.0, flush=CacheFlush() if count == 1 else None)
+            row = {"layer": name, "outputs": outputs, "inputs": inputs, "rows": count}
+            rows.append(row | {f"{key}_ms": 1e3 * value.median for key, value in times.items()})
+            print(_product_line(rows[-1]), flush=True)
+    return rows
+
+
+def _contestants(x: Any, y: Any, dense: Any, half: Any, packed: Any) -> dict[str, Callable[[], object]]:
+    return {
+        "float32": lambda: x @ dense.T,
+        "bfloat16": lambda: y @ half.T,
+        "int4pack_float32": lambda: packed(x),
+        "int4pack_bfloat16": lambda: packed(y),
+    }
+
+
+def _product_line(row: dict[str, Any]) -> str:
+    times = "  ".join(f"{name.removesuffix('_ms')} {value:.2f} ms" for name, value in row.items() if "_ms" in name)
+    return f"{row['outputs']} x {row['inputs']}, {row['rows']} rows: {times}"
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _rows_of_text(options: WeightsOptions) -> tuple[list[tuple[Any, Any]], Any, Any]:
+    """Keys and values of every layer for a text [1, H, real_tokens, D], its last token, the configuration."""
+    from transformers import DynamicCache
+
+    from ..models import load, packaged_tokens
+
+    loaded = load(options.model, dtype="float32")
+    ids = packaged_tokens(loaded.tokenizer, "northanger_abbey", options.real_tokens)
+    cache = DynamicCache(config=loaded.model.config)
+    with torch.inference_mode():
+        loaded.model.base_model(ids, past_key_values=cache)
+    layers: list[Any] = list(cache.layers)
+    return [(layer.keys, layer.values) for layer in layers], ids[:, -1:], loaded.model.config
+
+
+def _filled(make: Callable[[], Any], rows: list[tuple[Any, Any]], tokens: int, dtype: torch.dtype) -> Any:
+    cache = make()
+    for index, pair in enumerate(rows):
+        length = pair[0].shape[2]
+        for start in range(0, tokens, length):
+            keys, values = (x[:, :, : tokens - start].to(dtype) for x in pair)
+            cache.update(keys, values, index)
+    return cache
+
+
+def _decode(model: Any, cache: Any, token: Any, steps: int) -> list[float]:
+    """Seconds of each step; the first, which warms up, is left out."""
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def _models(options: WeightsOptions) -> dict[str, Callable[[], Any]]:
+    from ..models import load
+    from ..weights import load as load_packed
+
+    def plain(dtype: str) -> Callable[[], Any]:
+        return lambda: load(options.model, dtype=dtype).model
+
+    def packed(dtype: str, bits: int) -> Callable[[], Any]:
+        return lambda: load_packed(options.checkpoint, dtype=getattr(torch, dtype), head_bits=bits)
+
+    found = {f"{dtype} weights": plain(dtype) for dtype in options.dtypes}
+    for dtype in options.dtypes:
+        found[f"W4 int4pack, {dtype}"] = packed(dtype, 16)
+        found[f"W4 int4pack, {dtype}, 8-bit output layer"] = packed(dtype, 8)
+    return found
+
+
+def _decoding(options: WeightsOptions) -> list[dict[str, Any]]:
+    from transformers import DynamicCache
+
+    from ..cache import QuantizedDynamicCache
+    from ..evaluate import bytes_of_cache
+
+    text_rows, token, config = _rows_of_text(options)
+    gc.collect()
+    rows: list[dict[str, Any]] = []
+    for label, make_model in _models(options).items():
+        model = make_model()
+
+        def packed(model: Any = model) -> Any:
+            if options.plan is not None:
+                return QuantizedDynamicCache.from_plan(model, options.plan)
+            return QuantizedDynamicCache(model.config)
+
+        for name, make in {"DynamicCache": lambda: DynamicCache(config=config), "packed": packed}.items():
+            print(f"{label} | {name}", file=sys.stderr, flush=True)
+            cache = _filled(make, text_rows, options.tokens, model.dtype)
+            steps = _decode(model, cache, token, options.new_tokens)
+            rows.append(
+                {
+                    "weights": label,
+                    "cache": name,
+                    "tokens": options.tokens,
+                    "tokens_per_second": 1.0 / statistics.median(steps),
+                    "weight_bytes": held_bytes(model),
+                    "cache_bytes": bytes_of_cache(cache, config).total,
+                }
+            )
+            del cache
+        del model
+        gc.collect()
+    base = rows[0]
+    for row in rows:
+        row["speed_ratio"] = row["tokens_per_second"] / base["tokens_per_second"]
+        held = row["weight_bytes"] + row["cache_bytes"]
+        row["memory_ratio"] = held / (base["weight_bytes"] + base["cache_bytes"])
+    return rows
+
+
+def _print_decoding(rows: list[dict[str, Any]]) -> None:
+    print(f"{'':<58}{'tokens/s':>10}{'ratio':>8}{'weights MiB':>13}{'cache MiB':>11}{'memory':>9}")
+    for row in rows:
+        print(
+            f"{row['weights'] + ' | ' + row['cache']:<58}{row['tokens_per_second']:>10.2f}{row['speed_ratio']:>8.2f}"
+            f"{row['weight_bytes'] / 2**20:>13.1f}{row['cache_bytes'] / 2**20:>11.1f}{100 * row['memory_ratio']:>8.1f}%"
+        )
+
+
+def run_weights(options: WeightsOptions) -> dict[str, Any]:
+    """Times products and decoding, and prints both tables. Ratios are to the first dtype with DynamicCache."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    for name in ("model", "checkpoint"):
+        if not getattr(options, name):
+            raise ValueError(f"{name}={getattr(options, name)!r}: expected a model directory")
+    products = _products(options)
+    rows = _decoding(options)
+    _print_decoding(rows)
+    return make_report("weights", asdict(options), rows, model=Path(options.model).name, products=products)

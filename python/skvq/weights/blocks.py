@@ -1,0 +1,170 @@
+"""The decoder layers of a model, one after another outside the model: what they are called with, their linear layers.
+
+Is: the capture of the first layer's inputs and of every layer's arguments (masks and position embeddings differ by the
+kind of a layer), and the call of one layer with them. Is not: for left-padded batches; all samples have one length.
+Shapes: token_ids int64 [S, T], streams [S, T, H] in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._native import SkvqError
+from .grid import WeightOptions
+
+# Arguments of a layer that belong to generation, or that would keep a graph of the whole model alive.
+_DROPPED = ("past_key_values", "past_key_value", "use_cache", "output_attentions")
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model calls one layer with, beside the hidden states."""
+
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The layer's output [B, T, H] for its input [B, T, H]."""
+        made = layer(hidden, *self.arguments, **self.options)
+        output: Tensor = made[0] if isinstance(made, tuple) else made
+        return output
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The stream that enters the first layer [S, T, H], and how every layer is called."""
+
+    stream: Tensor
+    calls: list[LayerCall]
+
+
+class _StopError(Exception):
+    """Raised behind the capture of the first layer's input: the rest of the model is not needed."""
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of a causal language model of transformers.
+
+    Raises:
+        SkvqError: its decoder does not have them as `layers`.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise SkvqError(f"model: a {type(model).__name__} without base_model.layers, expected a Llama-like decoder")
+    return layers
+
+
+def linear_layers(layer: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """The linear layers inside a decoder layer, by name, without those whose name ends in one of `ignore`."""
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not any(name.endswith(end) for end in ignore)
+    }
+
+
+def check_layers(model: Any, options: WeightOptions, ignore: Sequence[str] = ()) -> None:
+    """Raise SkvqError if a linear layer cannot be cut into groups, or if there is none."""
+    count = 0
+    for index, layer in enumerate(decoder_layers(model)):
+        for name, linear in linear_layers(layer, ignore).items():
+            options.check(f"layers.{index}.{name}", linear.weight)
+            count += 1
+    if not count:
+        raise SkvqError(f"ignore={tuple(ignore)!r}: expected to leave some linear layer of the decoder")
+
+
+def capture(model: Any, token_ids: Tensor, batch: int) -> Captured:
+    """Runs the embedding for all samples, and the whole decoder for the first one, whose calls are kept.
+
+    Args:
+        model: a causal language model; not changed.
+        token_ids: int64 [S, T].
+        batch: samples at once.
+
+    Raises:
+        SkvqError: layers are not called one after another, each once with the output of the one before.
+    """
+    if token_ids.ndim != 2 or not token_ids.shape[0]:
+        raise SkvqError(f"token_ids: got {tuple(token_ids.shape)}, expected samples [S, T] with S of at least 1")
+    layers = decoder_layers(model)
+    calls: list[LayerCall | None] = [None] * len(layers)
+    hooks = []
+
+    def keep(index: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if calls[index] is not None or not arguments:
+                raise SkvqError(f"model: layer {index} is not called once with its hidden states")
+            kept = {name: value for name, value in options.items() if name not in _DROPPED}
+            calls[index] = LayerCall(tuple(arguments[1:]), kept)
+
+        return hook
+
+    with torch.no_grad():
+        try:
+            hooks += [x.register_forward_pre_hook(keep(i), with_kwargs=True) for i, x in enumerate(layers)]
+            model.base_model(token_ids[:1], use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        missing = [index for index, call in enumerate(calls) if call is None]
+        if missing:
+            raise SkvqError(f"model: layer {missing[0]} was not called, expected every layer to run")
+        stream = torch.cat([_first_input(model, layers[0], ids) for ids in token_ids.split(batch)])
+    return Captured(stream, [call for call in calls if call is not None])
+
+
+def _first_input(model: Any, first: nn.Module, token_ids: Tensor) -> Tensor:
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found.append(arguments[0].detach())
+        raise _StopError
+
+    handle = first.register_forward_pre_hook(hook)
+    try:
+        model.base_model(token_ids, use_cache=False)
+    except _StopError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def advance(layer: nn.Module, call: LayerCall, stream: Tensor, batch: int) -> Tensor:
+    """The stream behind one layer, [S, T, H]."""
+    with torch.no_grad():
+        return torch.cat([call(layer, hidden) for hidden in stream.split(batch)])
+
+
+def input_power(layer: nn.Module, call: LayerCall, stream: Tensor, batch: int, linears: dict[str, nn.Linear]) -> Any:
+    """Mean square of every input of every linear layer over the stream: name -> float32 [I]."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(linears, 0)
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            rows = arguments[0].detach().flatten(0, -2).float()
+            total = rows.square().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] += rows.shape[0]
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
+    try:
+        advance(layer, call, stream, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: sums[name] / max(1, counts[name]) for name in sums}
+
+
+def batches(samples: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Sample numbers in a random order, `batch` at a time."""
+    yield from torch.randperm(samples, generator=generator).split(batch)

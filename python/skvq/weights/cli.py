@@ -1,0 +1,166 @@
+"""The commands `skvq quantize` and `skvq eval weights`.
+
+Only parses arguments and calls what does the work; torch and transformers are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..arguments import add_counts, add_texts, whole_number
+
+LOSSES, STARTS, WEIGHT_BITS = (
+    ("mae", "mse"),
+    ("search", "open", "range"),
+    (3, 4, 8),
+)  # as in the modules that load torch
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `quantize` to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "quantize",
+        help="a checkpoint with low-bit weights, and a plan of its cache",
+        description="Quantizes the decoder's linear layers block by block against the full-precision model (WKVQuant) "
+        "and writes a compressed-tensors checkpoint that plain transformers loads, with a plan for the packed cache.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="of the checkpoint and plans")
+    parser.add_argument("--bits", type=int, choices=WEIGHT_BITS, default=4, help="of a weight (default: %(default)s)")
+    parser.add_argument("--loss", choices=LOSSES, help="mean absolute or squared error (default: mae)")
+    parser.add_argument(
+        "--start",
+        choices=STARTS,
+        help="clips before training: the best fraction of every group's range, 0.982, or 1 (default: search)",
+    )
+    parser.add_argument("--rate", type=float, metavar="X", help="learning rate of the clips' logits (default: 0.05)")
+    parser.add_argument("--ignore", nargs="+", metavar="NAME", default=[], help="ends of names of layers to leave")
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(2, 3, 4, 8), help="also train WKVQuant's 2-D quantization of the cache"
+    )
+    parser.add_argument("--key-bits", type=float, metavar="BITS", help="of the fitted plan's keys (default: 2)")
+    parser.add_argument("--value-bits", type=float, metavar="BITS", help="of its values (default: 1.5)")
+    parser.add_argument("--no-plan", action="store_true", help="fit no plan")
+    add_texts(parser)
+    counts = {
+        "--group-size": (32, 128, "inputs that share a scale"),
+        "--ahead": (0, 1, "next blocks whose outputs count in the loss"),
+        "--epochs": (0, 5, "over the samples, for each block"),
+        "--batch": (1, 1, "samples of a step"),
+        "--samples": (1, 16, "calibration samples"),
+        "--tokens": (2, 512, "of a sample"),
+        "--seed": (0, 0, "of their order"),
+        "--window": (1, 128, "most recent tokens kept as they are"),
+        "--sinks": (0, 5, "first tokens kept as they are"),
+        "--plan-chunks": (1, 4, "pieces of text the plan is fitted to"),
+        "--plan-tokens": (2, 2048, "of a piece"),
+    }
+    add_counts(parser, counts)
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="keep finished blocks there: a run that was stopped goes on"
+    )
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch (default: torch's)")
+    parser.set_defaults(run=_run_quantize)
+
+
+def _run_quantize(arguments: argparse.Namespace) -> None:
+    from ..bench.machine import set_threads
+    from ..calibrate.spectral_plan import SpectralOptions
+    from ..display import human_bytes
+    from .channels import ChannelOptions
+    from .grid import WeightOptions
+    from .quantize import QuantizeOptions, quantize_model
+    from .reconstruction import ReconstructOptions
+
+    given = {x: getattr(arguments, x) for x in ("loss", "start", "rate") if getattr(arguments, x) is not None}
+    channels = None
+    if arguments.kv_bits is not None:
+        channels = ChannelOptions(arguments.kv_bits, arguments.window, arguments.sinks)
+    plan_bits = {x: getattr(arguments, x) for x in ("key_bits", "value_bits") if getattr(arguments, x) is not None}
+    if arguments.no_plan and plan_bits:
+        raise ValueError("--no-plan: expected neither --key-bits nor --value-bits with it")
+    options = QuantizeOptions(
+        weights=WeightOptions(arguments.bits, arguments.group_size),
+        reconstruct=ReconstructOptions(
+            ahead=arguments.ahead,
+            epochs=arguments.epochs,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            ignore=tuple(arguments.ignore),
+            channels=channels,
+            **given,
+        ),
+        texts=tuple(arguments.texts),
+        samples=arguments.samples,
+        tokens=arguments.tokens,
+        plan=None if arguments.no_plan else SpectralOptions(**plan_bits),
+        plan_chunks=arguments.plan_chunks,
+        plan_tokens=arguments.plan_tokens,
+        window=arguments.window,
+        sinks=arguments.sinks,
+    )
+    set_threads(arguments.threads)
+    report = quantize_model(arguments.model, arguments.output, options, state=arguments.state)
+    peak = "unknown" if report["peak_bytes"] is None else human_bytes(report["peak_bytes"])
+    if report["plan"] is not None:
+        print(report["plan"])
+    print(f"written: {arguments.output}, {human_bytes(report['checkpoint_bytes'])}")
+    print(f"{report['seconds']['all']:.0f} seconds, peak memory {peak}")
+
+
+def add_evaluation(subcommands: Any) -> None:
+    """Adds `weights` to the subparsers of `skvq eval`."""
+    parser = subcommands.add_parser(
+        "weights",
+        help="KL divergence, top-1 agreement and perplexity of quantized weights, alone and with a quantized cache",
+        description="Candidates: full, rtn:bits=4, or a checkpoint's directory, each alone or as WEIGHTS+METHOD with a "
+        "method of `skvq eval compare`, such as out/w4+plan:out/w4/plan.safetensors.",
+    )
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="the full-precision model")
+    parser.add_argument("--candidates", nargs="+", required=True, metavar="C", help="WEIGHTS or WEIGHTS+METHOD")
+    add_texts(parser)
+    counts = {
+        "--chunks": (1, 2, "evaluated chunks"),
+        "--tokens": (2, 2048, "of a chunk"),
+        "--score-from": (0, 512, "first token whose next token is scored"),
+        "--window": (0, 128, "most recent tokens kept as they are"),
+        "--sinks": (0, 5, "first tokens kept as they are"),
+    }
+    add_counts(parser, counts)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch (default: torch's)")
+    parser.set_defaults(run=_run_evaluation)
+
+
+def _run_evaluation(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from ..bench.machine import make_report, set_threads, write_json
+    from ..evaluate.comparison import Settings
+    from ..evaluate.texts import EVALUATION_TEXTS, cut_chunks, packaged_texts, read_text
+    from .compare import Candidate, compare_weights, summarize, table
+
+    for text in arguments.candidates:
+        Candidate.parse(text)  # refused before a model is loaded
+    settings = Settings(arguments.window, arguments.sinks, arguments.score_from)
+    set_threads(arguments.threads)
+    texts = [read_text(x) for x in arguments.texts] or packaged_texts(EVALUATION_TEXTS)
+    chunks = cut_chunks(AutoTokenizer.from_pretrained(arguments.model), texts, arguments.chunks, arguments.tokens)
+    noted = {
+        "window": settings.window,
+        "sinks": settings.sinks,
+        "score_from": settings.score_from,
+        "texts": [{"name": text.name, "sha256": text.sha256} for text in texts],
+    }
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if arguments.json is not None:
+            report = make_report("weights", noted, rows, model=Path(arguments.model).name, summary=summarize(rows))
+            write_json(report, arguments.json)
+
+    rows = compare_weights(arguments.model, arguments.candidates, chunks, settings, progress=True, finished=keep)
+    print(table(rows))

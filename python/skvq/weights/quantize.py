@@ -1,0 +1,161 @@
+"""`quantize_model`: from a model directory to a checkpoint with low-bit weights, and plans of the cache beside it.
+
+| file | what |
+|---|---|
+| `model.safetensors`, `config.json`, ... | the checkpoint, which needs nothing of skvq |
+| `plan.safetensors` | the cache's plan, fitted to the quantized model as `skvq calibrate` does |
+| `plan_2d.safetensors` | WKVQuant's two-dimensional plan, trained with the weights; if asked for |
+| `quantization.json` | settings, texts, and every block's loss before and after |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import SkvqError
+from ..bench.machine import describe_machine, write_json
+from ..calibrate.collect import collect
+from ..calibrate.spectral_plan import SpectralOptions, spectral_plan
+from ..config import SkvqConfig
+from ..evaluate.texts import CALIBRATION_TEXTS, Text, cut_chunks, packaged_texts, read_text
+from ..models import load
+from ..plan_file import FILE_NAME, QuantizationPlan
+from .channels import stream_options
+from .checkpoint import write_checkpoint
+from .grid import WeightOptions
+from .reconstruction import Reconstruction, ReconstructOptions, reconstruct
+
+PLAN_2D, LOG = "plan_2d.safetensors", "quantization.json"
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `skvq quantize` makes.
+
+    Attributes:
+        weights: the grid.
+        reconstruct: how clips are found.
+        texts: files or parts of files; none: the package's.
+        samples, tokens: number and length of calibration samples.
+        plan: bits of the cache's plan; None: no plan.
+        plan_chunks, plan_tokens: what the plan is fitted to.
+        window, sinks: of both plans.
+    """
+
+    weights: WeightOptions = field(default_factory=WeightOptions)
+    reconstruct: ReconstructOptions = field(default_factory=ReconstructOptions)
+    texts: tuple[str, ...] = ()
+    samples: int = 16
+    tokens: int = 512
+    plan: SpectralOptions | None = field(default_factory=SpectralOptions)
+    plan_chunks: int = 4
+    plan_tokens: int = 2048
+    window: int = 128
+    sinks: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "tokens", "plan_chunks", "plan_tokens"):
+            if getattr(self, name) < 1:
+                raise SkvqError(f"{name}={getattr(self, name)!r}: expected an integer of at least 1")
+        channels = self.reconstruct.channels
+        if channels is not None and self.tokens <= channels.window + channels.sinks:
+            raise SkvqError(
+                f"tokens={self.tokens}: expected more than window + sinks = {channels.window + channels.sinks}, "
+                "since only older tokens are quantized"
+            )
+
+
+def calibration_ids(tokenizer: Any, texts: list[Text], samples: int, tokens: int) -> Tensor:
+    """Samples int64 [S, T], in turn from the texts."""
+    return torch.stack([chunk.token_ids for chunk in cut_chunks(tokenizer, texts, samples, tokens)])
+
+
+def quantize_model(
+    source: str, output: Path, options: QuantizeOptions, *, state: Path | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Quantize the model `source` (a directory or hub id) into the directory `output`.
+
+    Returns:
+        What `quantization.json` holds.
+
+    Raises:
+        SkvqError: as `reconstruct`; also where `output` is not an empty directory or a former result.
+    """
+    start = time.monotonic()
+    if output.exists() and any(output.iterdir()) and not (output / LOG).is_file() and state != output:
+        raise SkvqError(f"output={str(output)!r}: has files that are not a former result, expected an empty directory")
+    loaded = load(source, dtype="float32")
+    texts = [read_text(x) for x in options.texts] or packaged_texts(CALIBRATION_TEXTS)
+    ids = calibration_ids(loaded.tokenizer, texts, options.samples, options.tokens)
+    found = reconstruct(loaded.model, ids, options.weights, options.reconstruct, state=state, progress=progress)
+    trained = time.monotonic() - start
+    size = write_checkpoint(loaded.model, found.tensors, options.weights, output)
+    loaded.tokenizer.save_pretrained(output)
+    digests = {text.name: text.sha256 for text in texts}
+    for name in (FILE_NAME, PLAN_2D):
+        (output / name).unlink(missing_ok=True)
+    if found.channels:
+        _plan_2d(loaded.model, found, options, digests).save(output / PLAN_2D)
+    predicted = None
+    if options.plan is not None:
+        plan, predicted = _plan(loaded, texts, options, digests, progress)
+        plan.save(output / FILE_NAME)
+    report = {
+        "model": loaded.name,
+        "settings": json.loads(json.dumps(asdict(options), default=str)),
+        "texts": digests,
+        "bits_per_weight": options.weights.bits_per_weight,
+        "checkpoint_bytes": size,
+        "seconds": {"weights": round(trained, 1), "all": round(time.monotonic() - start, 1)},
+        "peak_bytes": _peak_bytes(),
+        "plan": predicted,
+        "machine": describe_machine(),
+        "blocks": found.log,
+    }
+    write_json(report, output / LOG)
+    return report
+
+
+def _plan_2d(model: Any, found: Reconstruction, options: QuantizeOptions, digests: dict[str, str]) -> QuantizationPlan:
+    channels = options.reconstruct.channels
+    assert channels is not None
+    streams = stream_options(channels.bits)
+    config = SkvqConfig(keys=streams, values=streams, window=channels.window, sinks=channels.sinks)
+    notes = {"ahead": options.reconstruct.ahead, "loss": options.reconstruct.loss, "epochs": options.reconstruct.epochs}
+    return QuantizationPlan.for_model(model, config, found.channels, method="wkvquant", texts=digests, notes=notes)
+
+
+def _plan(
+    loaded: Any, texts: list[Text], options: QuantizeOptions, digests: dict[str, str], progress: bool
+) -> tuple[QuantizationPlan, str]:
+    assert options.plan is not None
+    chunks = cut_chunks(loaded.tokenizer, texts, options.plan_chunks, options.plan_tokens)
+    statistics = collect(
+        loaded.model,
+        [chunk.token_ids for chunk in chunks],
+        sinks=options.sinks,
+        window=options.window,
+        texts=digests,
+        total=len(chunks),
+        progress=progress,
+    )
+    fitted = spectral_plan(loaded.model, statistics, options.plan)
+    config = SkvqConfig(window=options.window, sinks=options.sinks)
+    notes = fitted.notes | {"chunks": statistics.chunks, "tokens": statistics.tokens, "weights": options.weights.bits}
+    plan = QuantizationPlan.for_model(
+        loaded.model, config, fitted.streams, method="spectral", texts=digests, notes=notes
+    )
+    return plan, fitted.describe()
+
+
+def _peak_bytes() -> int | None:
+    from ..bench.machine import peak_resident_bytes
+
+    return peak_resident_bytes()

@@ -1,0 +1,203 @@
+"""How packed weights run: `load` gives a checkpoint's linear layers to a backend.
+
+| backend | a linear layer | for |
+|---|---|---|
+| `int4pack` | torch's own int4 product on the CPU, codes stay packed | 4 bits, decoding |
+| `dequantized` | the weights in the model's dtype | everything else |
+
+torch's product computes (code − 8) · scale + zero in bfloat16, for which it has vector code; inputs of another dtype
+are rounded to bfloat16 on the way in. Many rows at once (prompts) take the same way.
+Is not: a format. Any `pack-quantized` checkpoint with groups, asymmetric or symmetric, is taken, without the package
+compressed-tensors. (Left compressed by transformers, such layers unpack at their first call and stay so.)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._native import SkvqError
+from .checkpoint import FORMAT, QUANT_METHOD
+from .grid import QuantizedWeight
+from .packing import unpack, unpacked_weight
+
+BACKENDS = ("auto", "int4pack", "dequantized")
+PACKED, PARTS = ".weight_packed", ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INT4_GROUPS = (32, 64, 128, 256)  # that torch's product knows
+INT4_OUTPUTS = 16  # what the number of outputs must be a multiple of
+HEAD_BITS = (16, 8)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer on torch's int4 product: input [..., I], output [..., O] in the input's dtype."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        """Raises SkvqError if torch's product does not know this shape or group size."""
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self.group_size = weight.group_size
+        if not self.serves(weight):
+            raise SkvqError(
+                f"int4pack: {self.out_features} outputs in groups of {self.group_size}: expected a multiple of "
+                f"{INT4_OUTPUTS} outputs, and groups of {', '.join(map(str, INT4_GROUPS))}"
+            )
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32), 1)
+        zeros = (8.0 - weight.zero.float()) * weight.scale
+        grid = torch.stack([weight.scale, zeros], dim=-1).transpose(0, 1).contiguous()
+        self.register_buffer("packed", packed)
+        self.register_buffer("grid", grid.to(torch.bfloat16))  # [G, O, 2]
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @staticmethod
+    def serves(weight: QuantizedWeight) -> bool:
+        """Whether torch's product knows its shape and group size."""
+        return weight.group_size in INT4_GROUPS and weight.codes.shape[0] % INT4_OUTPUTS == 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        made = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.grid)
+        made = made.to(hidden.dtype).unflatten(0, hidden.shape[:-1])
+        return made if self.bias is None else made + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+
+def _linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    outputs, inputs = weight.codes.shape
+    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.dequantize().to(dtype), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return made
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    head_bits: int = 16,
+    attention: str = "sdpa",
+) -> Any:
+    """A causal language model from a `pack-quantized` checkpoint, in eval mode on the CPU.
+
+    Args:
+        directory: of the checkpoint, or a hub id of one.
+        dtype: of activations and of what is not quantized; None: what is fastest on this processor.
+        backend: one of those at the head of this file; "auto" takes "int4pack" for layers that it serves and
+            "dequantized" for the others.
+        head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8 rounds them when they
+            are loaded, with a scale for each row.
+        attention: transformers' attention implementation.
+
+    Raises:
+        SkvqError: an unknown backend or number of bits, a checkpoint of another format, or a layer that the named
+            backend does not serve.
+    """
+    import transformers
+
+    from ..models import fast_dtype
+
+    if backend not in BACKENDS:
+        raise SkvqError(f"backend={backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    if head_bits not in HEAD_BITS:
+        raise SkvqError(f"head_bits={head_bits!r}: expected one of {', '.join(map(str, HEAD_BITS))}")
+    folder = _folder(directory)
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    bits = checkpoint_bits(getattr(config, "quantization_config", None), str(directory))
+    del config.quantization_config
+    stored = read_folder(folder)
+    names = sorted(name.removesuffix(PACKED) for name in stored if name.endswith(PACKED))
+    held = {
+        name: {part: stored.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in stored} for name in names
+    }
+    for name in names:
+        # The shape is what loading needs; the memory of one number is enough.
+        stored[f"{name}.weight"] = torch.zeros(1).expand(*(int(x) for x in held[name]["weight_shape"]))
+    dtype = dtype or getattr(torch, fast_dtype())
+    family: Any = getattr(transformers, config.architectures[0])
+    model = family.from_pretrained(None, config=config, state_dict=stored, dtype=dtype, attn_implementation=attention)
+    model.eval().requires_grad_(False)
+    for name in names:
+        made = _layer(name, _weight(held.pop(name), bits), bits, model.get_submodule(name).bias, backend, dtype)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made)
+    if head_bits != 16:
+        from .head import quantize_head
+
+        quantize_head(model)
+    return model
+
+
+def _folder(directory: str | Path) -> Path:
+    if Path(directory).is_dir():
+        return Path(directory)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(directory)))
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files of a checkpoint. Raises SkvqError if there are none."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / INDEX
+    if index.is_file():
+        files = [folder / x for x in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    if not files:
+        raise SkvqError(f"{folder}: no .safetensors file, expected a checkpoint")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def read_linears(folder: Path, part: str) -> dict[str, QuantizedWeight]:
+    """The packed weights of a checkpoint whose names contain `part`, without a model around them."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    bits = checkpoint_bits(getattr(config, "quantization_config", None), str(folder))
+    stored = read_folder(folder)
+    names = sorted(x.removesuffix(PACKED) for x in stored if x.endswith(PACKED) and part in x)
+    return {name: _weight({x: stored[f"{name}.{x}"] for x in PARTS if f"{name}.{x}" in stored}, bits) for name in names}
+
+
+def checkpoint_bits(found: Any, name: str) -> int:
+    """Bits of the layers of the checkpoint `name` with this quantization_config. Raises SkvqError if it is another
+    format, or layers differ.
+    """
+    values = found if isinstance(found, dict) else (found.to_dict() if found is not None else {})
+    groups = list((values.get("config_groups") or {}).values())
+    if str(values.get("quant_method")) != QUANT_METHOD or values.get("format") != FORMAT or len(groups) != 1:
+        raise SkvqError(
+            f"{name}: quantization_config has method {values.get('quant_method')!r}, format "
+            f"{values.get('format')!r} and {len(groups)} groups: expected {QUANT_METHOD!r}, {FORMAT!r} and 1"
+        )
+    return int(groups[0]["weights"]["num_bits"])
+
+
+def _weight(parts: dict[str, Tensor], bits: int) -> QuantizedWeight:
+    shape = parts["weight_shape"].tolist()
+    if "weight_zero_point" in parts:
+        packed, scale, zero = (parts[x] for x in ("weight_packed", "weight_scale", "weight_zero_point"))
+        return unpacked_weight(packed, scale, zero, (shape[0], shape[1]), bits)
+    scale = parts["weight_scale"].float()
+    middle = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return QuantizedWeight(unpack(parts["weight_packed"], bits, shape[1]), scale, middle)
+
+
+def _layer(
+    name: str, weight: QuantizedWeight, bits: int, bias: Tensor | None, backend: str, dtype: torch.dtype
+) -> nn.Module:
+    if backend == "int4pack" and bits != 4:
+        raise SkvqError(f"backend='int4pack': {name} has {bits} bits, expected 4, or the backend 'dequantized'")
+    if backend == "int4pack" or (backend == "auto" and bits == 4 and Int4Linear.serves(weight)):
+        return Int4Linear(weight, bias)
+    return _linear(weight, bias, dtype)

@@ -1,0 +1,213 @@
+"""Checkpoints: plain transformers loads them, and so do our own backends, with the logits of the quantized model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from skvq import QuantizedDynamicCache, SkvqError
+from skvq.cli import main
+from skvq.weights import ReconstructOptions, WeightOptions, load, reconstruct
+from skvq.weights.checkpoint import write_checkpoint
+from skvq.weights.running import Int4Linear
+from tiny_directory import save
+from tiny_models import build, prompts
+
+FAMILIES = ("llama", "qwen3", "phi3", "gemma3")
+
+
+def made(folder: Path, family: str = "llama", bits: int = 4, dtype: torch.dtype = torch.float32) -> Any:
+    """A quantized tiny model, written to `folder`."""
+    model, options = build(family), WeightOptions(bits, 32)
+    found = reconstruct(model, prompts(2, 32), options, ReconstructOptions(epochs=0))
+    write_checkpoint(model, found.tensors, options, folder, dtype)
+    return model
+
+
+def test_without_our_package(tmp_path: Path) -> None:
+    """In a process that cannot import skvq."""
+    pytest.importorskip("compressed_tensors")
+    import subprocess
+    import sys
+
+    model, ids = made(tmp_path), prompts(2, 24)
+    torch.save(model(ids).logits, tmp_path / "expected.pt")
+    torch.save(ids, tmp_path / "ids.pt")
+    program = (
+        "import sys, torch; sys.modules['skvq'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)\n"
+        "found = model(torch.load(folder + '/ids.pt')).logits\n"
+        "assert torch.equal(found, torch.load(folder + '/expected.pt')), 'other logits'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_has_the_same_logits(tmp_path: Path, family: str, bits: int) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    if bits == 3 and pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), 3).shape[1] != 3:
+        pytest.skip("this compressed-tensors packs ten 3-bit codes into a word: dense packing came with 0.18")
+    model, ids = made(tmp_path, family, bits), prompts(2, 24)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_dequantized_backend_has_the_same_logits(tmp_path: Path, family: str) -> None:
+    model, ids = made(tmp_path, family), prompts(2, 24)
+    mine = load(tmp_path, dtype=torch.float32, backend="dequantized")
+    assert torch.equal(mine(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int4_products_are_near(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """Within what bfloat16 inputs cost: three times the error of the same model in bfloat16."""
+    model, ids = made(tmp_path, family), prompts(2, 24)
+    exact = model(ids).logits
+    mine = load(tmp_path, dtype=dtype, backend="int4pack")
+    count = sum(isinstance(x, Int4Linear) for x in mine.modules())
+    assert count == sum(isinstance(x, torch.nn.Linear) for x in model.modules()) - 1
+    half = load(tmp_path, dtype=torch.bfloat16, backend="dequantized")
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.float() - exact).norm() / exact.norm())
+
+    assert 0.0 < error(mine(ids).logits) < 3.0 * error(half(ids).logits)
+
+
+def test_int4_products_against_plain_arithmetic() -> None:
+    from skvq.weights.grid import encode
+
+    generator = torch.Generator().manual_seed(0)
+    weight = encode(torch.randn(48, 256, generator=generator), WeightOptions(4, 128))
+    bias, rows = torch.randn(48, generator=generator), torch.randn(2, 5, 256, generator=generator).bfloat16().float()
+    found = Int4Linear(weight, bias)(rows)
+    expected = rows @ weight.dequantize().T + bias
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+
+
+def test_eight_bit_head(tmp_path: Path) -> None:
+    model, ids = made(tmp_path, "llama"), prompts(2, 24)
+    exact = model(ids).logits
+    small = load(tmp_path, dtype=torch.float32, head_bits=8)
+    assert float((small(ids).logits - exact).norm() / exact.norm()) < 0.05
+    assert small.lm_head.codes.dtype == torch.int8
+    assert small.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 28)
+
+
+def test_eight_bit_head_of_tied_embeddings_is_held_once(tmp_path: Path) -> None:
+    model, options = build("llama", tie_word_embeddings=True), WeightOptions(4, 32)
+    found = reconstruct(model, prompts(2, 32), options, ReconstructOptions(epochs=0))
+    write_checkpoint(model, found.tensors, options, tmp_path, torch.float32)
+    exact = model(prompts(2, 24)).logits
+    assert torch.equal(load(tmp_path, dtype=torch.float32, backend="dequantized")(prompts(2, 24)).logits, exact)
+    small = load(tmp_path, dtype=torch.float32, head_bits=8)
+    assert small.lm_head.codes.data_ptr() == small.model.embed_tokens.codes.data_ptr()
+    assert float((small(prompts(2, 24)).logits - exact).norm() / exact.norm()) < 0.05
+
+
+def test_a_packed_cache_over_packed_weights(tmp_path: Path) -> None:
+    made(tmp_path)
+    model = load(tmp_path, dtype=torch.float32)
+    cache = QuantizedDynamicCache(model.config, window=16, sinks=2)
+    ids = prompts(1, 300)
+    output = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert output.shape == (1, 304)
+    assert cache.layers[0].get_seq_length() == 303
+    assert cache.nbytes < 0.5 * 303 * 3 * 2 * 2 * 16 * 4  # of float32 rows: 3 layers, keys and values, 2 heads of 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"backend": "marlin"}, "backend='marlin': expected one of"), ({"head_bits": 2}, "head_bits=2: expected one of")],
+)
+def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    made(tmp_path)
+    with pytest.raises(SkvqError, match=message):
+        load(tmp_path, **options)
+
+
+def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(SkvqError, match=r"expected 'compressed-tensors', 'pack-quantized'"):
+        load(tmp_path)
+
+
+def test_three_bits_have_no_int4_product(tmp_path: Path) -> None:
+    made(tmp_path, bits=3)
+    with pytest.raises(SkvqError, match="has 3 bits, expected 4"):
+        load(tmp_path, backend="int4pack")
+    assert not any(isinstance(x, Int4Linear) for x in load(tmp_path, dtype=torch.float32).modules())
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+SMALL = ["--group-size", "32", "--samples", "4", "--tokens", "64", "--epochs", "1", "--window", "16", "--sinks", "2"]
+PLAN = ["--plan-chunks", "2", "--plan-tokens", "200"]
+
+
+def test_quantize_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way: weights, both plans, the table of the comparison, its JSON."""
+    source, out = save(tmp_path / "model"), tmp_path / "w4"
+    assert main(["quantize", str(source), "-o", str(out), "--kv-bits", "4", *SMALL, *PLAN]) == 0
+    report = json.loads((out / "quantization.json").read_text())
+    assert len(report["blocks"]) == 3
+    assert report["bits_per_weight"] == 4.625
+    for plan in ("plan.safetensors", "plan_2d.safetensors"):
+        assert QuantizedDynamicCache.from_plan(load(out, dtype=torch.float32), out / plan) is not None
+    figures = tmp_path / "figures.json"
+    candidates = ["full", "rtn:bits=4,group_size=32", str(out), f"{out}+plan:{out / 'plan.safetensors'}"]
+    candidates += [f"{out}+plan:{out / 'plan_2d.safetensors'}"]
+    sizes = ["--chunks", "1", "--tokens", "160", "--score-from", "64", "--window", "16", "--sinks", "2"]
+    capsys.readouterr()
+    arguments = ["eval", "weights", "--model", str(source), "--candidates", *candidates, *sizes]
+    assert main([*arguments, "--json", str(figures)]) == 0
+    table = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    by_name = {row["candidate"]: row for row in found["summary"]}
+    assert list(by_name) == candidates
+    assert all(name in table for name in candidates)
+    assert by_name["full"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert by_name["full"]["top1"] == 1.0
+    assert by_name[candidates[1]]["kl"] > 1e-4
+    assert by_name[candidates[3]]["rise_over_weights_percent"] is not None
+
+
+def test_the_plan_of_a_quantized_model_is_named_in_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "model")
+    arguments = ["eval", "weights", "--model", str(source), "--candidates", "gptq:bits=4"]
+    assert main(arguments) == 1
+    assert "candidate 'gptq:bits=4': expected full, rtn:OPTIONS" in capsys.readouterr().err
+    assert main(["quantize", str(source), "-o", str(source), *SMALL, "--no-plan"]) == 1
+    assert "expected an empty directory" in capsys.readouterr().err
+
+
+def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every contestant decodes; the quantized ones hold fewer bytes."""
+    source, out = save(tmp_path / "model"), tmp_path / "w4"
+    assert main(["quantize", str(source), "-o", str(out), *SMALL, "--no-plan"]) == 0
+    figures = tmp_path / "bench.json"
+    sizes = ["--tokens", "700", "--new-tokens", "2", "--rows", "1"]
+    assert (
+        main(["bench", "weights", "--model", str(source), "--checkpoint", str(out), *sizes, "--json", str(figures)])
+        == 0
+    )
+    found = json.loads(figures.read_text())
+    assert len(found["rows"]) == 12
+    assert len(found["products"]) >= 3
+    plain, small = found["rows"][0], found["rows"][-1]
+    assert plain["speed_ratio"] == plain["memory_ratio"] == 1.0
+    assert small["cache"] == "packed"
+    assert small["cache_bytes"] < 0.8 * plain["cache_bytes"]
+    assert small["weight_bytes"] < plain["weight_bytes"]
+    assert "8-bit output layer" in capsys.readouterr().out
