@@ -102,13 +102,14 @@ def _rows_of_text(options: WeightsOptions) -> tuple[list[tuple[Any, Any]], Any, 
     """Keys and values of every layer for a text [1, H, real_tokens, D], its last token, the configuration."""
     from transformers import DynamicCache
 
+    from ..model_layers import cache_argument
     from ..models import load, packaged_tokens
 
     loaded = load(options.model, dtype="float32")
     ids = packaged_tokens(loaded.tokenizer, "northanger_abbey", options.real_tokens)
     cache = DynamicCache(config=loaded.model.config)
     with torch.inference_mode():
-        loaded.model.base_model(ids, past_key_values=cache)
+        loaded.model.base_model(ids, **cache_argument(loaded.model.base_model, cache))
     layers: list[Any] = list(cache.layers)
     return [(layer.keys, layer.values) for layer in layers], ids[:, -1:], loaded.model.config
 
@@ -125,11 +126,13 @@ def _filled(make: Callable[[], Any], rows: list[tuple[Any, Any]], tokens: int, d
 
 def _decode(model: Any, cache: Any, token: Any, steps: int) -> list[float]:
     """Seconds of each step; the first, which warms up, is left out."""
-    seconds = []
+    from ..model_layers import cache_argument
+
+    seconds, given = [], cache_argument(model, cache)
     with torch.inference_mode():
         for _ in range(steps + 1):
             start = time.perf_counter()
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, **given, use_cache=True).logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - start)
     return seconds[1:]
 

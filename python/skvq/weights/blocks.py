@@ -18,7 +18,7 @@ from .._native import SkvqError
 from .grid import WeightOptions
 
 # Arguments of a layer that belong to generation, or that would keep a graph of the whole model alive.
-_DROPPED = ("past_key_values", "past_key_value", "use_cache", "output_attentions")
+_DROPPED = ("cache", "past_key_values", "past_key_value", "use_cache", "output_attentions")
 
 
 @dataclass(frozen=True)
