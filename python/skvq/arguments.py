@@ -48,6 +48,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
 
 
+def add_model_operand(parser: argparse.ArgumentParser) -> None:
+    """The model as an operand, MODEL."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """`--dtype`; `resolve_dtype` turns "auto" into a name before a command runs."""
     parser.add_argument(
@@ -80,11 +87,24 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser, *, plot: bool) -> None:
     """`--json`, `--threads` and, if wanted, `--plot`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch and skvq (default: torch's)")
+    add_threads(parser)
     if plot:
         parser.add_argument(
             "--plot", type=Path, metavar="FILE", help="save a plot there (.png, .svg; needs matplotlib)"
         )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """`--threads`, for `set_threads` of bench/machine.py."""
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch and skvq (default: torch's)")
+
+
+def region_counts(least_window: int) -> dict[str, tuple[int, int, str]]:
+    """`--window` and `--sinks`, for `add_counts`."""
+    return {
+        "--window": (least_window, 128, "most recent tokens kept as they are"),
+        "--sinks": (0, 5, "first tokens kept as they are"),
+    }
 
 
 def add_counts(parser: argparse.ArgumentParser, counts: Mapping[str, tuple[int, int, str]]) -> None:

@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import DTYPES, add_attention, add_model, add_output, parse_bits, resolve_dtype, whole_number
+from .arguments import (
+    DTYPES,
+    add_attention,
+    add_counts,
+    add_model,
+    add_model_operand,
+    add_output,
+    parse_bits,
+    region_counts,
+    resolve_dtype,
+    whole_number,
+)
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -44,16 +55,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--value-bits", type=parse_bits, default=1.6, metavar="BITS", help="likewise (default: 1.6, ternary)"
     )
-    parser.add_argument(
-        "--window",
-        type=whole_number(1),
-        default=128,
-        metavar="N",
-        help="most recent tokens kept as they are (default: 128)",
-    )
-    parser.add_argument(
-        "--sinks", type=whole_number(0), default=5, metavar="N", help="first tokens kept as they are (default: 5)"
-    )
+    add_counts(parser, region_counts(1))
     parser.add_argument(
         "--prompt-tokens", type=whole_number(1), default=4096, metavar="N", help="(default: %(default)s)"
     )
@@ -158,9 +160,7 @@ def _add_warmup(commands: Any) -> None:
         description="Compiles the CUDA kernels that a model needs, from its configuration alone, and keeps them on "
         "disk; no GPU is needed.",
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
-    )
+    add_model_operand(parser)
     parser.add_argument("--arch", nargs="+", metavar="SM", help="such as sm_90a (default: of this machine's GPUs)")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="of a calibrated cache (default: default options)")
     parser.add_argument("--dtype", choices=DTYPES[1:], help="of the model (default: its configuration's)")

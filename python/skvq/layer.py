@@ -112,7 +112,8 @@ class PackedLayer(CacheLayerMixin):
             needs_no_gradient = not (keys.requires_grad or values.requires_grad)
             if not needs_no_gradient:
                 keys, values = self._detached(keys, values)
-            keys, values = _with_whole_rows(keys), _with_whole_rows(values)
+            if type(native) is CudaLayer:
+                keys, values = _with_whole_rows(keys), _with_whole_rows(values)
             count = keys.shape[2]
             if count == 0 and past and self._problem(keys, values) is None:
                 return self._snapshot().handles()

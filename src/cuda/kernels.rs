@@ -193,9 +193,8 @@ impl Kernels {
         let fitting = COPY_WORDS.iter().position(|(bytes, _)| all.is_multiple_of(*bytes as u64));
         let index = fitting.unwrap_or(COPY_WORDS.len() - 1);
         let parameters = CopyParams { row_words: (row_bytes / COPY_WORDS[index].0) as i32, ..*parameters };
-        let grid = [(p.rows.max(0) as usize).div_ceil(COPY_WARPS) as u32, heads as u32, batch as u32];
         // SAFETY: the caller's promise; elements have two bytes or four, so a word of two always fits.
-        unsafe { launch(&self.copy[index], grid, 32 * COPY_WARPS, &parameters, stream) }
+        unsafe { launch_rows(&self.copy[index], &parameters, heads, batch, stream) }
     }
 
     /// Zeros where padded sequences have no rows; what [`CopyParams`] say of a target, of elements of two bytes or four.
@@ -211,9 +210,8 @@ impl Kernels {
         stream: Stream,
     ) -> Result<()> {
         let parameters = CopyParams { row_words: (row_bytes / 2) as i32, ..*parameters };
-        let grid = [(parameters.rows.max(0) as usize).div_ceil(COPY_WARPS) as u32, heads as u32, batch as u32];
         // SAFETY: the caller's promise.
-        unsafe { launch(&self.clear, grid, 32 * COPY_WARPS, &parameters, stream) }
+        unsafe { launch_rows(&self.clear, &parameters, heads, batch, stream) }
     }
 
     /// Writes words of 8 bytes, (address, value) each, in any order.
@@ -245,6 +243,19 @@ fn instance(file: &str, kernel: &str, arguments: &[&str]) -> Instance {
         kernel: format!("skvq::{kernel}"),
         arguments: arguments.iter().map(ToString::to_string).collect(),
     }
+}
+
+/// A launch of a kernel of `rows.cuh`: a warp for each row.
+unsafe fn launch_rows(
+    function: &Function,
+    parameters: &CopyParams,
+    heads: usize,
+    batch: usize,
+    stream: Stream,
+) -> Result<()> {
+    let grid = [(parameters.rows.max(0) as usize).div_ceil(COPY_WARPS) as u32, heads as u32, batch as u32];
+    // SAFETY: the caller's promise.
+    unsafe { launch(function, grid, 32 * COPY_WARPS, parameters, stream) }
 }
 
 /// A launch without dynamic shared memory, on one row of threads.

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import add_counts, add_dtype, add_model, add_texts, whole_number
+from ..arguments import (
+    add_counts,
+    add_dtype,
+    add_model,
+    add_model_operand,
+    add_texts,
+    add_threads,
+    region_counts,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from ..config import SkvqConfig
@@ -40,9 +49,7 @@ def _add_calibrate(commands: Any) -> None:
         description="Reads texts with a model once, fits what its layers are packed with, and writes a plan for "
         "QuantizedDynamicCache.from_plan.",
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
-    )
+    add_model_operand(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the plan, .safetensors")
     add_texts(parser)
     parser.add_argument(
@@ -61,8 +68,7 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--value-bits", type=_bits, metavar="BITS", help="likewise (default: 1.5, for static 1.6)")
     _add_spectral(parser)
     counts = {
-        "--window": (1, 128, "most recent tokens kept as they are"),
-        "--sinks": (0, 5, "first tokens kept as they are"),
+        **region_counts(1),
         "--chunks": (1, 16, "pieces of text that are read"),
         "--tokens": (2, 2048, "of a piece"),
     }
@@ -75,7 +81,7 @@ def _add_calibrate(commands: Any) -> None:
     )
     add_dtype(parser)
     parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
-    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch (default: torch's)")
+    add_threads(parser)
     parser.set_defaults(run=_run_calibrate)
 
 

@@ -348,7 +348,7 @@ def ablate(
         calibration = cut_chunks(tokenizer, fitted, calibration_chunks, calibration_tokens)
     common = {"calibration": calibration, "log": log, "progress": progress, "name": name}
     shared = _measure(ablations, model, pieces, **common)
-    described = [{"name": text.name, "sha256": text.sha256} for text in evaluation]
+    described = [text.described() for text in evaluation]
     return Ablations({**shared, **dataclasses.asdict(settings), "base": base, "texts": described}, ablations, left_out)
 
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_counts, add_model, add_output, add_texts, whole_number
+from ..arguments import add_counts, add_model, add_output, add_texts, region_counts, whole_number
 
 DEFAULT_METHODS = ("full", "kivi:bits=2", "rotation:bits=2", "ours")
 ABLATION_TABLES = ("window", "sinks", "group", "reorder", "clip", "metadata", "rope")  # of ablations.py
@@ -76,8 +76,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     counts = {
         "--chunks": (1, 2, "evaluated chunks of each length"),
         "--score-from": (0, 512, "first token whose next token is scored"),
-        "--window": (0, 128, "most recent tokens kept as they are"),
-        "--sinks": (0, 5, "first tokens kept as they are"),
+        **region_counts(0),
         "--calibration-chunks": (1, 4, "of --calibration-texts"),
         "--calibration-tokens": (2, 2048, "of a calibration chunk"),
     }

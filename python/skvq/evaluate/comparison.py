@@ -26,9 +26,9 @@ from .memory_bits import counted_bits
 from .methods import Method, parse_method
 from .progress import progress_bar
 from .region_rule import RegionRule
-from .report import Report, Row, _without_nan
+from .report import Report, Row, without_nan
 from .simulation import Simulator, rule_of
-from .texts import Chunk, Text, cut_chunks, evaluation_and_calibration
+from .texts import Chunk, cut_chunks, evaluation_and_calibration
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Run:
             **self.common,
             "seconds": round(time.perf_counter() - start, 2),
         }
-        found: Row = _without_nan(row)
+        found: Row = without_nan(row)
         return found
 
     def _rule(self, method: Method, layer: int) -> RegionRule:
@@ -251,12 +251,8 @@ def compare(
         calibration = cut_chunks(tokenizer, fitted, calibration_chunks, calibration_tokens)
     settings = Settings(window=window, sinks=sinks, score_from=score_from)
     report = measure(model, chosen, pieces, calibration, settings=settings, log=log, progress=progress, name=name)
-    report.settings["texts"] = [_described(text) for text in evaluation]
+    report.settings["texts"] = [text.described() for text in evaluation]
     return report
-
-
-def _described(text: Text) -> dict[str, str]:
-    return {"name": text.name, "sha256": text.sha256}
 
 
 def _check_names(methods: Sequence[Method]) -> None:

@@ -172,7 +172,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: settings, summaries, rows."""
         summaries = [asdict(x) | {"perplexity_rise": asdict(x.perplexity_rise)} for x in self.summaries()]
-        return {"settings": self.settings, "summaries": _without_nan(summaries), "rows": self.rows}
+        return {"settings": self.settings, "summaries": without_nan(summaries), "rows": self.rows}
 
     def save_json(self, path: Path) -> None:
         """Write `to_dict`."""
@@ -232,10 +232,10 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [first, *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     convert: dict[type, Callable[[Any], Any]] = {
-        dict: lambda x: {key: _without_nan(item) for key, item in x.items()},
-        list: lambda x: [_without_nan(item) for item in x],
+        dict: lambda x: {key: without_nan(item) for key, item in x.items()},
+        list: lambda x: [without_nan(item) for item in x],
         float: lambda x: None if math.isnan(x) else x,
     }
     return convert.get(type(value), lambda x: x)(value)

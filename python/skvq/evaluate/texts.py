@@ -38,6 +38,10 @@ class Text:
         """Of the content."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
+    def described(self) -> dict[str, str]:
+        """Name and SHA-256, for a report."""
+        return {"name": self.name, "sha256": self.sha256}
+
 
 def read_text(source: str | Path) -> Text:
     """The text of a file, or of a part of it (`FILE#FROM-TO`, shares of its length).

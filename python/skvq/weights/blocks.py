@@ -59,6 +59,12 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module that has this full name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+
+
 def linear_layers(layer: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:
     """The linear layers inside a decoder layer, by name, without those whose name ends in one of `ignore`."""
     return {

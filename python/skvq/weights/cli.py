@@ -9,13 +9,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_counts, add_texts, whole_number
+from ..arguments import add_counts, add_model_operand, add_output, add_texts, add_threads, region_counts
 
-LOSSES, STARTS, WEIGHT_BITS = (
-    ("mae", "mse"),
-    ("search", "open", "range"),
-    (3, 4, 8),
-)  # as in the modules that load torch
+# As in reconstruction.py and grid.py, which load torch.
+LOSSES = ("mae", "mse")
+STARTS = ("search", "open", "range")
+WEIGHT_BITS = (3, 4, 8)
 
 
 def add_commands(commands: Any) -> None:
@@ -26,9 +25,7 @@ def add_commands(commands: Any) -> None:
         description="Quantizes the decoder's linear layers block by block against the full-precision model (WKVQuant) "
         "and writes a compressed-tensors checkpoint that plain transformers loads, with a plan for the packed cache.",
     )
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a model directory or hub id (default: the packaged Gemma 3 270M)"
-    )
+    add_model_operand(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="of the checkpoint and plans")
     parser.add_argument("--bits", type=int, choices=WEIGHT_BITS, default=4, help="of a weight (default: %(default)s)")
     parser.add_argument("--loss", choices=LOSSES, help="mean absolute or squared error (default: mae)")
@@ -54,8 +51,7 @@ def add_commands(commands: Any) -> None:
         "--samples": (1, 16, "calibration samples"),
         "--tokens": (2, 512, "of a sample"),
         "--seed": (0, 0, "of their order"),
-        "--window": (1, 128, "most recent tokens kept as they are"),
-        "--sinks": (0, 5, "first tokens kept as they are"),
+        **region_counts(1),
         "--plan-chunks": (1, 4, "pieces of text the plan is fitted to"),
         "--plan-tokens": (2, 2048, "of a piece"),
     }
@@ -63,7 +59,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="keep finished blocks there: a run that was stopped goes on"
     )
-    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch (default: torch's)")
+    add_threads(parser)
     parser.set_defaults(run=_run_quantize)
 
 
@@ -127,12 +123,10 @@ def add_evaluation(subcommands: Any) -> None:
         "--chunks": (1, 2, "evaluated chunks"),
         "--tokens": (2, 2048, "of a chunk"),
         "--score-from": (0, 512, "first token whose next token is scored"),
-        "--window": (0, 128, "most recent tokens kept as they are"),
-        "--sinks": (0, 5, "first tokens kept as they are"),
+        **region_counts(0),
     }
     add_counts(parser, counts)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="of torch (default: torch's)")
+    add_output(parser, plot=False)
     parser.set_defaults(run=_run_evaluation)
 
 
@@ -154,7 +148,7 @@ def _run_evaluation(arguments: argparse.Namespace) -> None:
         "window": settings.window,
         "sinks": settings.sinks,
         "score_from": settings.score_from,
-        "texts": [{"name": text.name, "sha256": text.sha256} for text in texts],
+        "texts": [text.described() for text in texts],
     }
 
     def keep(rows: list[dict[str, Any]]) -> None:

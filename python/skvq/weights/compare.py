@@ -21,6 +21,7 @@ from ..evaluate.comparison import Settings
 from ..evaluate.divergence import ChunkReference, OutputHead
 from ..evaluate.methods import Method, parse_method
 from ..evaluate.progress import progress_bar
+from ..evaluate.report import without_nan
 from ..evaluate.simulation import Simulator
 from ..evaluate.spec_options import parse_options
 from ..evaluate.texts import Chunk
@@ -113,16 +114,15 @@ def compare_weights(
                 advance(0, f"{candidate.text} | {chunk.name}")
                 with simulator.attached():
                     measured = reference.against(simulator, head).measure(method).summary()
-                rows.append(
-                    {
-                        "candidate": candidate.text,
-                        "weights": candidate.weights,
-                        "cache": candidate.cache,
-                        "chunk": chunk.name,
-                        "tokens": chunk.token_ids.numel(),
-                        **{name: None if math.isnan(x) else x for name, x in measured.items()},
-                    }
-                )
+                row = {
+                    "candidate": candidate.text,
+                    "weights": candidate.weights,
+                    "cache": candidate.cache,
+                    "chunk": chunk.name,
+                    "tokens": chunk.token_ids.numel(),
+                    **measured,
+                }
+                rows.append(without_nan(row))
                 advance(1, None)
             finished(rows)
     return rows

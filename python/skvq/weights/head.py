@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._native import SkvqError
+from .blocks import replace_module
 
 LARGEST = 127.0
 
@@ -63,12 +64,10 @@ def quantize_head(model: Any) -> None:
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     factor, dtype = float(getattr(embedding, "embed_scale", 1.0)), embedding.weight.dtype
     made = Int8Linear(head.weight.data)
-    _put(model, head, made)
+    replace_module(model, _name_of(model, head), made)
     table = made if tied else Int8Linear(embedding.weight.data)
-    _put(model, embedding, Int8Rows(table, dtype, factor))
+    replace_module(model, _name_of(model, embedding), Int8Rows(table, dtype, factor))
 
 
-def _put(model: Any, old: nn.Module, new: nn.Module) -> None:
-    name = next(name for name, module in model.named_modules() if module is old)
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+def _name_of(model: Any, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

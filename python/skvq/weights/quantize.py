@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._native import SkvqError
-from ..bench.machine import describe_machine, write_json
+from ..bench.machine import describe_machine, peak_resident_bytes, write_json
 from ..calibrate.collect import collect
 from ..calibrate.spectral_plan import SpectralOptions, spectral_plan
 from ..config import SkvqConfig
@@ -114,7 +114,7 @@ def quantize_model(
         "bits_per_weight": options.weights.bits_per_weight,
         "checkpoint_bytes": size,
         "seconds": {"weights": round(trained, 1), "all": round(time.monotonic() - start, 1)},
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_resident_bytes(),
         "plan": predicted,
         "machine": describe_machine(),
         "blocks": found.log,
@@ -153,9 +153,3 @@ def _plan(
         loaded.model, config, fitted.streams, method="spectral", texts=digests, notes=notes
     )
     return plan, fitted.describe()
-
-
-def _peak_bytes() -> int | None:
-    from ..bench.machine import peak_resident_bytes
-
-    return peak_resident_bytes()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._native import SkvqError
+from .blocks import replace_module
 from .checkpoint import FORMAT, QUANT_METHOD
 from .grid import QuantizedWeight
 from .packing import unpack, unpacked_weight
@@ -126,8 +127,7 @@ def load(
     model.eval().requires_grad_(False)
     for name in names:
         made = _layer(name, _weight(held.pop(name), bits), bits, model.get_submodule(name).bias, backend, dtype)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
+        replace_module(model, name, made)
     if head_bits != 16:
         from .head import quantize_head
 

@@ -1,16 +1,14 @@
 //! How far the scores of packed keys are off, by the codec's own estimate (`backend/noise.rs`): scales are summed on the device, the rest is the host's.
 
-use half::{bf16, f16};
-
 use super::super::kernels::launch;
 use super::super::launch::Stream;
 use super::super::pages::Side;
 use super::super::params::{CopyParams, DecodeParams};
 use super::{CudaLayer, DeviceTensor, Held, address, whole_rows};
 use crate::backend::noise::error_weights;
+use crate::backend::simd::levels;
 use crate::error::Result;
 use crate::format::PAGE_ROWS;
-use crate::tensor::Dtype;
 use crate::transform::Affine;
 
 impl CudaLayer {
@@ -66,18 +64,15 @@ impl CudaLayer {
             source_head_stride: query.strides[1] * element as i64,
             ..whole_rows(query.address.wrapping_add_signed(last), block.address(), heads, 1, 1, width * element)
         };
-        let mut bytes = vec![0u8; batch * heads * width * element];
+        let mut rows = vec![0.0f32; batch * heads * width];
+        let mut bytes = vec![0u8; rows.len() * element];
         // SAFETY: the caller's promise for the query; a new block of as many rows.
         unsafe {
             shared.kernels.copy_rows(&parameters, heads, batch, width * element, stream)?;
             shared.kernels.device().read(&mut bytes, block.address(), stream)?;
         }
-        let halves = bytes.chunks_exact(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
-        Ok(match query.dtype {
-            Dtype::F32 => bytes.chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect(),
-            Dtype::F16 => halves.map(|bits| f16::from_bits(bits).to_f32()).collect(),
-            Dtype::BF16 => halves.map(|bits| bf16::from_bits(bits).to_f32()).collect(),
-        })
+        levels::decode_plain(self.spec().isa, &bytes, query.dtype, &mut rows);
+        Ok(rows)
     }
 
     /// f64 `[batch, kv heads, pages, groups]`.
