@@ -148,17 +148,32 @@ def advance(layer: nn.Module, call: LayerCall, stream: Tensor, batch: int) -> Te
         return torch.cat([call(layer, hidden) for hidden in stream.split(batch)])
 
 
-def input_power(layer: nn.Module, call: LayerCall, stream: Tensor, batch: int, linears: dict[str, nn.Linear]) -> Any:
-    """Mean square of every input of every linear layer over the stream: name -> float32 [I]."""
+@dataclass(frozen=True)
+class InputMoments:
+    """Of one linear layer's inputs over the stream: mean squares float32 [I], mean products [I, I] if asked for."""
+
+    power: Tensor
+    products: Tensor | None
+
+
+def input_moments(
+    layer: nn.Module, call: LayerCall, stream: Tensor, batch: int, linears: dict[str, nn.Linear], products: bool
+) -> dict[str, InputMoments]:
+    """The moments of the inputs of every linear layer, by name, from one run of the decoder layer over the stream."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(linears, 0)
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             rows = arguments[0].detach().flatten(0, -2).float()
-            total = rows.square().sum(0)
-            sums[name] = sums[name] + total if name in sums else total
             counts[name] += rows.shape[0]
+            if not products:
+                total = rows.square().sum(0)
+                sums[name] = sums[name] + total if name in sums else total
+            elif name in sums:
+                sums[name].addmm_(rows.T, rows)
+            else:
+                sums[name] = rows.T @ rows
 
         return hook
 
@@ -168,7 +183,11 @@ def input_power(layer: nn.Module, call: LayerCall, stream: Tensor, batch: int, l
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: sums[name] / max(1, counts[name]) for name in sums}
+    found = {name: total / max(1, counts[name]) for name, total in sums.items()}
+    return {
+        name: InputMoments(mean.diagonal().clone(), mean) if products else InputMoments(mean, None)
+        for name, mean in found.items()
+    }
 
 
 def batches(samples: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

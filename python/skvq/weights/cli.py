@@ -14,7 +14,7 @@ from ..arguments import add_counts, add_model_operand, add_output, add_texts, ad
 # As in reconstruction.py and grid.py, which load torch.
 LOSSES = ("mae", "mse")
 STARTS = ("search", "open", "range")
-ROUNDINGS = ("nearest", "learnt")
+ROUNDINGS = ("nearest", "compensated", "learnt")
 WEIGHT_BITS = (3, 4, 8)
 
 
@@ -38,7 +38,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--rounding",
         choices=ROUNDINGS,
-        help="of weights: to the nearest level, or which way is trained with the clips (default: nearest)",
+        help="of weights: to the nearest level, with errors put onto inputs not yet rounded (GPTQ), or which way is "
+        "trained with the clips (default: nearest)",
     )
     parser.add_argument("--rate", type=float, metavar="X", help="learning rate of the clips' logits (default: 0.05)")
     parser.add_argument("--ignore", nargs="+", metavar="NAME", default=[], help="ends of names of layers to leave")

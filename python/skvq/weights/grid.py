@@ -139,6 +139,11 @@ class _FakeQuantize(torch.autograd.Function):
         return None, for_scale, for_zero, for_offset, None
 
 
+def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """ŵ of weights with scale and zero of their own shape."""
+    return _codes(weight, scale, zero, None).clamp_(0, levels).sub_(zero).mul_(scale)
+
+
 def _codes(weight: Tensor, scale: Tensor, zero: Tensor, offset: Tensor | None) -> Tensor:
     """Codes before they are held within the levels."""
     steps = weight / scale
@@ -165,6 +170,23 @@ def _grid(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
+def grid(
+    weight: Tensor,
+    options: WeightOptions,
+    low_clip: Tensor | None = None,
+    high_clip: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [O, G] of a weight float32 [O, I] with clips, or of its whole ranges; `known` as in `encode`."""
+    low, high = ranges(weight, options) if known is None else known
+    if low_clip is not None:
+        low = low * low_clip.sigmoid()[..., None]
+    if high_clip is not None:
+        high = high * high_clip.sigmoid()[..., None]
+    scale, zero = _grid(low, high, options.levels)
+    return scale[..., 0], zero[..., 0]
+
+
 def fake_quantize(
     weight: Tensor,
     options: WeightOptions,
@@ -178,9 +200,7 @@ def fake_quantize(
     `known`: the weight's `ranges`, if they are known already. `offset`: r [O, I], which gets a gradient too.
     """
     groups = weight.unflatten(1, (-1, options.group_size))
-    low, high = _ranges(weight, options.group_size)[1:] if known is None else known
-    low, high = low * low_clip.sigmoid()[..., None], high * high_clip.sigmoid()[..., None]
-    scale, zero = _grid(low, high, options.levels)
+    scale, zero = (x[..., None] for x in grid(weight, options, low_clip, high_clip, known))
     offsets = None if offset is None else offset.unflatten(1, (-1, options.group_size))
     made: Tensor = _FakeQuantize.apply(groups, scale, zero, offsets, options.levels)
     return made.flatten(1)
@@ -192,8 +212,11 @@ def encode(
     low_clip: Tensor | None = None,
     high_clip: Tensor | None = None,
     offset: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> QuantizedWeight:
     """The weight float32 [O, I] as stored; round-to-nearest between minimum and maximum without clips and offsets.
+
+    `known`: ranges to clip, where they are not the weight's own.
 
     Raises:
         SkvqError: a weight that is not finite, or that the group size does not fit.
@@ -202,12 +225,8 @@ def encode(
     if not bool(torch.isfinite(weight).all()):
         raise SkvqError("weight: expected finite numbers, got a NaN or an infinity")
     with torch.no_grad():
-        groups, low, high = _ranges(weight.float(), options.group_size)
-        if low_clip is not None:
-            low = low * low_clip.sigmoid()[..., None]
-        if high_clip is not None:
-            high = high * high_clip.sigmoid()[..., None]
-        scale, zero = _grid(low, high, options.levels)
+        groups = weight.float().unflatten(1, (-1, options.group_size))
+        scale, zero = (x[..., None] for x in grid(weight.float(), options, low_clip, high_clip, known))
         offsets = None if offset is None else offset.unflatten(1, (-1, options.group_size))
         codes = _codes(groups, scale, zero, offsets).clamp_(0, options.levels)
         return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale[..., 0].clone(), zero[..., 0].to(torch.uint8))
@@ -229,7 +248,7 @@ def search_clips(weight: Tensor, options: WeightOptions, importance: Tensor, tra
         chosen = torch.ones_like(best)
         for share in SEARCHED:
             scale, zero = _grid(low * share, high * share, options.levels)
-            made = _codes(groups, scale, zero, None).clamp_(0, options.levels).sub_(zero).mul_(scale)
+            made = round_to_grid(groups, scale, zero, options.levels)
             error = made.sub_(groups).square_().mul_(weights).sum(-1)
             better = error < best
             best, chosen = torch.where(better, error, best), chosen.masked_fill(better, share)

@@ -29,15 +29,16 @@ from tqdm import tqdm
 from .._native import SkvqError
 from ..model_layers import packed_layers
 from ..plan import StreamPlan
-from .blocks import advance, batches, capture, check_layers, decoder_layers, input_power, linear_layers
+from .blocks import InputMoments, advance, batches, capture, check_layers, decoder_layers, input_moments, linear_layers
 from .channels import ChannelOptions, ChannelTraining, LayerChannels
-from .grid import OPEN_CLIP, WeightOptions, encode, fake_quantize, ranges, search_clips
+from .compensation import compensate
+from .grid import OPEN_CLIP, WeightOptions, encode, fake_quantize, grid, ranges, search_clips
 from .packing import packed_tensors, unpacked_weight
 from .state import BlockState, StateFolder
 
 LOSSES = ("mae", "mse")
 STARTS = ("search", "open", "range")
-ROUNDINGS = ("nearest", "learnt")
+ROUNDINGS = ("nearest", "compensated", "learnt")
 FINAL_RATE = 0.1  # of the first learning rate, at the end of the cosine
 
 
@@ -50,8 +51,10 @@ class ReconstructOptions:
         loss: "mae" or "mse".
         start: "search": for every group the fraction of its range with the least error, inputs weighed by their mean
             square; "open": 0.982 of the range, as OmniQuant; "range": all of it, round-to-nearest.
-        rounding: "nearest", as in WKVQuant; "learnt": every weight has an offset between −1/2 and 1/2 before it is
-            rounded, trained by the signs of its gradients with a rate that falls from 1 / steps to 0 (SignRound).
+        rounding: "nearest", as in WKVQuant; "compensated": the error of one input is put onto those not yet rounded
+            (GPTQ), then clips are trained on the weights that came of it; "learnt": every weight has an offset between
+            −1/2 and 1/2 before it is rounded, trained by the signs of its gradients with a rate that falls from
+            1 / steps to 0 (SignRound).
         epochs: passes over the samples for each block; 0 leaves the start as it is.
         batch: samples of a step.
         rate: AdamW's learning rate of the clips' logits.
@@ -252,7 +255,7 @@ class _Run:
         for name, linear in linears.items():
             clip = clips[name]
             low, high = (None, None) if self.options.start == "range" else (clip.low, clip.high)
-            made = encode(linear.weight, self.weights, low, high, clip.offset)
+            made = encode(linear.weight, self.weights, low, high, clip.offset, clip.ranges)
             tensors |= {f"{name}.{x}": value for x, value in packed_tensors(made, self.weights).items()}
         log = {
             "block": index,
@@ -268,9 +271,10 @@ class _Run:
         layer, call, batch = self.layers[index], self.calls[index], self.options.batch
         if index in self.packed:
             self.kv.collect = index
-        power: dict[str, Tensor] = {}
-        if self.options.start == "search" or index in self.packed:
-            power = input_power(layer, call, self.quantized, batch, linears)
+        moments: dict[str, InputMoments] = {}
+        compensated = self.options.rounding == "compensated"
+        if self.options.start == "search" or compensated or index in self.packed:
+            moments = input_moments(layer, call, self.quantized, batch, linears, compensated)
         if index in self.packed:
             assert self.options.channels is not None
             self.kv.active[index] = self.kv.start(self.options.channels)
@@ -278,12 +282,18 @@ class _Run:
         for name, linear in linears.items():
             outputs, groups = linear.weight.shape[0], linear.weight.shape[1] // self.weights.group_size
             if self.options.start == "search":
-                low, high = search_clips(linear.weight.detach(), self.weights, power[name], bool(self.options.epochs))
+                power, trainable = moments[name].power, bool(self.options.epochs)
+                low, high = search_clips(linear.weight.detach(), self.weights, power, trainable)
             else:
                 logit = OPEN_CLIP if self.options.start == "open" else math.inf
                 low = high = torch.full((outputs, groups), logit)
             learnt = self.options.rounding == "learnt"
             clips[name] = _Clip(linear.weight.detach(), low.clone(), high.clone(), self.weights, learnt)
+            products = moments[name].products if compensated else None
+            if products is not None:
+                scale, zero = grid(linear.weight.detach(), self.weights, low, high)
+                made = compensate(linear.weight.detach(), self.weights, scale, zero, products)
+                linear.weight.data.copy_(made)
         return clips
 
     def _losses(self, index: int, samples: Tensor) -> Tensor:
