@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
         assert packed[name]["packed_bytes"] == 2 * 2 * (600 - 5 - 128) * (17 + 14)
     for name in ("flash-attn with_kvcache", "flashinfer", "bitdecoding 2 bits", "kivi 2 bits"):
         assert "ModuleNotFoundError" in rows[name]["skipped"]
-        assert printed.count(f"  {name} ") == 1
+        assert printed.count(f"  {name:<26} left out") == 1
     pytest.importorskip("matplotlib", reason="plots need matplotlib, which the extra bench installs")
     plot.plot(report, tmp_path / "attend.png")
     assert (tmp_path / "attend.png").read_bytes().startswith(b"\x89PNG")
@@ -177,6 +178,42 @@ def test_wrong_outputs_have_an_exit_status_of_their_own(monkeypatch: pytest.Monk
     assert cli.main(["bench", "attend", "--device", "cuda"]) == cli.WRONG == 3
     monkeypatch.setattr(attend_cuda, "run_attend_cuda", lambda options, partial: {"wrong": []})
     assert cli.main(["bench", "attend", "--device", "cuda"]) == 0
+
+
+class FakeClock:
+    """Of a GPU whose graphs are the work itself."""
+
+    def __init__(self, captures: bool) -> None:
+        self.device, self.captures = SimpleNamespace(is_cuda=True), captures
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None] | None:
+        work()
+        return (lambda: None) if self.captures else None
+
+
+class FakeLayer:
+    """Notes what is asked of a layer."""
+
+    def __init__(self) -> None:
+        self.length, self.calls = 1000, list[tuple[str, int | None]]()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((name, *arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_layer_is_told_how_often_its_step_was_replayed(captures: bool) -> None:
+    layer: Any = FakeLayer()
+    packed, clock = Packed("one", layer, True, 0), FakeClock(captures)
+    steps: list[str] = []
+    with attend_cuda._captured_step(clock, packed, lambda: steps.append("step"), 9) as (call, graph):  # type: ignore[arg-type]
+        assert graph == ("replayed" if captures else None)
+        for _ in range(4):
+            call()
+    # Once while it is recorded; without a graph every call is one.
+    assert len(steps) == (1 if captures else 5)
+    expected = [("reserve", 1009), ("begin_capture",), ("end_capture",), ("replayed", 4 if captures else 0)]
+    assert layer.calls == [*expected, ("release_capture",)]
 
 
 # ---- others ----------------------------------------------------------------------------------------------------------

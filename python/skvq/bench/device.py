@@ -22,6 +22,7 @@ from ..cuda_runtime import find_nvrtc
 
 GIB = 1 << 30
 _LARGEST_COPY = 4 * GIB
+_LONGEST_HOST_RUN = 0.2  # seconds
 _KERNEL = re.compile(r"skvq(?:::|\d+)(?P<name>[a-z_]+)")  # demangled, or as `_ZN4skvq6attendI…`
 
 
@@ -124,14 +125,16 @@ class Clock:
         return float(begin.elapsed_time(end)) * 1e-3
 
     def host(self, work: Callable[[], object], count: int) -> float:
-        """Of the host for one of `count` runs in a row, which it puts on the stream without waiting for any."""
+        """Of the host for one of `count` runs in a row, fewer if they take long, which it puts on the stream without
+        waiting for any.
+        """
         self.device.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
+        start, done, seconds = time.perf_counter(), 0, 0.0
+        while done < count and seconds < _LONGEST_HOST_RUN:
             work()
-        seconds = time.perf_counter() - start
+            done, seconds = done + 1, time.perf_counter() - start
         self.device.synchronize()
-        return seconds / count
+        return seconds / done
 
     def recorded(self, work: Callable[[], object]) -> tuple[Callable[[], object], bool]:
         """The work as a captured graph, and True; the work itself, and False, where there is no GPU or where it
