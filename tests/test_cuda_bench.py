@@ -393,6 +393,15 @@ def test_bad_options_are_refused(changes: dict[str, Any], message: str) -> None:
         capacity.run_capacity(tiny_options(**changes))
 
 
+def test_sizes_beside_a_configuration_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, message in (
+        ("--config here --heads 4", "heads=4: expected none beside config='here'"),
+        ("--plan a.safetensors --static", "format, static: expected neither beside plan='a.safetensors'"),
+    ):
+        assert cli.main(["bench", "capacity", "--device", "cpu", *line.split()]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_layers_that_are_not_packed_are_refused(tmp_path: Path) -> None:
     import tiny_directory
 

@@ -269,6 +269,13 @@ def _run_attend(arguments: argparse.Namespace) -> int:
 def _run_capacity(arguments: argparse.Namespace) -> int:
     from .bench.capacity import CapacityOptions, run_capacity
 
+    for name in ("layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary"):
+        if arguments.config is not None and (size := getattr(arguments, name)) is not None:
+            raise ValueError(f"{name}={size}: expected none beside config={arguments.config!r}, which says it")
+    if arguments.plan is not None and (arguments.format is not None or arguments.static):
+        raise ValueError(
+            f"format, static: expected neither beside plan={arguments.plan!r}, which says how rows are packed"
+        )
     _prepare(arguments)
     options = CapacityOptions(**_fields(CapacityOptions, arguments))
     return _finish(run_capacity(options, partial=_writer(arguments)), arguments)
