@@ -20,7 +20,7 @@ import torch
 from cuda_kernel_driver import build_driver, harness
 from cuda_stand_ins import build_nvrtc, run
 from skvq import SkvqError, cli
-from skvq.bench import attend_cuda, capacity, device, layers, peers, plot
+from skvq.bench import attend_cuda, capacity, device, layers, peers, plot, step_cuda
 from skvq.bench.attend_cuda import CudaAttendOptions, Packed
 from skvq.bench.capacity import CapacityOptions
 from skvq.bench.layers import Shape
@@ -204,9 +204,9 @@ class FakeLayer:
 @pytest.mark.parametrize("captures", [True, False])
 def test_a_layer_is_told_how_often_its_step_was_replayed(captures: bool) -> None:
     layer: Any = FakeLayer()
-    packed, clock = Packed("one", layer, True, 0), FakeClock(captures)
+    clock: Any = FakeClock(captures)
     steps: list[str] = []
-    with attend_cuda._captured_step(clock, packed, lambda: steps.append("step"), 9) as (call, graph):  # type: ignore[arg-type]
+    with step_cuda.captured_step(clock, layer, True, lambda: steps.append("step"), 9) as (call, graph):
         assert graph == ("replayed" if captures else None)
         for _ in range(4):
             call()

@@ -9,10 +9,6 @@ Napkin: head_dim 128, keys of 2 bits, ternary values, e4m3 scales: 33 + 27 bytes
 8.5x at equal bandwidth. 512K tokens of 8 kv heads are 252 MB, 75 µs at 3.35 TB/s.
 
 `gigabytes_per_second` counts packed codes and scales, without window, sinks, statistics and unused rows of pages.
-A step is an append of one token and attention: as one graph that is replayed, by what the host spends on putting its
-launches on the stream, and by kernel. With statistics of blocks most appends pack nothing, and one in 256 a block of
-rows: the kernels of an append are then the mean over a block, and the graph, the launches of a step that packs nothing,
-tells no share.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -41,19 +36,18 @@ from .device import GIB, BenchDevice, Clock, first_line, is_out_of_memory
 from .layers import Shape
 from .machine import make_report
 from .peers import Call, peers
+from .step_cuda import measure_step
 from .timing import Timing, time_in_turns
 
 FORMATS = ("K2V1.6", "plan")
 HEADS = ((8, 8), (8, 32), (8, 64))
 BATCHES = (1, 8)
 TOKENS = (32768, 131072, 524288)
-PAGE_ROWS = 128
 ERROR = 2e-3  # of the largest output, where torch's own error is no larger than half of it
 TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
 SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
 APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
 FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
-WARM_STEPS, HOST_STEPS = 3, 32
 
 
 @dataclass(frozen=True)
@@ -315,86 +309,6 @@ def _query(device: BenchDevice, options: CudaAttendOptions, shape: Shape, genera
     return torch.randn(size, generator=generator, device=device.place).to(getattr(torch, options.dtype))
 
 
-# ---- a step ----------------------------------------------------------------------------------------------------------
-
-
-def measure_step(clock: Clock, packed: Packed, query: Tensor, rounds: int) -> dict[str, Any]:
-    """An append of one token and attention of its query; the layer grows."""
-    layer, output = packed.layer, torch.empty_like(query)
-    size = (query.shape[0], layer.num_key_value_heads, 1, query.shape[3])
-    keys, values = (torch.randn(size, device=query.device).to(query.dtype) for _ in range(2))
-    append = functools.partial(layer.append, keys, values)
-    attend = functools.partial(layer.attend, query, output, scale=query.shape[3] ** -0.5)
-
-    def step() -> None:
-        append()
-        attend()
-
-    for _ in range(WARM_STEPS):
-        step()
-    # Where a page begins an append asks for memory; what is captured shall be the launches of any other one.
-    while not 8 <= layer.packed_tokens % PAGE_ROWS < 64:
-        append()
-    host = {"host_append_microseconds": append, "host_attend_microseconds": attend}
-    found: dict[str, Any] = {name: clock.host(work, HOST_STEPS) * 1e6 for name, work in host.items()}
-    attend_call, _ = clock.recorded(attend)
-    with _captured_step(clock, packed, step, rounds + 1) as (step_call, found["graph"]):
-        times = time_in_turns({"attend": attend_call, "step": step_call}, rounds=rounds, once=clock.once)
-    found |= {f"{name}_milliseconds": timing.median * 1e3 for name, timing in times.items()}
-    share = 1.0 - times["attend"].median / times["step"].median
-    found["append_share"] = share if packed.static else None
-    return found | _kernel_shares(clock, append, attend, HOST_STEPS if packed.static else 256)
-
-
-@contextmanager
-def _captured_step(
-    clock: Clock, packed: Packed, step: Callable[[], None], calls: int
-) -> Iterator[tuple[Callable[[], object], str | None]]:
-    """A step to be called so often at most, and as which graph: "replayed", of which each replay adds a token;
-    "launches", those of one step over and over, where statistics of blocks forbid that; None: launched by the host.
-    """
-    if not (packed.static and clock.device.is_cuda):
-        call, graph = clock.recorded(step)
-        yield call, "launches" if graph else None
-        return
-    layer, replays = packed.layer, 0
-    layer.reserve(layer.length + calls)
-    layer.begin_capture()
-    try:
-        replay = clock.captured(step)
-    finally:
-        layer.end_capture()
-
-    def call_once() -> None:
-        nonlocal replays
-        assert replay is not None
-        replay()
-        replays += 1
-
-    try:
-        if replay is None:
-            layer.replayed(0)
-        yield (step, None) if replay is None else (call_once, "replayed")
-    finally:
-        if replay is not None:
-            layer.replayed(replays)
-        layer.release_capture()
-
-
-def _kernel_shares(
-    clock: Clock, append: Callable[[], object], attend: Callable[[], object], count: int
-) -> dict[str, Any]:
-    """Microseconds of each kernel of an append, the mean over `count`, and of attention; the share of encoding."""
-    parts = {"append": clock.kernels(append, count), "attend": clock.kernels(attend, HOST_STEPS)}
-    reason = next((one for one in parts.values() if isinstance(one, str)), None)
-    if reason is not None:
-        return {"kernels": None, "encode_share": None, "no_kernels_because": reason}
-    kernels = {name: {k: 1e6 * s for k, s in one.items()} for name, one in parts.items() if isinstance(one, dict)}
-    whole = sum(sum(one.values()) for one in kernels.values())
-    packing = sum(kernels["append"].get(name, 0.0) for name in ("encode", "block_statistics"))
-    return {"kernels": kernels, "encode_share": packing / whole}
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -480,7 +394,9 @@ def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> l
     for shape in shapes:
         generator = torch.Generator(device.place).manual_seed(3)
         query = _query(device, options, shape, generator)
-        steps = {packed.name: measure_step(clock, packed, query, options.rounds) for packed in found}
+        steps = {
+            packed.name: measure_step(clock, packed.layer, packed.static, query, options.rounds) for packed in found
+        }
         for row in rows:
             if row["contestant"] in steps and row["num_attention_heads"] == shape.num_attention_heads:
                 row["step"] = steps[row["contestant"]]
