@@ -165,7 +165,11 @@ __global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__
     __shared__ u8 codes[block_rows * L::codes];
     __shared__ float buffer[block_rows * D];
     const int inner = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = blockIdx.y, batch = blockIdx.z;
-    const int block = p.first_row / block_rows + static_cast<int>(blockIdx.x), row = block * block_rows + inner, index = row - p.first_row;
+    // In a step that is replayed the rows that leave the ring have left it already, and are counted as packed.
+    const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
+    const int first_row = lengths ? lengths[0] - p.row_count : p.first_row;
+    const int source_first = lengths ? (lengths[3] + p.ring_rows - p.row_count) % p.ring_rows : 0;
+    const int block = first_row / block_rows + static_cast<int>(blockIdx.x), row = block * block_rows + inner, index = row - first_row;
     const bool is_new = index >= 0 && index < p.row_count;
     u8* page = reinterpret_cast<u8*>(
         reinterpret_cast<const u64*>(p.pages)[(static_cast<i64>(batch) * p.kv_heads + head) * p.page_capacity + block / blocks_per_page]);
@@ -175,7 +179,8 @@ __global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__
 
     float elements[D / 16];
     bool finite = true;
-    const T* from = reinterpret_cast<const T*>(p.rows) + batch * p.batch_stride + head * p.head_stride + index * p.row_stride;
+    const T* from = reinterpret_cast<const T*>(p.rows) + batch * p.batch_stride + head * p.head_stride +
+                    (source_first + index) * p.row_stride;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
         elements[k] = is_new ? widen(from[lane + 16 * k]) : 0.0f;

@@ -2,7 +2,8 @@
 //
 // Is: pointers, shapes, strides. Is not: anything a template argument says already. Strides are in elements, pointers are device addresses.
 // Lengths that a captured graph must not freeze lie in device memory: `lengths` points at {packed rows, sinks, window rows} (i32 each), rows
-// of one (sequence, kv head) counted from the first token of each region.
+// of one (sequence, kv head) counted from the first token of each region. Behind them a store that replays steps has the place in the ring
+// where the window begins.
 #pragma once
 #include "portable.cuh"
 
@@ -112,7 +113,7 @@ struct PlainParams {
     i32 region;  // 0: sinks, 1: window, 2: fresh rows, 3: the past
     i32 fresh_rows, rows_per_split, first_state, state_count;
     i32 kv_heads, group, length, query_tiles;
-    i32 ring_first, ring_rows;  // row r of the region lies at (ring_first + r) mod ring_rows; ring_rows 0: at r
+    i32 ring_first, ring_rows;  // row r lies at (ring_first + r) mod ring_rows; ring_rows 0: at r; ring_first −1: the one behind the lengths
     i32 table_pages, padding;
 };
 
@@ -143,12 +144,13 @@ struct EncodeParams {
     u64 levels;   // f32 [level count], or pairs [8, 2], or for parts [62]: 2^b levels from 2^b − 2 on
     u64 origins;  // i32 [batch] or 0: position of packed row 0, for a mean that turns
     u64 refused;  // i32: rows that could not be encoded are counted here, and stored as NaN
+    u64 lengths;  // or 0; of a step that is replayed: the last packed row is the one that has just left a ring of `ring_rows` rows at `rows`
     TransformParams transform;
     float clip;
     i32 rule;  // 0: norm, 1: range
     i32 refinements, unbiased, uniform;
     i32 first_row, row_count, page_capacity, kv_heads;
-    i32 padding;
+    i32 ring_rows;
 };
 
 /// statistics.cuh. Grid: blocks × kv heads × batch.
@@ -209,6 +211,7 @@ struct CopyParams {
     u64 source_table, target_table;  // u64 [batch, heads, table_pages] or 0
     u64 sequences;  // i32 [batch] or 0: which sequence of the source each one of the target is
     u64 shifts;     // i32 [batch] or 0
+    u64 lengths;    // or 0; of a step that is replayed: the rows become the last ones of the window in the target's ring
     i64 source_batch_stride, source_head_stride, source_row_stride;
     i64 target_batch_stride, target_head_stride, target_row_stride;
     i32 row_words;  // words of a row
@@ -231,7 +234,16 @@ struct ManyWords {
     i32 count, padding;
 };
 
-static_assert(sizeof(CopyParams) == 136, "CopyParams");
+/// rows.cuh, advance: one more token in a store that replays steps.
+struct StepParams {
+    u64 lengths;   // and behind them where the window begins in the ring
+    u64 overflow;  // i32: steps for which there was no room
+    i32 ring_rows;
+    i32 most_packed;  // packed rows that there are pages for
+};
+
+static_assert(sizeof(CopyParams) == 144, "CopyParams");
+static_assert(sizeof(StepParams) == 24, "StepParams");
 static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 168, "TurningParams");
@@ -240,7 +252,7 @@ static_assert(sizeof(AttendParams) == 432, "AttendParams");
 static_assert(sizeof(PlainParams) == 240, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
-static_assert(sizeof(EncodeParams) == 184, "EncodeParams");
+static_assert(sizeof(EncodeParams) == 192, "EncodeParams");
 static_assert(sizeof(StatisticsParams) == 104, "StatisticsParams");
 static_assert(sizeof(QueryParams) == 72, "QueryParams");
 static_assert(sizeof(FactorParams) == 64, "FactorParams");

@@ -65,8 +65,9 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
     const u64* key_pages = p.key_table ? reinterpret_cast<const u64*>(p.key_table) + pages : nullptr;
     const u64* value_pages = p.value_table ? reinterpret_cast<const u64*>(p.value_table) + pages : nullptr;
 
+    const int ring_first = p.ring_rows && p.ring_first < 0 ? lengths[3] : p.ring_first;
     for (int row = first; row < end; ++row) {
-        const int place = p.ring_rows ? (p.ring_first + row) % p.ring_rows : row;
+        const int place = p.ring_rows ? (ring_first + row) % p.ring_rows : row;
         const T* key_row = key_pages ? paged_row<T, Dk>(key_pages, row) : key + place * p.key_row_stride;
         const T* value_row = value_pages ? paged_row<T, Dv>(value_pages, row) : value + place * p.value_row_stride;
         float score = 0.0f;

@@ -1,8 +1,9 @@
 // Rows of bytes between strided arrays, and single words: how a layer's store moves what it does not encode.
 //
-// Is: sinks and rings of the window, tables and statistics that grow or change their order of sequences. Is not: arithmetic.
+// Is: sinks and rings of the window, tables and statistics that grow or change their order of sequences; the lengths of a step that is replayed.
+// Is not: arithmetic on rows.
 // copy_rows's grid: ceil(rows / 4) × heads × batch; block: 128 threads, a warp a row; Word divides every address, stride and row.
-// poke's grid: 1; block: 256 threads, a word each.
+// poke's grid: 1; block: 256 threads, a word each. advance's grid: 1; block: one warp.
 #pragma once
 #include "layout.cuh"
 #include "params.cuh"
@@ -23,7 +24,9 @@ __global__ void __launch_bounds__(copy_threads) copy_rows(const __grid_constant_
     const int from = row + p.source_shift + (p.shifts ? reinterpret_cast<const i32*>(p.shifts)[batch] : 0);
     if (row >= p.rows || from < 0 || from >= p.source_rows) return;
     const int source_row = p.source_ring ? (p.source_first + from) % p.source_ring : p.source_first + from;
-    const int target_row = p.target_ring ? (p.target_first + row) % p.target_ring : p.target_first + row;
+    const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
+    const int target_first = lengths ? lengths[3] + lengths[2] - p.rows : p.target_first;
+    const int target_row = p.target_ring ? (target_first + row) % p.target_ring : target_first + row;
     const u64 source = p.source_table ? paged_row(p.source_table, sequence, head, p.table_pages, source_row, p.source_row_stride)
                                       : p.source + sequence * p.source_batch_stride + head * p.source_head_stride + source_row * p.source_row_stride;
     const u64 target = p.target_table ? paged_row(p.target_table, batch, head, p.table_pages, target_row, p.target_row_stride)
@@ -39,6 +42,20 @@ __global__ void __launch_bounds__(copy_threads) clear_rows(const __grid_constant
     if (row >= p.rows || padding == 0 || row >= padding + p.source_shift) return;
     Word* target = reinterpret_cast<Word*>(p.target + batch * p.target_batch_stride + head * p.target_head_stride + row * p.target_row_stride);
     for (int word = lane; word < p.row_words; word += 32) target[word] = 0;
+}
+
+/// The window is full: its oldest row becomes the last packed one, and the ring turns by one. Where there are no pages for it nothing moves, so
+/// that later launches write to places that exist.
+template <class Number>
+__global__ void __launch_bounds__(32) advance(const __grid_constant__ StepParams p) {
+    if (threadIdx.x != 0) return;
+    Number* lengths = reinterpret_cast<Number*>(p.lengths);
+    if (lengths[0] >= p.most_packed) {
+        *reinterpret_cast<Number*>(p.overflow) += 1;
+        return;
+    }
+    lengths[0] += 1;
+    lengths[3] = (lengths[3] + 1) % p.ring_rows;
 }
 
 template <class Words>

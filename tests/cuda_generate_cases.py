@@ -1,23 +1,23 @@
-"""Tiny models whose cache is in `CudaLayer`s under the emulated driver, beside the store on the CPU.
+"""Tiny models whose cache is in `CudaLayer`s, beside the store on the CPU.
 
-Is: what test_cuda_generate.py runs in a process of its own. Is not: collected by pytest.
+Is: what test_cuda_generate.py runs in a process of its own under the emulated driver, whose tensors are the CPU's, and
+gpu/check_generation.py on a GPU. Is not: collected by pytest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import re
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 
 import tiny_models
-from cuda_store_cases import STREAM, Memory
-from skvq import QuantizedDynamicCache, SkvqConfig, SkvqError, cuda_store
+from cuda_store_cases import STREAM, Memory, capture, refused
+from skvq import QuantizedDynamicCache, SkvqConfig, cuda_store
 from skvq._native import CudaLayer, Layer
 from skvq.attention import register_attention
 
@@ -25,15 +25,20 @@ WINDOW, SINKS = 12, 3
 RAW = SkvqConfig(key_bits=16, value_bits=16, window=WINDOW, sinks=SINKS)
 # The default, but for blocks that short prompts fill.
 LOW = SkvqConfig(keys={"block": 128}, values={"block": 128}, window=WINDOW, sinks=SINKS)
+STATIC = SkvqConfig(keys={"block": 0}, values={"block": 0}, window=WINDOW, sinks=SINKS)
 # Of the largest logit: kernels work with f16 levels, queries and weights.
 LOGIT_ERROR = 5e-3
 MEMORY = Memory()
 
 
+CPU = torch.device("cpu")
+
+
 @contextlib.contextmanager
-def on_device() -> Iterator[None]:
-    """Caches keep CPU tensors in a `CudaLayer` meanwhile."""
-    cuda_store.stand_in = cuda_store.DeviceAccess(0, MEMORY.allocate, lambda: STREAM, host_memory=True)
+def on_device(place: torch.device) -> Iterator[None]:
+    """Caches of tensors there are in `CudaLayer`s meanwhile; those of the CPU by way of the emulated driver."""
+    if place.type == "cpu":
+        cuda_store.stand_in = cuda_store.DeviceAccess(0, MEMORY.allocate, lambda: STREAM, host_memory=True)
     try:
         yield
     finally:
@@ -46,11 +51,11 @@ def model_of(family: str, attention: str = "sdpa", **changes: Any) -> Any:
     return tiny_models.build(family, attention, head_dim=64, **changes)
 
 
-def both(run: Callable[[], Any]) -> tuple[Any, Any]:
+def both(run: Callable[[torch.device], Any], place: torch.device) -> tuple[Any, Any]:
     """What `run` gives on the CPU and on the device."""
-    expected = run()
-    with on_device():
-        return expected, run()
+    expected = run(CPU)
+    with on_device(place):
+        return expected, run(place)
 
 
 def store_kinds(cache: QuantizedDynamicCache) -> set[type]:
@@ -63,10 +68,11 @@ def generate(model: Any, config: SkvqConfig | None, prompt: torch.Tensor, mask: 
     if config is not None:
         cache = QuantizedDynamicCache(model.config, config, attention_mask=mask)
         options["past_key_values"] = cache
+    prompt, mask = (x.to(model.device) for x in (prompt, mask))
     tokens = model.generate(
         prompt, attention_mask=mask, max_new_tokens=10, do_sample=False, disable_compile=True, **options
     )
-    return tokens, cache
+    return tokens.cpu(), cache
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -85,44 +91,50 @@ def padded_prompt(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return prompt, mask
 
 
-def same_tokens(family: str, attention: str, way: str) -> None:
-    """A lossless cache on the device gives the tokens of transformers' own."""
+def same_tokens(place: torch.device, family: str, attention: str, way: str) -> dict[str, Any]:
+    """A lossless cache on the device gives the tokens of transformers' own, there and on the CPU."""
     model, options = model_of(family, attention), WAYS[way]
     prompt, mask = padded_prompt(1 if way == "lookup" else 2, 45)
     if way == "lookup":
         prompt[:, 20:40] = prompt[:, :20]
     expected, _ = generate(model, None, prompt, mask, **options)
-    with on_device():
+    model.to(place)
+    with on_device(place):
         found, cache = generate(model, RAW, prompt, mask, **options)
     assert torch.equal(expected, found), (expected, found)
+    if place.type != "cpu":
+        there, _ = generate(model, None, prompt, mask, **options)
+        assert torch.equal(expected, there), (expected, there)
     assert store_kinds(cache) == {CudaLayer}
     stats = cache.stats()
     assert stats["packed"] > 0
     assert stats["decoded"] == {}, stats
     assert all(layer.figures().packed for layer in cache._packed_layers())
+    return {"tokens": found.numel() - prompt.numel()}
 
 
-def close_logits(family: str, attention: str) -> None:
+def close_logits(place: torch.device, family: str, attention: str) -> dict[str, Any]:
     """At low bits both stores lead to the same logits, token by token and for several tokens at once."""
     model = model_of(family, attention)
     prompt, mask = padded_prompt(2, 170)
     more = tiny_models.prompts(2, 24, seed=1)
 
-    def run() -> tuple[list[torch.Tensor], QuantizedDynamicCache]:
+    def run(where: torch.device) -> tuple[list[torch.Tensor], QuantizedDynamicCache]:
+        model.to(where)
         cache = QuantizedDynamicCache(model.config, LOW, attention_mask=mask)
-        seen, logits, start = mask, [], 0
+        seen, logits, start = mask.to(where), [], 0
         with torch.inference_mode():
-            model(prompt, attention_mask=mask, past_key_values=cache)
+            model(prompt.to(where), attention_mask=seen, past_key_values=cache)
             for count in (1, 1, 9, 1, 3, 1):
-                tokens = more[:, start : start + count]
+                tokens = more[:, start : start + count].to(where)
                 seen = torch.cat([seen, torch.ones_like(tokens)], 1)
                 positions = (seen.cumsum(1) - 1)[:, -count:]
                 found = model(tokens, attention_mask=seen, position_ids=positions, past_key_values=cache)
-                logits.append(found.logits)
+                logits.append(found.logits.cpu())
                 start += count
         return logits, cache
 
-    (expected, cpu), (found, device) = both(run)
+    (expected, cpu), (found, device) = both(run, place)
     assert store_kinds(cpu) == {Layer}
     assert store_kinds(device) == {CudaLayer}
     errors = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True)]
@@ -132,24 +144,26 @@ def close_logits(family: str, attention: str) -> None:
         assert b.native.packed_tokens >= 128
         assert a.wants_queries is False
         for mine, theirs in ((a.keys, b.keys), (a.values, b.values)):
-            assert float((mine - theirs).abs().max()) <= 0.02 * float(mine.abs().max())
+            assert float((mine - theirs.cpu()).abs().max()) <= 0.02 * float(mine.abs().max())
     ours, theirs = (cache.stats() for cache in (device, cpu))
     assert ours["packed"] == theirs["packed"]
     for index, noise in theirs["score_noise"].items():
         assert abs(ours["score_noise"][index] - noise) <= 0.01 * noise
-    print("largest error of logits", max(errors), file=sys.stderr)
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
+    return {"error": max(errors), "limit": LOGIT_ERROR, "same_tokens": same / sum(x[..., 0].numel() for x in found)}
 
 
-def changes_of_a_cache() -> None:
+def changes_of_a_cache(place: torch.device) -> dict[str, Any]:
     """Copies, crops, selections and resets, and what is refused."""
     model = model_of("llama")
     prompt = tiny_models.prompts(2, 40)
 
     def logits_of(cache: QuantizedDynamicCache, tokens: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return model(tokens, past_key_values=cache).logits
+            return model(tokens.to(model.device), past_key_values=cache).logits.cpu()
 
-    def run() -> list[torch.Tensor]:
+    def run(where: torch.device) -> list[torch.Tensor]:
+        model.to(where)
         cache = QuantizedDynamicCache(model.config, RAW)
         found = [logits_of(cache, prompt), logits_of(cache, prompt[:, :1])]
         twin = copy.deepcopy(cache)
@@ -161,15 +175,16 @@ def changes_of_a_cache() -> None:
         found.append(logits_of(twin, prompt[:, 7:8]))
         twin.reset()
         found.append(logits_of(twin, prompt[:1, :9]))
-        found += [cache.layers[1].keys, cache.layers[1].values]
-        return found
+        return [*found, cache.layers[1].keys.cpu(), cache.layers[1].values.cpu()]
 
-    for expected, found in zip(*both(run), strict=True):
-        assert float((expected - found).abs().max()) <= 1e-4 * float(expected.abs().max())
+    largest = 0.0
+    for expected, found in zip(*both(run, place), strict=True):
+        largest = max(largest, float((expected - found).abs().max()) / float(expected.abs().max()))
+    assert largest <= 1e-4, largest
 
-    with on_device():
+    with on_device(place):
         cache = QuantizedDynamicCache(model.config, LOW)
-        keys, values = torch.randn(2, 1, 2, 200, 64)
+        keys, values = torch.randn(2, 1, 2, 200, 64, device=place)
         keys[0, 1, 70, 5] = torch.nan
         cache.update(keys, values, 0)
         assert cache.stats()["nonfinite_rows"] == {0: 1}
@@ -180,19 +195,82 @@ def changes_of_a_cache() -> None:
             ((keys, values.half()), "value_states: torch.float16"),
         ]
         for tensors, message in wrong:
-            with pytest.raises(SkvqError, match=re.escape(message)):
-                cache.update(*tensors, 0)
+            refused(functools.partial(cache.update, *tensors, 0), message)
         assert cache.layers[0].get_seq_length() == before
         handle, _ = cache.update(keys[:, :, :1], values[:, :, :1], 0)
         assert handle.shape == (1, 2, 201, 64)
         assert (handle + 0.0).isnan().any()
         assert cache.nbytes > 0
+    return {"error": largest, "limit": 1e-4}
+
+
+def replayed_steps(place: torch.device) -> dict[str, Any]:
+    """A captured step of a cache, replayed, against the same tokens on the CPU.
+
+    On the emulated driver only: on a GPU the graph is torch's (gpu/check_generation.py).
+    """
+    model, generator = model_of("llama"), torch.Generator().manual_seed(0)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def rows(count: int, heads: int = 2) -> torch.Tensor:
+        return torch.randn(1, heads, count, 64, generator=generator)
+
+    prompt = [(rows(60), rows(60)) for _ in range(2)]
+    token = [(rows(1), rows(1), rows(1, 4)) for _ in range(2)]
+
+    def step(cache: QuantizedDynamicCache) -> list[torch.Tensor]:
+        return [sdpa(q, *cache.update(k, v, index), enable_gqa=True) for index, (k, v, q) in enumerate(token)]
+
+    expected_cache = QuantizedDynamicCache(model.config, STATIC)
+    for index, (keys, values) in enumerate(prompt):
+        expected_cache.update(keys, values, index)
+    with on_device(place), torch.no_grad():
+        cache = QuantizedDynamicCache(model.config, STATIC)
+        refused(
+            lambda: cache.reserve(100), "reserve: layer 0: PackedLayer, expected a packed layer with tokens on a GPU"
+        )
+        for index, (keys, values) in enumerate(prompt):
+            cache.update(keys, values, index)
+        cache.reserve(120)
+        step(cache)
+        step(expected_cache)
+        found: list[torch.Tensor] = []
+        with cache.capturing():
+            replay = capture(lambda: found.extend(step(cache)), MEMORY)
+        assert cache.get_seq_length() == 61
+        largest = 0.0
+        for _ in range(40):
+            for group in token:
+                for tensor in group:
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            replay()
+            for mine, theirs in zip(found, step(expected_cache), strict=True):
+                largest = max(largest, float((mine - theirs).abs().max() / theirs.abs().max()))
+        cache.replayed(40)
+        assert cache.get_seq_length() == expected_cache.get_seq_length() == 101
+        assert cache.stats()["nonfinite_rows"] == {}
+        refused(lambda: cache.crop(-1), "release_capture")
+        refused(lambda: copy.deepcopy(cache), "release_capture")
+        cache.release_capture()
+        cache.crop(-1)
+        assert cache.get_seq_length() == 100
+    refused(lambda: expected_cache.reserve(200), "reserve: layer 0: a store on the CPU, expected a packed layer")
+    assert largest <= LOGIT_ERROR, largest
+    return {"error": largest, "limit": LOGIT_ERROR}
+
+
+CASES = {"same": same_tokens, "close": close_logits, "changes": changes_of_a_cache, "replayed": replayed_steps}
+
+
+def stay_on_the_cpu() -> None:
+    """torch's own CUDA must not meet the stand-in for the driver."""
+    torch.set_num_threads(1)
+    torch.cuda.is_available = torch.cuda.is_current_stream_capturing = lambda: False
 
 
 def main(what: str, *arguments: str) -> None:
-    torch.set_num_threads(1)
-    # torch's own CUDA must not meet the stand-in for the driver.
-    torch.cuda.is_available = torch.cuda.is_current_stream_capturing = lambda: False
+    stay_on_the_cpu()
     register_attention()
-    {"same": same_tokens, "close": close_logits, "changes": changes_of_a_cache}[what](*arguments)
+    found = CASES[what](CPU, *arguments)
+    print(found, file=sys.stderr)
     print("equal")

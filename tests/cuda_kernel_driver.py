@@ -55,7 +55,11 @@ def instances(case: cases.Case) -> list[str]:
 
 
 MOVING = [f"skvq::copy_rows<skvq::{word}>" for word in ("u16", "u32", "U32x4")]
-MOVING += ["skvq::clear_rows<skvq::u16>", *(f"skvq::poke<skvq::{words}>" for words in ("FewWords", "ManyWords"))]
+MOVING += [
+    "skvq::clear_rows<skvq::u16>",
+    "skvq::advance<skvq::i32>",
+    *(f"skvq::poke<skvq::{words}>" for words in ("FewWords", "ManyWords")),
+]
 
 
 def build_driver(names: Iterable[str]) -> Path:

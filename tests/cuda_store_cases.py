@@ -6,16 +6,18 @@ Is not: collected by pytest.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from parts_examples import codec_options
-from skvq import _native
+from skvq import SkvqError, _native
 
 STREAM = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -188,6 +190,7 @@ class Memory:
     def __init__(self) -> None:
         self.lent = 0
         self.left = -1  # calls until one fails; negative: none does
+        self.kept: list[torch.Tensor] | None = None  # while a graph is captured, which keeps what is lent meanwhile
 
     def allocate(self, count: int) -> torch.Tensor:
         self.left -= 1
@@ -197,6 +200,8 @@ class Memory:
         start = -raw.data_ptr() % 256
         tensor = raw[start : start + count]
         self.lent += count
+        if self.kept is not None:
+            self.kept.append(tensor)
         weakref.finalize(tensor, self._back, count)
         return tensor
 
@@ -373,6 +378,167 @@ def run_program(case: Case, nvrtc: str, seed: int) -> None:
     except Exception:
         print(f"seed {seed}: {', '.join(told)}", file=sys.stderr)
         raise
+
+
+# ---- steps that are captured and replayed ----------------------------------------------------------------------------
+
+
+def capture(work: Callable[[], object], memory: Memory) -> Callable[[], None]:
+    """Records what `work` puts on the emulated driver's stream; the call given back replays it."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    stream, graph = ctypes.c_void_p(STREAM), ctypes.c_void_p()
+    memory.kept = []
+    assert driver.cuStreamBeginCapture_v2(stream, 0) == 0
+    try:
+        work()
+    finally:
+        ended = driver.cuStreamEndCapture(stream, ctypes.byref(graph))
+    kept, memory.kept = memory.kept, None
+    assert ended == 0
+
+    def replay(kept: list[torch.Tensor] = kept) -> None:
+        assert driver.cuGraphLaunch(graph, stream) == 0
+
+    return replay
+
+
+@dataclass
+class Step:
+    """A step of one token through the same tensors every time, on both layers."""
+
+    pair: Pair
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        case, dtype = self.pair.case, DTYPES[self.pair.case.dtype]
+        self.keys, self.values = self.pair.rows(self.generator, 1)
+        self.query = torch.empty(self.pair.cpu.batch_size, self.pair.query_heads, 1, case.keys["head_dim"], dtype=dtype)
+        shape = (*self.query.shape[:3], case.values["head_dim"])
+        self.expected, self.found = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        self.renew()
+
+    def renew(self) -> None:
+        """Another token."""
+        for target, source in zip((self.keys, self.values), self.pair.rows(self.generator, 1), strict=True):
+            target.copy_(source)
+        self.query.copy_(torch.randn(self.query.shape, generator=self.generator))
+
+    def on_cuda(self) -> None:
+        self.pair.cuda.append(self.keys, self.values)
+        self.pair.cuda.attend(self.query, self.found, scale=0.125, softcap=30.0)
+
+    def on_cpu(self) -> None:
+        self.pair.cpu.append(self.keys, self.values)
+        self.pair.cpu.attend(self.query, self.expected, scale=0.125, softcap=30.0)
+
+    def compare(self) -> None:
+        expected, found = self.expected.float(), self.found.float()
+        error = float((expected - found).abs().max()) / max(1.0, float(expected.abs().max()))
+        assert error <= ERROR[self.pair.case.dtype], f"after {self.pair.cpu.length} tokens: {error:.2e}"
+
+
+def refused(call: Callable[[], object], message: str) -> None:
+    """The call must fail with words that contain the message."""
+    try:
+        call()
+    except SkvqError as error:
+        found = str(error)
+    else:
+        found = "nothing was refused"
+    assert message in found, found
+
+
+def replay_program(case: Case, nvrtc: str, replays: int = 140) -> None:
+    """Eager steps, a captured one and its replays, over ends of pages and of the ring; everything compared."""
+    pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
+    prompt = max(case.padding, default=0) + case.sinks + case.window + 90
+    pair.append(*pair.rows(generator, prompt))
+    capacity = prompt + replays + 6
+    pair.cuda.reserve(capacity)
+    assert pair.cuda.capacity == capacity
+    held = pair.cuda.nbytes
+    step = Step(pair, generator)
+    step.on_cuda()
+    step.on_cpu()
+    step.compare()
+
+    pair.cuda.begin_capture()
+    step.found.fill_(torch.nan)
+    replay = capture(step.on_cuda, pair.memory)
+    assert step.found.isnan().all()  # nothing ran
+    pair.cuda.end_capture()
+    assert pair.cuda.length == pair.cpu.length
+    refused(lambda: pair.cuda.append(step.keys, step.values), "append: expected replayed(steps) before")
+
+    told = 0
+    for count in range(1, replays + 1):
+        step.renew()
+        replay()
+        step.on_cpu()
+        step.compare()
+        if count in (1, 40, replays):
+            if count > 1:
+                refused(pair.cuda.nonfinite_rows, "expected replayed(steps) for every replay")
+            pair.cuda.replayed(count - told)
+            told = count
+            pair.check(generator)
+    assert pair.cuda.nbytes == held
+    # Eager steps go on where replays end, and the other way round.
+    for run in (step.on_cuda, replay, step.on_cuda):
+        step.renew()
+        run()
+        step.on_cpu()
+        step.compare()
+        if run is replay:
+            pair.cuda.replayed(1)
+    pair.check(generator)
+    for call in (lambda: pair.cuda.crop(prompt), pair.cuda.clone, lambda: pair.cuda.gather([0]), pair.cuda.reset):
+        refused(call, "expected release_capture() before")
+    left = capacity - pair.cpu.length
+    assert left == 2
+    refused(lambda: pair.cuda.replayed(left + 1), f"steps: expected at most {left}")
+    pair.cuda.release_capture()
+    twin = pair.copy()
+    assert twin.cuda.capacity is None
+    if pair.cpu.packed_tokens % 128:  # otherwise the next row begins a page of its own
+        refused(pair.cuda.begin_capture, "pages that no copy of the layer shares")
+    pair.check_and_grow(generator)
+    twin.check_and_grow(generator)
+    pair.cpu.crop(prompt)
+    pair.cuda.crop(prompt)
+    assert pair.cuda.capacity is None
+    pair.check_and_grow(generator)
+
+
+def replay_too_often(case: Case, nvrtc: str) -> None:
+    """Replays beyond what is reserved write to no foreign memory, and are noticed."""
+    pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
+    prompt = case.sinks + case.window + 120
+    pair.append(*pair.rows(generator, prompt))
+    pair.cuda.reserve(prompt + 8)  # the end of a page
+    step = Step(pair, generator)
+    pair.cuda.begin_capture()
+    replay = capture(step.on_cuda, pair.memory)
+    pair.cuda.end_capture()
+    for _ in range(8):
+        step.renew()
+        replay()
+        step.on_cpu()
+        step.compare()
+    pair.cuda.replayed(8)
+    pair.check(generator)
+    assert pair.cuda.nonfinite_rows() == 0
+    replay()
+    refused(pair.cuda.nonfinite_rows, "1 too many")
+    refused(lambda: pair.cuda.replayed(1), "steps: expected at most 0")
+
+
+def main_replay(nvrtc: str, name: str) -> None:
+    torch.set_num_threads(1)
+    replay_program(CASES[name], nvrtc)
+    if name == "static":
+        replay_too_often(CASES[name], nvrtc)
+    print("equal")
 
 
 def main(nvrtc: str, name: str) -> None:

@@ -6,11 +6,15 @@ the changes of a cache (cuda_generate_cases.py). Is not: a word on a GPU; tensor
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import tiny_directory
 from cuda_kernel_driver import build_driver, harness
 from cuda_stand_ins import build_nvrtc, run
 from skvq.plan import LayerPlan
@@ -28,7 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A driver with what `skvq warmup` would compile for these layers, and an NVRTC that knows its names."""
-    plans = [LayerPlan.from_config(config) for config in (cases.RAW, cases.LOW)]
+    plans = [LayerPlan.from_config(config) for config in (cases.RAW, cases.LOW, cases.STATIC)]
     streams = [(plan.keys.options.resolved(), plan.values.options.resolved()) for plan in plans]
     shapes = [AttentionShape(64, "float32", 2, *options) for options in streams]
     wanted = [x for shape in shapes for x in kernel_instances(shape) if x.file != "repack.cuh"]
@@ -60,3 +64,25 @@ def test_logits_are_close_at_low_bits(stand_ins: tuple[Path, str], family: str, 
 
 def test_changes_of_a_cache(stand_ins: tuple[Path, str]) -> None:
     check(stand_ins, "changes")
+
+
+def test_a_captured_step_is_replayed(stand_ins: tuple[Path, str]) -> None:
+    check(stand_ins, "replayed")
+
+
+def test_the_script_for_a_gpu(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
+    """`gpu/check_generation.py` with tiny models and with one from a directory, as check.sh calls it."""
+    driver, nvrtc = stand_ins
+    model = tiny_directory.save(tmp_path / "model", "llama", head_dim=64, num_hidden_layers=2)
+    script = Path(__file__).parent / "gpu" / "check_generation.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--small", "--model", str(model)]
+    command += ["--prompt-tokens", "420", "--new-tokens", "5", "--json", str(tmp_path / "found.json")]
+    paths = os.pathsep.join(filter(None, (str(driver), os.environ.get("LD_LIBRARY_PATH"))))
+    own = {"LD_LIBRARY_PATH": paths, "PYTHONPATH": os.pathsep.join(sys.path), "SKVQ_NVRTC": nvrtc, "SKVQ_CACHE_DIR": ""}
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [check["kind"] for check in found["checks"]] == ["tokens", "logits", "tokens", "logits"]
+    assert all(check["passed"] for check in found["checks"])
+    assert 0.0 < found["checks"][3]["error"] < found["checks"][3]["limit"]
+    assert found["card"]["name"].startswith("Emulated")

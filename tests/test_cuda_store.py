@@ -49,6 +49,89 @@ def test_programs_leave_what_the_cpu_has(driver: Path, nvrtc: str, name: str) ->
     assert printed == "equal\n"
 
 
+@pytest.mark.parametrize("name", ["static", "parts", "padded", "other formats, two tiles", "no sinks, window of one"])
+def test_a_captured_step_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
+    printed, _ = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name)
+    assert printed == "equal\n"
+
+
+def test_a_replayed_step_waits_for_nothing(driver: Path, nvrtc: str) -> None:
+    _, seen = run_code(REPLAYS, driver, nvrtc, FAKE_CUDA_LOG="1")
+    assert "synchronize" not in seen.split("prompt\n")[1]
+
+
+REPLAYS = """
+import torch
+pair = cases.Pair(cases.CASES["static"], nvrtc)
+generator = torch.Generator().manual_seed(0)
+pair.append(*pair.rows(generator, 60))
+print("prompt", file=sys.stderr, flush=True)
+pair.cuda.reserve(200)
+step = cases.Step(pair, generator)
+step.on_cuda()
+pair.cuda.begin_capture()
+replay = cases.capture(step.on_cuda, pair.memory)
+pair.cuda.end_capture()
+for _ in range(5):
+    replay()
+pair.cuda.replayed(5)
+"""
+
+
+NOT_CAPTURED = """
+import torch
+def pair_of(name, prompt):
+    pair = cases.Pair(cases.CASES[name], nvrtc)
+    generator = torch.Generator().manual_seed(0)
+    if prompt:
+        pair.append(*pair.rows(generator, prompt))
+    return pair, generator
+refused = cases.refused
+empty, _ = pair_of("static", 0)
+refused(lambda: empty.cuda.reserve(100), "reserve: expected at least one token, found 0")
+refused(empty.cuda.begin_capture, "begin_capture: expected a layer with reserve(tokens)")
+kinds = {"blocks": "statistics of blocks of keys", "raw": "raw rows of keys", "raw values": "raw rows of values"}
+for name, what in kinds.items():
+    refused(lambda: pair_of(name, 50)[0].cuda.reserve(100), f"reserve with {what} on a GPU is not supported")
+short, generator = pair_of("static", 10)
+refused(short.cuda.begin_capture, "expected a layer with reserve(tokens), found one that grows as it needs")
+refused(lambda: short.cuda.reserve(10), "tokens: expected more than the 10 that there are, found 10")
+refused(short.cuda.end_capture, "end_capture: expected begin_capture() before")
+refused(lambda: short.cuda.replayed(1), "replayed: expected a captured step, found none")
+short.cuda.reserve(40)
+refused(short.cuda.begin_capture, "begin_capture: expected a full window, 23 tokens, found 10")
+short.append(*short.rows(generator, 30))
+refused(short.cuda.begin_capture, "begin_capture: expected fewer than the 40 reserved tokens, found 40")
+short.cuda.reserve(60)
+step = cases.Step(short, generator)
+step.on_cuda()
+step.on_cpu()
+short.cuda.begin_capture()
+refused(short.cuda.begin_capture, "begin_capture: expected end_capture() before")
+two = short.rows(generator, 2)
+refused(lambda: short.cuda.append(*two), "in a capture one append of one token, without queries, found 2 tokens")
+mask = torch.zeros(1, 1, 1, 41)
+refused(lambda: short.cuda.attend(step.query, step.found, scale=1.0, mask=mask), "without a mask, found a mask")
+fresh = {"fresh_keys": step.keys, "fresh_values": step.values}
+refused(lambda: short.cuda.attend(step.query, step.found, scale=1.0, **fresh), "found rows of the call itself")
+refused(lambda: short.cuda.crop(5), "crop: expected one append and attention in a capture")
+refused(lambda: short.cuda.decode_keys(two[0]), "decode: expected one append and attention in a capture")
+cases.capture(step.on_cuda, short.memory)
+refused(step.on_cuda, "found another one")
+short.cuda.end_capture()
+refused(lambda: short.cuda.attend(step.query, step.found, scale=1.0), "attend: expected replayed(steps) before")
+short.cuda.replayed(0)
+short.cuda.release_capture()
+short.check(generator)
+print("refused")
+"""
+
+
+def test_what_cannot_be_captured_says_why(driver: Path, nvrtc: str) -> None:
+    printed, _ = run_code(NOT_CAPTURED, driver, nvrtc)
+    assert printed == "refused\n"
+
+
 def test_splits_of_many_pages(driver: Path, nvrtc: str) -> None:
     for name in ("blocks", "long blocks"):
         printed, _ = run_code("cases.main(nvrtc, rest[0])", driver, nvrtc, name, FAKE_CUDA_MULTIPROCESSORS="1")

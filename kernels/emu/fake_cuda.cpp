@@ -1,7 +1,8 @@
 // A libcuda.so.1 for machines without a GPU: device memory is the host's, a launch runs the host's instance of the same mangled name.
 //
-// Is: what loaders, streams, events and copies of a backend need, so that its real launch code runs. Is not: asynchronous (every call is
-// done when it returns), nor a check of a CUBIN beyond its first bytes. Instances are those of the table in EMULATED_INSTANCES.
+// Is: what loaders, streams, events and copies of a backend need, so that its real launch code runs; capture of a stream's launches, copies and
+// fills into a graph, which replays them with the parameters that they had. Is not: asynchronous (every call is done when it returns), nor a
+// check of a CUBIN beyond its first bytes. Instances are those of the table in EMULATED_INSTANCES.
 // FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 80. FAKE_CUDA_MULTIPROCESSORS: 108. FAKE_CUDA_LOG: launches and waits are told on stderr.
 #ifndef EMULATED_INSTANCES
 #define EMULATED_INSTANCES "instances.hpp"
@@ -12,11 +13,16 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <map>
+#include <vector>
+
+#include "registry.hpp"
 
 extern "C" int run_emulated(const char* function, const unsigned* grid, const unsigned* block, unsigned shared_bytes, const void* params);
 
 namespace {
-enum Status { success = 0, invalid_value = 1, no_device = 100, invalid_device = 101, invalid_image = 200, not_found = 500 };
+enum Status { success = 0, invalid_value = 1, no_device = 100, invalid_device = 101, invalid_image = 200, not_found = 500, not_while_capturing = 900 };
 using Handle = void*;
 using Address = unsigned long long;
 
@@ -48,6 +54,19 @@ int release(Address address) {
 }
 int fill(Address to, unsigned char value, size_t count) {
     std::memset(reinterpret_cast<void*>(to), value, count);
+    return success;
+}
+/// What a stream was given while it was captured; replayed in order.
+struct Graph {
+    std::vector<std::function<int()>> nodes;
+};
+std::map<Handle, Graph*> captures;
+
+/// Runs work, or records it where its stream is being captured.
+int put(Handle stream, std::function<int()> work) {
+    const auto found = captures.find(stream);
+    if (found == captures.end()) return work();
+    found->second->nodes.push_back(std::move(work));
     return success;
 }
 double now() { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -127,7 +146,14 @@ DRIVER cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, un
         std::fprintf(stderr, "launch %s grid %u,%u,%u block %u stream %p\n", instance.mangled.c_str(), gx, gy, gz, bx * by * bz, stream);
     }
     if (!gx || !gy || !gz || bx * by * bz > 1024) return invalid_value;
-    return run_emulated(instance.mangled.c_str(), grid, block, shared_bytes, params[0]);
+    if (captures.empty()) return run_emulated(instance.mangled.c_str(), grid, block, shared_bytes, params[0]);
+    // A graph has its own copy of the parameters.
+    const char* bytes = static_cast<const char*>(params[0]);
+    std::vector<char> kept(bytes, bytes + instance.params_bytes);
+    return put(stream, [=, &instance] {
+        const unsigned sizes[3] = {gx, gy, gz}, threads[3] = {bx, by, bz};
+        return run_emulated(instance.mangled.c_str(), sizes, threads, shared_bytes, kept.data());
+    });
 }
 
 DRIVER cuMemAlloc_v2(Address* address, size_t bytes) { return allocate(address, bytes); }
@@ -135,7 +161,9 @@ DRIVER cuMemAllocAsync(Address* address, size_t bytes, Handle) { return allocate
 DRIVER cuMemFree_v2(Address address) { return release(address); }
 DRIVER cuMemFreeAsync(Address address, Handle) { return release(address); }
 DRIVER cuMemcpy(Address to, Address from, size_t bytes) { return copy(to, from, bytes); }
-DRIVER cuMemcpyAsync(Address to, Address from, size_t bytes, Handle) { return copy(to, from, bytes); }
+DRIVER cuMemcpyAsync(Address to, Address from, size_t bytes, Handle stream) {
+    return put(stream, [=] { return copy(to, from, bytes); });
+}
 DRIVER cuMemcpyHtoD_v2(Address to, const void* from, size_t bytes) { return copy(to, reinterpret_cast<Address>(from), bytes); }
 DRIVER cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, Handle) { return copy(to, reinterpret_cast<Address>(from), bytes); }
 DRIVER cuMemcpyDtoH_v2(void* to, Address from, size_t bytes) { return copy(reinterpret_cast<Address>(to), from, bytes); }
@@ -143,17 +171,40 @@ DRIVER cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, Handle) { retu
 DRIVER cuMemcpyDtoD_v2(Address to, Address from, size_t bytes) { return copy(to, from, bytes); }
 DRIVER cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, Handle) { return copy(to, from, bytes); }
 DRIVER cuMemsetD8_v2(Address to, unsigned char value, size_t count) { return fill(to, value, count); }
-DRIVER cuMemsetD8Async(Address to, unsigned char value, size_t count, Handle) { return fill(to, value, count); }
+DRIVER cuMemsetD8Async(Address to, unsigned char value, size_t count, Handle stream) {
+    return put(stream, [=] { return fill(to, value, count); });
+}
 
 DRIVER cuStreamCreate(Handle* stream, unsigned) { return *stream = new char, success; }
 DRIVER cuStreamDestroy_v2(Handle stream) { return delete static_cast<char*>(stream), success; }
 DRIVER cuStreamSynchronize(Handle stream) {
     if (std::getenv("FAKE_CUDA_LOG")) std::fprintf(stderr, "synchronize stream %p\n", stream);
-    return success;
+    return captures.count(stream) ? not_while_capturing : success;
 }
 DRIVER cuStreamQuery(Handle) { return success; }
 DRIVER cuStreamWaitEvent(Handle, Handle, unsigned) { return success; }
-DRIVER cuStreamIsCapturing(Handle, int* capturing) { return *capturing = 0, success; }
+DRIVER cuStreamIsCapturing(Handle stream, int* capturing) { return *capturing = captures.count(stream) ? 1 : 0, success; }
+DRIVER cuStreamBeginCapture_v2(Handle stream, int) {
+    if (captures.count(stream)) return not_while_capturing;
+    return captures[stream] = new Graph, success;
+}
+DRIVER cuStreamEndCapture(Handle stream, Handle* graph) {
+    const auto found = captures.find(stream);
+    if (found == captures.end()) return invalid_value;
+    *graph = found->second;
+    captures.erase(found);
+    return success;
+}
+/// An executable graph is the graph itself.
+DRIVER cuGraphInstantiateWithFlags(Handle* executable, Handle graph, unsigned long long) { return *executable = graph, success; }
+DRIVER cuGraphLaunch(Handle executable, Handle stream) {
+    for (const auto& node : static_cast<Graph*>(executable)->nodes) {
+        if (const int status = put(stream, node)) return status;
+    }
+    return success;
+}
+DRIVER cuGraphExecDestroy(Handle) { return success; }
+DRIVER cuGraphDestroy(Handle graph) { return delete static_cast<Graph*>(graph), success; }
 DRIVER cuEventCreate(Handle* event, unsigned) { return *event = new Event, success; }
 DRIVER cuEventDestroy_v2(Handle event) { return delete static_cast<Event*>(event), success; }
 DRIVER cuEventRecord(Handle event, Handle) { return static_cast<Event*>(event)->time = now(), success; }

@@ -487,15 +487,46 @@ class CudaLayer:
     def set_padding(self, padding: Sequence[int]) -> None:
         """As :meth:`Layer.set_padding`."""
     def crop(self, length: int) -> None:
-        """As :meth:`Layer.crop`."""
+        """As :meth:`Layer.crop`; what was reserved is given back."""
     def gather(self, indices: Sequence[int]) -> None:
         """As :meth:`Layer.gather`; sinks, window and tables are copied, pages are not."""
+    def reserve(self, tokens: int) -> None:
+        """Take pages for so many tokens in all, so that a step of one token can be captured and replayed.
+
+        Raises:
+            SkvqError: an empty layer, fewer tokens than there are, statistics of blocks, or raw rows.
+        """
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that there are pages for; None in a layer that grows as it needs."""
+    def begin_capture(self) -> None:
+        """What follows is recorded by the caller's graph and does not run: one append of one token, then attention of
+        single queries without a mask. Keys, values, queries and outputs stay where they are; kernels must have run
+        before. The recorded launches read lengths on the device, and each replay adds a token.
+
+        Raises:
+            SkvqError: nothing is reserved or all of it is used, the window is not full, or a copy shares the last page.
+        """
+    def end_capture(self) -> None:
+        """The layer holds what it held before, and a captured step may run at any time. Until `release_capture`
+        the layer can neither be cropped, gathered, copied nor reset.
+        """
+    def replayed(self, steps: int) -> None:
+        """The captured step has run so many times since this was last called; before the first call nothing else is
+        done with the layer. Raises SkvqError if there are no pages for as many tokens.
+        """
+    def release_capture(self) -> None:
+        """No captured step will run any more."""
     def reset(self) -> None:
         """As :meth:`Layer.reset`."""
     def clone(self) -> CudaLayer:
         """An independent layer that shares all pages until one of them is written."""
     def nonfinite_rows(self) -> int:
-        """Packed rows of keys, and of values, that were not finite. Waits for the stream."""
+        """Packed rows of keys, and of values, that were not finite. Waits for the stream.
+
+        Raises:
+            SkvqError: a captured step was replayed more often than the layer was told, or than there is room for.
+        """
     @property
     def length(self) -> int:
         """T."""

@@ -7,14 +7,15 @@ Is not: the store (the native module), the handles (packed.py), or one layer's p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ._native import SkvqError
+from ._native import CudaLayer, SkvqError
 from .attention import register_attention
 from .config import SkvqConfig
 from .display import LayerFigures, html_table, text_table
@@ -197,6 +198,89 @@ class QuantizedDynamicCache(Cache):
             apply_to_stock(layer)
         for layer in self._packed_layers():
             layer.gather(rows)
+
+    # ---- steps on a GPU that are captured in a graph and replayed ----------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Take memory for so many tokens in all, so that a decode step can be captured; after the prompt.
+
+        For layers without statistics of blocks: plans, and options with `block=0`. The layer may still grow beyond
+        that, but not by replays. A crop gives back what was reserved.
+
+        Raises:
+            SkvqError: a layer is not on a GPU, has statistics of blocks or raw rows, or as many tokens already.
+        """
+        for layer, store in self._stores_on_gpu("reserve"):
+            try:
+                store.reserve(tokens)
+            except SkvqError as error:
+                raise SkvqError(f"layer {layer.index}: {error}") from None
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """A step of one token inside, with a graph of torch's around it, is recorded and does not run.
+
+        The model must have made a step before, takes positions from a tensor, and no mask. Afterwards each replay adds
+        the token that lies in the step's input then; `replayed` tells the cache. Until `release_capture` it can be
+        neither cropped, reordered, copied nor reset.
+
+        Example:
+            >>> cache.reserve(prompt.shape[1] + 1000)
+            >>> with cache.capturing(), torch.cuda.graph(graph):
+            ...     logits = model(token, position_ids=position, past_key_values=cache).logits
+            ...     token.copy_(logits[:, -1:].argmax(-1))
+            ...     position.add_(1)
+            >>> for _ in range(1000):
+            ...     graph.replay()
+            >>> cache.replayed(1000)
+        """
+        begun: list[tuple[PackedLayer, CudaLayer]] = []
+        try:
+            for layer, store in self._stores_on_gpu("capturing"):
+                try:
+                    store.begin_capture()
+                except SkvqError as error:
+                    raise SkvqError(f"layer {layer.index}: {error}") from None
+                begun.append((layer, store))
+            self._counts.capturing = True
+            yield
+        except BaseException:
+            for _, store in begun:
+                store.end_capture()
+                store.replayed(0)  # what was recorded in vain does not run
+            raise
+        else:
+            for _, store in begun:
+                store.end_capture()
+        finally:
+            self._counts.capturing = False
+            for layer, _ in begun:
+                layer.version += 1
+
+    def replayed(self, steps: int = 1) -> None:
+        """The captured step has run so many times since this was last called. Needed before any other use of the cache.
+
+        Raises:
+            SkvqError: nothing is captured, or the tokens are more than were reserved.
+        """
+        for layer, store in self._stores_on_gpu("replayed"):
+            store.replayed(steps)
+            layer.version += 1
+
+    def release_capture(self) -> None:
+        """No captured step will run any more: the cache may change in every way again."""
+        for _, store in self._stores_on_gpu("release_capture"):
+            store.release_capture()
+
+    def _stores_on_gpu(self, operation: str) -> list[tuple[PackedLayer, CudaLayer]]:
+        found = []
+        for index, layer in enumerate(self.layers):
+            store = layer.native if isinstance(layer, PackedLayer) and layer.is_initialized else None
+            if not isinstance(store, CudaLayer):
+                kind = type(layer).__name__ if store is None else "a store on the CPU"
+                raise SkvqError(f"{operation}: layer {index}: {kind}, expected a packed layer with tokens on a GPU")
+            found.append((layer, store))
+        return found
 
     # ---- figures -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate | weights`,
-and the commands of evaluate/cli.py, calibrate/cli.py and weights/cli.py.
+"""The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate | weights |
+capacity`, and the commands of evaluate/cli.py, calibrate/cli.py and weights/cli.py.
 
 Only parses arguments, calls what does the work, writes JSON and plots, and turns expected errors into one line and
-exit status 1. torch and transformers are imported when a command runs, not before.
+exit status 1. A benchmark that found its outputs wrong has exit status 3. torch and transformers are imported when a
+command runs, not before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from .arguments import (
     resolve_dtype,
     whole_number,
 )
+
+WRONG = 3
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -86,22 +90,32 @@ def _fields(options: type, arguments: argparse.Namespace) -> dict[str, Any]:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
 
-    attend = bench.add_parser("attend", help="decode attention on packed bytes against torch SDPA")
-    attend.add_argument("--quick", action="store_true", help="8:32 heads, batch 1, 4K and 32K tokens only")
+    attend = bench.add_parser("attend", help="decode attention on packed bytes against torch SDPA and others")
+    attend.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
+    attend.add_argument("--quick", action="store_true", help="8:32 heads, batch 1, two lengths only")
     attend.add_argument("--formats", type=_format, nargs="+", metavar="F", help="such as K2V1.6 K4V4 raw")
-    attend.add_argument("--heads", type=_heads, nargs="+", metavar="KV:QUERY", help="(default: 8:32 32:32)")
+    attend.add_argument(
+        "--heads", type=_heads, nargs="+", metavar="KV:QUERY", help="(default: 8:32 32:32; cuda: 8:8 8:32 8:64)"
+    )
     attend.add_argument("--batches", type=whole_number(1), nargs="+", metavar="N", help="(default: 1 8)")
-    attend.add_argument("--tokens", type=whole_number(1), nargs="+", metavar="N", help="(default: 4096 … 131072)")
+    attend.add_argument(
+        "--tokens", type=whole_number(1), nargs="+", metavar="N", help="(default: 4096 … 131072; cuda: 32768 … 524288)"
+    )
     attend.add_argument("--head-dim", type=whole_number(16), metavar="D", help="(default: 128)")
-    attend.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 9)")
+    attend.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 9; cuda: 30)")
     attend.add_argument(
         "--no-static", dest="static", action="store_false", default=None, help="leave out formats without statistics"
     )
     attend.add_argument(
-        "--warm", action="store_true", default=None, help="do not clear the processor's caches between calls"
+        "--warm", action="store_true", default=None, help="cpu: do not clear the processor's caches between calls"
     )
     attend.add_argument(
-        "--memory-share", type=float, metavar="X", help="of the available memory one shape may take (default: 0.6)"
+        "--memory-share", type=float, metavar="X", help="cpu: of the available memory one shape may take (default: 0.6)"
+    )
+    attend.add_argument("--dtype", choices=DTYPES[1:], help="cuda: of keys, values and queries (default: float16)")
+    attend.add_argument("--budget", type=float, metavar="S", help="cuda: seconds after which no further shape begins")
+    attend.add_argument(
+        "--no-peers", dest="peers", action="store_false", default=None, help="cuda: time packed rows only"
     )
     add_output(attend, plot=True)
     attend.set_defaults(run=_run_attend)
@@ -152,6 +166,45 @@ def _add_bench(commands: Any) -> None:
     add_output(weights, plot=False)
     weights.set_defaults(run=_run_simple, benchmark_name="weights", options_name="WeightsOptions")
 
+    _add_capacity(bench)
+
+
+def _add_capacity(bench: Any) -> None:
+    parser = bench.add_parser(
+        "capacity",
+        help="the longest context that fits beside a model's weights, and its decode rate",
+        description="Builds a model with random weights (by default of the shape of Llama 2 7B), grows its packed "
+        "cache until no more fits, and times decoding on the way.",
+    )
+    parser.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:N or cpu (default: %(default)s)")
+    parser.add_argument("--config", metavar="PATH", help="directory or file of a model's configuration")
+    for option, default, text in (
+        ("--layers", 32, "of the model without --config"),
+        ("--heads", 32, "query heads, likewise"),
+        ("--kv-heads", "those of --heads", "likewise"),
+        ("--head-dim", 128, "likewise"),
+        ("--intermediate", 11008, "likewise"),
+        ("--vocabulary", 32000, "likewise"),
+        ("--chunk", 2048, "tokens by which the cache grows at a time"),
+        ("--steps", 16, "tokens that are decoded and timed at a length"),
+    ):
+        parser.add_argument(option, type=whole_number(1), metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="of the weights (default: float16)")
+    parser.add_argument("--format", type=_format, metavar="F", help="of the cache (default: K2V1.6)")
+    parser.add_argument("--static", action="store_true", default=None, help="without statistics of blocks of rows")
+    parser.add_argument("--plan", metavar="FILE", help="of the cache, calibrated for --config")
+    parser.add_argument(
+        "--fill",
+        choices=("rows", "prefill"),
+        help="grow by random keys and values, or let the model read random tokens, in a time that is quadratic in the "
+        "length (default: rows)",
+    )
+    parser.add_argument("--tokens", type=whole_number(2), metavar="N", help="show that so many fit, and stop there")
+    parser.add_argument("--limit-gib", type=float, metavar="X", help="of weights and cache (default: the device's)")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds after which the cache grows no further")
+    add_output(parser, plot=True)
+    parser.set_defaults(run=_run_capacity)
+
 
 def _add_warmup(commands: Any) -> None:
     parser = commands.add_parser(
@@ -184,7 +237,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     arguments.load_average = warn_if_busy()
 
 
-def _finish(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+def _finish(report: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """Writes what is wanted of a report. Returns the exit status: `WRONG` if an output was."""
     report["load_average_at_start"] = arguments.load_average
     if arguments.json is not None:
         from .bench.machine import write_json
@@ -194,26 +248,57 @@ def _finish(report: dict[str, Any], arguments: argparse.Namespace) -> None:
         from .bench.plot import plot
 
         plot(report, arguments.plot)
+    return WRONG if report.get("wrong") else 0
 
 
-def _run_attend(arguments: argparse.Namespace) -> None:
-    from .bench.attend import AttendOptions, run_attend
-
+def _run_attend(arguments: argparse.Namespace) -> int:
+    on_cpu = arguments.device == "cpu"
+    module = import_module("skvq.bench.attend" if on_cpu else "skvq.bench.attend_cuda")
+    options = module.AttendOptions if on_cpu else module.CudaAttendOptions
+    run = module.run_attend if on_cpu else module.run_attend_cuda
+    given = _tuples(_fields(options, arguments))
+    for name in ("warm", "memory_share", "dtype", "budget", "peers"):
+        if getattr(arguments, name) is not None and name not in given:
+            raise ValueError(f"{name}={getattr(arguments, name)!r}: not an option of --device {arguments.device}")
     _prepare(arguments)
-    quick = AttendOptions().quick() if arguments.quick else AttendOptions()
-    given = _tuples(_fields(AttendOptions, arguments))
-    _finish(run_attend(AttendOptions(**(vars(quick) | given))), arguments)
+    start = options().quick() if arguments.quick else options()
+    more = {} if on_cpu else {"partial": _writer(arguments)}
+    return _finish(run(options(**(vars(start) | given)), **more), arguments)
 
 
-def _run_simple(arguments: argparse.Namespace) -> None:
+def _run_capacity(arguments: argparse.Namespace) -> int:
+    from .bench.capacity import CapacityOptions, run_capacity
+
+    for name in ("layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary"):
+        if arguments.config is not None and (size := getattr(arguments, name)) is not None:
+            raise ValueError(f"{name}={size}: expected none beside config={arguments.config!r}, which says it")
+    if arguments.plan is not None and (arguments.format is not None or arguments.static):
+        raise ValueError(
+            f"format, static: expected neither beside plan={arguments.plan!r}, which says how rows are packed"
+        )
+    _prepare(arguments)
+    options = CapacityOptions(**_fields(CapacityOptions, arguments))
+    return _finish(run_capacity(options, partial=_writer(arguments)), arguments)
+
+
+def _writer(arguments: argparse.Namespace) -> Callable[[dict[str, Any]], None]:
+    """Writes a report that is not complete, where one is wanted, so that it outlives an interruption."""
+    from .bench.machine import write_json
+
+    def write(report: dict[str, Any]) -> None:
+        if arguments.json is not None:
+            write_json(report | {"load_average_at_start": arguments.load_average}, arguments.json)
+
+    return write
+
+
+def _run_simple(arguments: argparse.Namespace) -> int:
     """Every benchmark whose module has `run_NAME(OPTIONS)`."""
-    from importlib import import_module
-
     _prepare(arguments)
     module = import_module(f"skvq.bench.{arguments.benchmark_name}")
     options = getattr(module, arguments.options_name)
     run = getattr(module, f"run_{arguments.benchmark_name}")
-    _finish(run(options(**_tuples(_fields(options, arguments)))), arguments)
+    return _finish(run(options(**_tuples(_fields(options, arguments)))), arguments)
 
 
 def _version() -> str:
@@ -250,10 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         resolve_dtype(arguments)
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except (ExtraNotInstalledError, ModelFileError, ValueError, OSError) as error:
         print(f"skvq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0

@@ -88,7 +88,7 @@ class PackedLayer(CacheLayerMixin):
         except SkvqError as error:
             raise SkvqError(f"layer {self.index}: {error}") from None
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._heads, self._key_dim, self._value_dim = heads, key_dim, value_dim
+        self._heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
         self.is_initialized = True
 
     def update(
@@ -207,7 +207,7 @@ class PackedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return None
         batch = self.native.batch_size if self.native.length else keys.shape[0]
-        for name, x, head_dim in (("key_states", keys, self._key_dim), ("value_states", values, self._value_dim)):
+        for name, x, head_dim in (("key_states", keys, self.key_dim), ("value_states", values, self.value_dim)):
             if (x.shape[0], x.shape[1], x.shape[3]) != (batch, self._heads, head_dim) or x.dtype != self.dtype:
                 return (
                     f"{name}: {x.dtype} {tuple(x.shape)}, expected {self.dtype} with batch {batch}, {self._heads} "
@@ -265,14 +265,14 @@ class PackedLayer(CacheLayerMixin):
 
     def _shape(self, is_key: bool) -> tuple[int, int, int, int]:
         native = self.native
-        return native.batch_size, self._heads, native.length, self._key_dim if is_key else self._value_dim
+        return native.batch_size, self._heads, native.length, self.key_dim if is_key else self.value_dim
 
     def figures(self) -> LayerFigures:
         """Regions, bytes and elements, for tables."""
         if not self.get_seq_length():
             return LayerFigures(self.kind, 0, 0, 0, 0, 0, self.nbytes, 0)
         native = self.native
-        elements = native.batch_size * self._heads * native.length * (self._key_dim + self._value_dim)
+        elements = native.batch_size * self._heads * native.length * (self.key_dim + self.value_dim)
         regions = (native.sink_tokens, native.packed_tokens, native.window_tokens)
         return LayerFigures(self.kind, native.batch_size, self._heads, *regions, self.nbytes, elements)
 

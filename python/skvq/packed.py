@@ -51,6 +51,7 @@ class AttentionCounts:
         self.warned = False
         self.looked_for_padding = False
         self.warned_of_gradients = False
+        self.capturing = False  # launches are recorded and do not run
         self.score_noise: dict[int, float] = {}  # by layer
         self.warned_of_noise = False
 
@@ -154,7 +155,11 @@ class Snapshot:
         source.counts.packed += 1
         if source.wants_queries:
             source.take_queries(query)
-        if source.index not in source.counts.score_noise and source.native.packed_tokens:
+        if (
+            source.index not in source.counts.score_noise
+            and source.native.packed_tokens
+            and not source.counts.capturing
+        ):
             self._estimate_noise(query, scale)
         return output
 

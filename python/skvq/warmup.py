@@ -24,7 +24,7 @@ _MOST_PARTS = 8
 _REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of src/FORMAT.md and a device's pages
 _QUERY_TILE, _MOST_TILES = 8, 2  # of kernels/state.cuh, and of a block of attention in src/cuda/store/attend.rs
 _MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")]
-_MOVING += [("clear_rows", "u16"), ("poke", "FewWords"), ("poke", "ManyWords")]
+_MOVING += [("clear_rows", "u16"), ("advance", "i32"), ("poke", "FewWords"), ("poke", "ManyWords")]
 
 
 @dataclass(frozen=True)

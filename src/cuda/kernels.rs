@@ -158,6 +158,11 @@ impl Kernels {
         Ok(kernels)
     }
 
+    /// The kernel that counts one more token in a step that is replayed.
+    pub fn advance(&self) -> Result<Arc<Function>> {
+        self.load("rows.cuh", "advance", &["skvq::i32"])
+    }
+
     /// The kernel behind an estimate of the keys' noise.
     pub fn scale_squares(&self) -> Result<Arc<Function>> {
         self.load("noise.cuh", "scale_squares", &[&self.names.layouts[Side::Keys as usize]])

@@ -59,13 +59,14 @@ struct PoolState {
 }
 
 impl PoolState {
-    /// The next `count` free pages, the first one last; or how many more there should be.
-    fn take(&mut self, count: usize) -> Result<Vec<u64>, usize> {
-        match self.free.len().checked_sub(count) {
-            Some(kept) => Ok(self.free.split_off(kept)),
+    /// The next `count` free pages, the first one last; or how many more there must be, and how many there should.
+    fn take(&mut self, count: usize) -> Result<Vec<u64>, [usize; 2]> {
+        let Some(kept) = self.free.len().checked_sub(count) else {
+            let missing = count - self.free.len();
             // An eighth more than there are: a growing cache asks seldom, and holds little that it does not use.
-            None => Err((count - self.free.len()).max(self.pages / 8)),
-        }
+            return Err([missing, missing.max(self.pages / 8)]);
+        };
+        Ok(self.free.split_off(kept))
     }
 
     /// Free pages of a block are used after those that are free already.
@@ -95,16 +96,18 @@ impl PagePool {
     /// `count` pages that nobody else has, with anything in them; none on an error.
     pub fn take(self: &Arc<Self>, count: usize) -> Result<Vec<Arc<Page>>> {
         loop {
-            let missing = match self.state().take(count) {
+            let [missing, wanted] = match self.state().take(count) {
                 Ok(addresses) => {
                     let own = |address| Arc::new(Page { address, pool: Arc::clone(self) });
                     return Ok(addresses.into_iter().rev().map(own).collect());
                 }
-                Err(missing) => missing,
+                Err(sizes) => sizes,
             };
             // Without the lock: lending may wait for Python's interpreter, and who holds that may wait for the lock.
-            let block = self.memory.allocate(missing * self.page_bytes)?;
-            self.state().add(block, missing, self.page_bytes);
+            let lend = |pages: usize| Ok((self.memory.allocate(pages * self.page_bytes)?, pages));
+            let (block, pages) =
+                lend(wanted).or_else(|error| if wanted > missing { lend(missing) } else { Err(error) })?;
+            self.state().add(block, pages, self.page_bytes);
         }
     }
 
@@ -159,6 +162,28 @@ mod tests {
         assert!(again.iter().all(|page| page.address() != shared.address()));
         assert_eq!(*memory.0.lock().unwrap(), [16 * 64, 2 * 64]);
         assert_eq!(pool.bytes(), 18 * 64);
+    }
+
+    /// Lends no more than so many bytes at a time.
+    struct Little(usize);
+
+    impl Memory for Little {
+        fn allocate(&self, bytes: usize) -> Result<Block> {
+            if bytes > self.0 {
+                return Err(Error::state("allocate", format!("{bytes} bytes"), "no memory left"));
+            }
+            Block::new(1 << 20, bytes, Box::new(()))
+        }
+    }
+
+    #[test]
+    fn where_memory_is_short_a_pool_takes_only_what_it_needs() {
+        let pool = PagePool::new(64, Arc::new(Little(32 * 64)));
+        // From 264 pages on an eighth is more than is lent.
+        let pages: Vec<_> = (0..13).map(|_| pool.take(32).unwrap()).collect();
+        assert_eq!(pool.bytes(), pages.len() * 32 * 64);
+        assert!(pool.take(40).is_err());
+        assert_eq!(pool.bytes(), pages.len() * 32 * 64);
     }
 
     /// Refuses to lend while the pool that asks is locked.

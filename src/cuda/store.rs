@@ -1,6 +1,6 @@
 //! One attention layer's store on a GPU: sinks | packed past | window, as `layer.rs` has it on the CPU, and the same rows in each.
 //!
-//! What it is: which kernels run on which rows, in `append.rs` (with `room.rs` and `queries.rs`), `attend.rs` (with `launches.rs`), `batch.rs`, `decode.rs` and `noise.rs`; here what is held. Packed rows lie in
+//! What it is: which kernels run on which rows, in `append.rs` (with `room.rs` and `queries.rs`), `attend.rs` (with `launches.rs`), `batch.rs`, `decode.rs`, `noise.rs` and `fixed.rs` (steps that are replayed); here what is held. Packed rows lie in
 //! reference-counted pages (`memory.rs`), found by the device through a table; a shared page is copied when it is written. Sinks lie in an
 //! array, the window in a ring, `[batch, kv heads, rows, D]` each. The host knows every length, so nothing waits for the device; the device
 //! has them too, written by the launches themselves (`poke`). What it is not: an owner of memory or streams, which are torch's, nor fit for
@@ -10,6 +10,7 @@ mod append;
 mod attend;
 mod batch;
 mod decode;
+mod fixed;
 mod launches;
 mod noise;
 mod queries;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 pub use attend::{AttendCall, DeviceMask};
 
+use self::fixed::{Reserved, Steps};
 use self::queries::Seen;
 use super::constants::{CodecConstants, SpanTable};
 use super::device::Device;
@@ -77,6 +79,7 @@ pub struct CudaLayer {
     blocks: usize,
     /// None before the first append.
     held: Option<Held>,
+    steps: Steps,
 }
 
 /// What a batch has in device memory.
@@ -95,6 +98,8 @@ struct Held {
     spans: Option<Arc<SpanTable>>,
     /// None before the first queries.
     queries: Option<Seen>,
+    /// None in a layer that grows as it needs.
+    reserved: Option<Reserved>,
 }
 
 /// One stream of a batch.
@@ -114,10 +119,12 @@ struct SideRows {
 struct State;
 
 impl State {
-    /// i32: packed rows, sinks, window rows, 0.
+    /// i32: packed rows, sinks, window rows, where the window begins in the rings.
     const LENGTHS: u64 = 0;
     /// i32: rows that could not be encoded.
     const REFUSED: u64 = 16;
+    /// i32: replayed steps for which there was no room.
+    const OVERFLOW: u64 = 20;
     /// i32 `[batch]`: position of the first packed row. Behind it, from a multiple of 8 bytes on, tokens of padding.
     const ORIGINS: u64 = 32;
 
@@ -201,7 +208,8 @@ impl CudaLayer {
             ]
         };
         let shared = Arc::new(Shared { spec, kernels, memory, workspace_bytes, constants });
-        Ok(Self { shared, regions: Regions::default(), padding: Vec::new(), blocks: 0, held: None })
+        let steps = Steps::Eager;
+        Ok(Self { shared, regions: Regions::default(), padding: Vec::new(), blocks: 0, held: None, steps })
     }
 
     pub fn spec(&self) -> &LayerSpec {
@@ -235,6 +243,7 @@ impl CudaLayer {
     /// # Safety
     /// As [`Self::append`].
     pub unsafe fn crop(&mut self, length: usize, stream: Stream) -> Result<()> {
+        self.expect_eager("crop")?;
         if length > self.regions.total() {
             return Err(Error::value("length", format!("at most {}", self.regions.total()), length));
         }
@@ -243,8 +252,10 @@ impl CudaLayer {
             for side in &mut held.sides {
                 side.pages.iter_mut().for_each(|pages| pages.truncate(regions.packed.div_ceil(PAGE_ROWS)));
             }
+            // The tables know pages that are reserved behind those that the crop gives back.
+            held.reserved = None;
             // SAFETY: the caller's promise.
-            unsafe { self.shared.kernels.poke(&length_words(held.lengths(), regions), stream) }?;
+            unsafe { self.shared.kernels.poke(&length_words(held.lengths(), regions, held.ring_first), stream) }?;
         }
         if let Some(complete) = (regions.packed + regions.window).checked_div(self.block_rows()) {
             self.blocks = self.blocks.min(complete).max(regions.packed.div_ceil(self.block_rows()));
@@ -259,14 +270,16 @@ impl CudaLayer {
         let origins: Vec<i32> = paddings.iter().map(|padding| self.shared.spec.sinks as i32 - padding).collect();
         let refused = (held.state.address() + State::REFUSED, 0);
         let arrays = pairs(held.origins(), &origins).chain(pairs(held.paddings(), &paddings));
-        length_words(held.lengths(), regions).into_iter().chain([refused]).chain(arrays).collect()
+        length_words(held.lengths(), regions, held.ring_first).into_iter().chain([refused]).chain(arrays).collect()
     }
 
-    pub fn reset(&mut self) {
+    pub fn reset(&mut self) -> Result<()> {
+        self.expect_eager("reset")?;
         self.held = None;
         self.regions = Regions::default();
         self.padding.clear();
         self.blocks = 0;
+        Ok(())
     }
 
     /// Bytes of device memory that are held: pages with their pool's free ones, sinks, ring, tables, statistics. Clones count what they share too.
@@ -294,6 +307,8 @@ impl CudaLayer {
     /// As [`Self::append`].
     pub unsafe fn nonfinite_rows(&self, stream: Stream) -> Result<usize> {
         let Some(held) = &self.held else { return Ok(0) };
+        // SAFETY: the caller's promise.
+        unsafe { self.expect_in_step(held, stream) }?;
         let mut count = [0i32];
         // SAFETY: one number of the state; the caller's promise for the stream.
         unsafe { self.shared.kernels.device().read(&mut count, held.state.address() + State::REFUSED, stream) }?;
@@ -346,9 +361,9 @@ impl CudaLayer {
 }
 
 /// What kernels read at `lengths`.
-fn length_words(lengths: u64, regions: Regions) -> [(u64, u64); 2] {
+fn length_words(lengths: u64, regions: Regions, ring_first: usize) -> [(u64, u64); 2] {
     let Regions { sinks, packed, window } = regions;
-    let words = [pair(packed as i32, sinks as i32), pair(window as i32, 0)];
+    let words = [pair(packed as i32, sinks as i32), pair(window as i32, ring_first as i32)];
     [(lengths, words[0]), (lengths + 8, words[1])]
 }
 

@@ -196,8 +196,41 @@ impl PyCudaLayer {
         Ok(py.detach(|| unsafe { self.layer.gather(&indices, stream) })?)
     }
 
-    fn reset(&mut self) {
-        self.layer.reset();
+    fn reset(&mut self) -> PyResult<()> {
+        Ok(self.layer.reset()?)
+    }
+
+    /// Takes pages for `tokens` tokens in all, so that a step of one token can be captured.
+    fn reserve(&mut self, py: Python, tokens: usize) -> PyResult<()> {
+        let stream = self.place.stream(py)?;
+        // SAFETY: as in `crop`.
+        Ok(py.detach(|| unsafe { self.layer.reserve_tokens(tokens, stream) })?)
+    }
+
+    /// Tokens that there are pages for; None in a layer that grows as it needs.
+    #[getter]
+    fn capacity(&self) -> Option<usize> {
+        self.layer.capacity()
+    }
+
+    /// What follows, one append of one token and its attention, is recorded and does not run.
+    fn begin_capture(&mut self, py: Python) -> PyResult<()> {
+        Ok(py.detach(|| self.layer.begin_capture())?)
+    }
+
+    /// The layer holds what it held before the capture.
+    fn end_capture(&mut self) -> PyResult<()> {
+        Ok(self.layer.end_capture()?)
+    }
+
+    /// The captured step has run so many times since this was last called.
+    fn replayed(&mut self, steps: usize) -> PyResult<()> {
+        Ok(self.layer.replayed(steps)?)
+    }
+
+    /// No captured step will run any more.
+    fn release_capture(&mut self) -> PyResult<()> {
+        Ok(self.layer.release_capture()?)
     }
 
     /// An independent layer that shares all pages until one of them is written.

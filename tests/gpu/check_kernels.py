@@ -3,7 +3,8 @@
 Is: encode, decode, repack and block statistics on ragged portions of rows; attention over packed rows of several
 formats, head sizes and group ratios, with masks, padding, blocks and means that turn, its error beside that of torch's
 attention in the model's type over the same decoded rows; another stream; two streams at once; a captured graph.
-Is not: timed (bench_attend.py). `--small` is for compute-sanitizer; `--device cpu` for the fake driver of kernels/emu.
+Is not: timed (that is `skvq bench attend --device cuda`). `--small` is for compute-sanitizer; `--device cpu` for the
+fake driver of kernels/emu.
 """
 
 from __future__ import annotations

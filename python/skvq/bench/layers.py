@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from .._native import Layer
+from .._native import CudaLayer, Layer
 from ..config import SkvqConfig, StreamOptions
 from ..plan import LayerPlan, StreamPlan
 
 FILL_TOKENS = 4096
 PLAN = "plan"
+CPU = torch.device("cpu")
 _FORMAT = re.compile(r"K(raw|8|4|3|2|1\.6|1\.5)V(raw|8|4|3|2|1\.6|1\.5)")
 
 
@@ -59,12 +60,15 @@ def parse_format(name: str) -> tuple[str, str]:
     return str(match[1]), str(match[2])
 
 
-def random_rows(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def random_rows(
+    shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device = CPU
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the whole length in pieces, each [batch, num_key_value_heads, ≤ FILL_TOKENS, head_dim]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     for start in range(0, shape.tokens, FILL_TOKENS):
         size = (shape.batch, shape.num_key_value_heads, min(FILL_TOKENS, shape.tokens - start), shape.head_dim)
-        yield torch.randn(size, generator=generator).to(dtype), torch.randn(size, generator=generator).to(dtype)
+        keys, values = (torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(2))
+        yield keys, values
 
 
 def options_of(name: str, *, static: bool) -> SkvqConfig:
@@ -82,11 +86,23 @@ def has_statistics(name: str) -> bool:
     return any(stream.is_packed and stream.block > 0 for stream in (options.keys, options.values))
 
 
+def layer_plan(shape: Shape, name: str, *, static: bool) -> LayerPlan:
+    """How a layer of this shape is packed in a format such as "K2V1.6", with the default window and sinks."""
+    return _calibrated(shape) if name == PLAN else LayerPlan.from_config(options_of(name, static=static))
+
+
 def packed_layer(shape: Shape, name: str, *, static: bool, dtype: str = "bfloat16") -> Layer:
-    """An empty layer store for this shape and a format such as "K2V1.6", with the default window and sinks."""
-    plan = _calibrated(shape) if name == PLAN else LayerPlan.from_config(options_of(name, static=static))
+    """An empty layer store on the CPU, of `layer_plan`."""
+    plan = layer_plan(shape, name, static=static)
     store = plan.build(shape.num_key_value_heads, shape.head_dim, shape.head_dim, getattr(torch, dtype))
     assert isinstance(store, Layer)
+    return store
+
+
+def cuda_layer(shape: Shape, plan: LayerPlan, *, dtype: str, device: torch.device) -> CudaLayer:
+    """An empty layer store on a GPU."""
+    store = plan.build(shape.num_key_value_heads, shape.head_dim, shape.head_dim, getattr(torch, dtype), device)
+    assert isinstance(store, CudaLayer)
     return store
 
 

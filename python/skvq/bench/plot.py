@@ -24,6 +24,7 @@ def _attend(report: dict[str, Any], pyplot: Any) -> Any:
     panels = sorted({(row["num_key_value_heads"], row["num_attention_heads"], row["batch"]) for row in rows})
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     formats = list(dict.fromkeys(name.removesuffix(" static") for name in names))
+    others = {row["contestant"] for row in rows if row.get("kind", row["contestant"][:4]) in ("sdpa", "f16", "low-bit")}
     size = (5.2 * len(panels) + 1.5, 4.2)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -33,7 +34,7 @@ def _attend(report: dict[str, Any], pyplot: Any) -> Any:
         for name in names:
             points = sorted((row["tokens"], row["milliseconds"]) for row in inside if row["contestant"] == name)
             colour = f"C{formats.index(name.removesuffix(' static'))}"
-            style = "--" if name.startswith("sdpa") else ":" if name.endswith(" static") else "-"
+            style = "--" if name in others else ":" if name.endswith(" static") else "-"
             xs, ys = [x for x, _ in points], [y for _, y in points]
             axis.plot(xs, ys, style, color=colour, marker="o", markersize=3, label=name)
         axis.set_xscale("log", base=2)
@@ -74,11 +75,23 @@ def _growth(report: dict[str, Any], pyplot: Any) -> Any:
     return figure
 
 
-_PLOTS = {"attend": _attend, "generate": _generate, "growth": _growth}
+def _capacity(report: dict[str, Any], pyplot: Any) -> Any:
+    rows = sorted((row for row in report["rows"] if row["fits"]), key=lambda row: int(row["tokens"]))
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    axis.plot([row["tokens"] for row in rows], [row["decode_tokens_per_second"] for row in rows], marker="o")
+    axis.axvline(report["longest"]["tokens"], linestyle=":", color="grey")
+    axis.set_xlabel(f"tokens in the cache, filled by {report['filled_by']}")
+    axis.set_ylabel("decode, tokens/s")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+_PLOTS = {"attend": _attend, "capacity": _capacity, "generate": _generate, "growth": _growth}
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Saves the plot of a report of `bench attend`, `generate` or `growth` (format by the file's ending)."""
+    """Saves the plot of a report of one of the benchmarks above (format by the file's ending)."""
     if report["benchmark"] not in _PLOTS:
         raise ValueError(f"there is no plot for benchmark {report['benchmark']!r}, only for {', '.join(_PLOTS)}")
     pyplot = _pyplot()

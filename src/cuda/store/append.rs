@@ -46,10 +46,10 @@ impl Plan {
 
 /// Rows `[batch, heads, count, D]` in the model's type; strides in elements.
 #[derive(Clone, Copy)]
-struct Rows {
-    address: u64,
-    strides: [i64; 3],
-    count: usize,
+pub(super) struct Rows {
+    pub address: u64,
+    pub strides: [i64; 3],
+    pub count: usize,
 }
 
 impl Rows {
@@ -77,6 +77,11 @@ impl CudaLayer {
         if let Some(query) = query {
             self.check_query(query, keys.shape[0], keys.shape[2])?;
         }
+        if self.is_capturing() {
+            // SAFETY: the caller's promise.
+            return unsafe { self.append_captured([keys, values], query.is_some(), stream) };
+        }
+        self.expect_told("append")?;
         let plan = self.plan(keys.shape[2]);
         let is_new = self.held.is_none();
         let mut held = match self.held.take() {
@@ -119,7 +124,7 @@ impl CudaLayer {
         Ok(())
     }
 
-    fn plan(&self, rows: usize) -> Plan {
+    pub(super) fn plan(&self, rows: usize) -> Plan {
         let Regions { sinks, packed, window } = self.regions;
         let to_sinks = rows.min(self.spec().sinks - sinks);
         let behind_sinks = packed + window + rows - to_sinks;
@@ -152,8 +157,11 @@ impl CudaLayer {
         unsafe {
             self.reserve(held, plan, stream)?;
             let regions = plan.regions(self.regions);
-            let mut words =
-                if is_new { self.state_words(held, regions) } else { length_words(held.lengths(), regions).to_vec() };
+            let ring_first = (held.ring_first + plan.from_window) % held.ring_rows.max(1);
+            let mut words = length_words(held.lengths(), regions, ring_first).to_vec();
+            if is_new {
+                words = self.state_words(held, regions);
+            }
             self.reserve_pages(held, plan, &mut words, stream)?;
             shared.kernels.poke(&words, stream)?;
             self.note_queries(held, observation.as_ref(), plan.blocks > self.blocks, stream)?;
@@ -188,7 +196,7 @@ impl CudaLayer {
     }
 
     /// Rows to an array of `room` rows a head of this layer.
-    fn rows_to(&self, side: Side, rows: Rows, target: u64, room: usize) -> CopyParams {
+    pub(super) fn rows_to(&self, side: Side, rows: Rows, target: u64, room: usize) -> CopyParams {
         let element = self.spec().dtype.size() as i64;
         let [batch, head, row] = rows.strides;
         CopyParams {
@@ -230,13 +238,17 @@ impl CudaLayer {
         unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream) }
     }
 
+    /// All rows of the ring, as they lie.
+    pub(super) fn whole_ring(&self, held: &Held, side: Side) -> Rows {
+        let width = self.shared.codec(side).layout.head_dim as i64;
+        let (heads, room) = (self.spec().num_key_value_heads as i64, held.ring_rows);
+        let strides = [heads * room as i64 * width, room as i64 * width, width];
+        Rows { address: address(held.side(side).ring.as_ref()), strides, count: room }
+    }
+
     /// `count` rows of the ring from the window's row `first` on: one run or two.
     fn ring_rows(&self, held: &Held, side: Side, first: usize, count: usize) -> [Rows; 2] {
-        let width = self.shared.codec(side).layout.head_dim as i64;
-        let heads = self.spec().num_key_value_heads as i64;
-        let room = held.ring_rows;
-        let strides = [heads * room as i64 * width, room as i64 * width, width];
-        let all = Rows { address: address(held.side(side).ring.as_ref()), strides, count: room };
+        let (all, room) = (self.whole_ring(held, side), held.ring_rows);
         let start = (held.ring_first + first) % room.max(1);
         let straight = count.min(room - start);
         let element = self.spec().dtype.size();
@@ -251,7 +263,7 @@ impl CudaLayer {
     }
 
     unsafe fn encode(&self, held: &Held, side: Side, rows: Rows, first_row: usize, stream: Stream) -> Result<()> {
-        let (shared, codec, heads) = (&*self.shared, self.shared.codec(side), self.spec().num_key_value_heads);
+        let (shared, heads) = (&*self.shared, self.spec().num_key_value_heads);
         let Some(function) = shared.kernels.encode(side) else {
             let parameters = CopyParams {
                 target_table: address(held.side(side).table.as_ref()),
@@ -262,8 +274,17 @@ impl CudaLayer {
             // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
             return unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream) };
         };
+        let parameters = self.encode_parameters(held, side, rows, first_row);
+        let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
+        let grid = [blocks as u32, heads as u32, held.batch as u32];
+        // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
+        unsafe { launch(function, grid, 256, &parameters, stream) }
+    }
+
+    pub(super) fn encode_parameters(&self, held: &Held, side: Side, rows: Rows, first_row: usize) -> EncodeParams {
+        let (shared, codec) = (&*self.shared, self.shared.codec(side));
         let [batch_stride, head_stride, row_stride] = rows.strides;
-        let parameters = EncodeParams {
+        EncodeParams {
             rows: rows.address,
             batch_stride,
             head_stride,
@@ -272,6 +293,7 @@ impl CudaLayer {
             levels: shared.constants[side as usize].levels,
             origins: held.origins(),
             refused: held.state.address() + State::REFUSED,
+            lengths: 0,
             transform: self.transform(held, side),
             clip: codec.clip,
             rule: i32::from(codec.rule == Rule::Range),
@@ -281,13 +303,9 @@ impl CudaLayer {
             first_row: first_row as i32,
             row_count: rows.count as i32,
             page_capacity: held.table_pages as i32,
-            kv_heads: heads as i32,
-            padding: 0,
-        };
-        let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
-        let grid = [blocks as u32, heads as u32, held.batch as u32];
-        // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
-        unsafe { launch(function, grid, 256, &parameters, stream) }
+            kv_heads: shared.spec.num_key_value_heads as i32,
+            ring_rows: 0,
+        }
     }
 
     /// Of the blocks that are complete now. Only the first of them may have rows in the window.

@@ -120,7 +120,9 @@ pub(super) struct Places {
 
 impl CudaLayer {
     fn shape(&self, query_heads: usize, length: usize, fresh: usize) -> Result<Shape> {
-        let (spec, regions) = (self.spec(), self.regions.of_first(self.regions.total() - fresh));
+        // A step that is replayed has launches for all the rows that there may be, and reads on the device how many there are.
+        let stored = self.regions.of_first(self.regions.total() - fresh);
+        let (spec, regions) = (self.spec(), self.most_regions().unwrap_or(stored));
         let Regions { sinks, packed, window } = regions;
         let is_packed = Side::BOTH.iter().all(|side| !self.shared.codec(*side).is_raw());
         let heads = spec.num_key_value_heads;
@@ -211,6 +213,7 @@ impl CudaLayer {
             return Err(Error::state("attend", "at least one token", 0));
         }
         self.check_call(call)?;
+        self.check_captured(call)?;
         let (length, count) = (call.query.shape[2], self.queries_at_once(call)?);
         for first in (0..length).step_by(count) {
             let part = call.part(first, count.min(length - first));

@@ -6,6 +6,7 @@ use super::super::launch::Stream;
 use super::super::memory::Block;
 use super::super::pages::Side;
 use super::super::params::CopyParams;
+use super::fixed::Steps;
 use super::queries::Seen;
 use super::{CudaLayer, Held, SideRows, State, pairs, whole_rows};
 use crate::error::{Error, Result};
@@ -39,13 +40,14 @@ impl CudaLayer {
     }
 
     unsafe fn gathered(&self, indices: &[usize], stream: Stream) -> Result<Self> {
+        self.expect_eager("gather")?;
         let padding = if self.padding.is_empty() || self.held.is_none() {
             self.padding.clone()
         } else {
             indices.iter().map(|index| self.padding[*index]).collect()
         };
-        let mut copy =
-            Self { shared: Arc::clone(&self.shared), regions: self.regions, padding, blocks: self.blocks, held: None };
+        let (shared, steps) = (Arc::clone(&self.shared), Steps::Eager);
+        let mut copy = Self { shared, regions: self.regions, padding, blocks: self.blocks, held: None, steps };
         if let Some(held) = &self.held {
             // SAFETY: the caller's promise.
             copy.held = Some(unsafe { copy.gather_held(held, indices, stream) }?);
@@ -110,7 +112,7 @@ impl CudaLayer {
             }
             None => None,
         };
-        let held = Held { batch, state, sides, spans: old.spans.clone(), queries, ..*old };
+        let held = Held { batch, state, sides, spans: old.spans.clone(), queries, reserved: None, ..*old };
         // SAFETY: new blocks and the old state; the caller's promise for the stream.
         unsafe {
             shared.kernels.poke(&self.state_words(&held, self.regions), stream)?;

@@ -80,8 +80,9 @@ impl Launches<'_> {
         if self.call.fresh.is_none() {
             return Ok(());
         }
+        let words = length_words(self.lengths_read(), self.shape.regions, self.held.ring_first);
         // SAFETY: a place in the workspace.
-        unsafe { self.layer.shared.kernels.poke(&length_words(self.lengths_read(), self.shape.regions), self.stream) }
+        unsafe { self.layer.shared.kernels.poke(&words, self.stream) }
     }
 
     /// States of the rows between sinks and window.
@@ -268,7 +269,7 @@ impl Launches<'_> {
             group: shape.group as i32,
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
-            ring_first: if ring { held.ring_first as i32 } else { 0 },
+            ring_first: if ring { layer.ring_first(held) } else { 0 },
             ring_rows: if ring { held.ring_rows as i32 } else { 0 },
             table_pages: held.table_pages as i32,
             padding: 0,

@@ -35,6 +35,7 @@ impl CudaLayer {
             block_room: 0,
             spans: None,
             queries: None,
+            reserved: None,
         })
     }
 
@@ -107,7 +108,7 @@ impl CudaLayer {
         Ok(())
     }
 
-    /// Pages for the rows that will be packed, ours alone; `words` gets what the tables do not know yet.
+    /// Pages for the rows that will be packed, ours alone: reserved ones first, which the tables know; `words` gets what they do not know yet.
     pub(super) unsafe fn reserve_pages(
         &self,
         held: &mut Held,
@@ -121,16 +122,18 @@ impl CudaLayer {
         let begun = !plan.packed.is_multiple_of(PAGE_ROWS);
         let wanted = (plan.packed + plan.to_pack).div_ceil(PAGE_ROWS);
         let room = held.table_pages;
+        let Held { sides, reserved, .. } = held;
         // All pages of both streams before any is written.
         let mut taken = Vec::new();
-        for rows in &mut held.sides {
-            let missing = |pages: &mut Vec<Arc<Page>>| {
+        for (side, rows) in sides.iter_mut().enumerate() {
+            let missing = |(index, pages): (usize, &mut Vec<Arc<Page>>)| {
                 let shared = begun && pages.last_mut().is_some_and(|page| Arc::get_mut(page).is_none());
-                wanted - pages.len() + usize::from(shared)
+                let more = wanted - pages.len();
+                more - more.min(reserved.as_ref().map_or(0, |own| own.pages[side][index].len())) + usize::from(shared)
             };
-            taken.push(rows.pool.take(rows.pages.iter_mut().map(missing).sum())?.into_iter());
+            taken.push(rows.pool.take(rows.pages.iter_mut().enumerate().map(missing).sum())?.into_iter());
         }
-        for (rows, mut taken) in held.sides.iter_mut().zip(taken) {
+        for (side, (rows, mut taken)) in sides.iter_mut().zip(taken).enumerate() {
             let (table, page_bytes) = (address(rows.table.as_ref()), rows.pool.page_bytes());
             for (index, pages) in rows.pages.iter_mut().enumerate() {
                 let entry = |page: usize| table + 8 * (index * room + page) as u64;
@@ -145,6 +148,9 @@ impl CudaLayer {
                     }
                     words.push((entry(plan.packed / PAGE_ROWS), own.address()));
                     *last = own;
+                }
+                if let Some(own) = reserved {
+                    own.give(side, index, pages, wanted);
                 }
                 while pages.len() < wanted
                     && let Some(page) = taken.next()

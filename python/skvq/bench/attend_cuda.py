@@ -1,0 +1,473 @@
+"""`skvq bench attend --device cuda`: decode attention of one layer through the store on a GPU, against every way to
+attend in f16 that runs there, and whole decode steps of the layer.
+
+All contestants of a shape exist at once and take turns: each a captured graph, timed by CUDA events, the second-level
+cache overwritten before. The f16 ones attend to rows that the packed layer decoded. Before that every output is
+compared with attention in float64 over those same rows; a ratio is to the fastest f16 one that was right.
+
+Napkin: head_dim 128, keys of 2 bits, ternary values, e4m3 scales: 33 + 27 bytes of a token and kv head, f16 512, so
+8.5x at equal bandwidth. 512K tokens of 8 kv heads are 252 MB, 75 µs at 3.35 TB/s.
+
+`gigabytes_per_second` counts packed codes and scales, without window, sinks, statistics and unused rows of pages.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._native import CudaLayer, cuda_compile_many
+from ..cuda_runtime import KernelInstance, find_nvrtc
+from ..evaluate.progress import progress_bar
+from ..plan import LayerPlan
+from ..warmup import AttentionShape, kernel_instances
+from . import layers
+from .device import GIB, BenchDevice, Clock, first_line, is_out_of_memory
+from .layers import Shape
+from .machine import make_report
+from .peers import Call, peers
+from .step_cuda import measure_step
+from .timing import Timing, time_in_turns
+
+FORMATS = ("K2V1.6", "plan")
+HEADS = ((8, 8), (8, 32), (8, 64))
+BATCHES = (1, 8)
+TOKENS = (32768, 131072, 524288)
+ERROR = 2e-3  # of the largest output, where torch's own error is no larger than half of it
+TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
+SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
+APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
+FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
+
+
+@dataclass(frozen=True)
+class CudaAttendOptions:
+    """The grid of `skvq bench attend --device cuda`.
+
+    Attributes:
+        budget: seconds after which no further shape begins.
+        peers: whether others are timed.
+    """
+
+    device: str = "cuda"
+    formats: tuple[str, ...] = FORMATS
+    heads: tuple[tuple[int, int], ...] = HEADS
+    batches: tuple[int, ...] = BATCHES
+    tokens: tuple[int, ...] = TOKENS
+    head_dim: int = 128
+    dtype: str = "float16"
+    static: bool = True
+    rounds: int = 30
+    budget: float = math.inf
+    peers: bool = True
+
+    def quick(self) -> CudaAttendOptions:
+        """A grid for a minute."""
+        return replace(self, heads=((8, 32),), batches=(1,), tokens=(32768, 131072), rounds=15)
+
+    def shapes(self) -> Iterator[list[Shape]]:
+        """Shapes that differ in their query heads only, and so share keys and values."""
+        for tokens in self.tokens:
+            for batch in self.batches:
+                for kv in dict.fromkeys(kv for kv, _ in self.heads):
+                    queries = [query for other, query in self.heads if other == kv]
+                    yield [Shape(kv, query, batch, tokens, self.head_dim) for query in queries]
+
+
+def ratio_goal(tokens: int) -> float:
+    """How many times faster than f16 attention is to be."""
+    return 7.0 if tokens >= 128 << 10 else 6.0 if tokens >= 32 << 10 else 1.0
+
+
+# ---- contestants -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """A packed layer, filled.
+
+    Attributes:
+        packed_bytes: of codes and scales, without what pages have unused.
+        sdpa_errors: of torch's attention in f16 over the rows it decodes to, by query heads.
+        errors: its own, likewise; None: not compared.
+    """
+
+    name: str
+    layer: CudaLayer
+    static: bool
+    packed_bytes: int
+    errors: dict[int, float | None] = field(default_factory=dict)
+    sdpa_errors: dict[int, float | None] = field(default_factory=dict)
+
+    def passed(self, query_heads: int) -> bool:
+        """Whether its output was right, or nobody could tell."""
+        error, other = self.errors.get(query_heads), self.sdpa_errors.get(query_heads)
+        return error is None or error <= max(ERROR, TIMES_SDPA * (other or 0.0))
+
+
+@dataclass
+class Contestant:
+    """What takes turns: a call that writes or returns its output [B, Hq, 1, D]."""
+
+    name: str
+    kind: str  # "packed", "f16" or "low-bit"
+    call: Callable[[], object]
+    nbytes: int
+    packed_bytes: int
+    error: float | None
+    passed: bool
+    graph: bool
+
+
+def _names(options: CudaAttendOptions) -> Iterator[tuple[str, str, bool]]:
+    """Contestant, format, static: as `skvq bench attend` on the CPU has them."""
+    for name in options.formats:
+        yield name, name, not layers.has_statistics(name)
+        if options.static and layers.has_statistics(name):
+            yield f"{name} static", name, True
+
+
+def _plan(shape: Shape, name: str, static: bool) -> LayerPlan:
+    """How rows are packed. The noise that a calibrated layer takes off its scores is 0 here: it costs as much, and the
+    output then is attention to the decoded rows, with which it is compared.
+    """
+    plan = layers.layer_plan(shape, name, static=static)
+    if plan.keys.noise is None:
+        return plan
+    return replace(plan, keys=replace(plan.keys, noise=torch.zeros_like(plan.keys.noise)))
+
+
+def compile_ahead(device: BenchDevice, options: CudaAttendOptions) -> int:
+    """Compiles all kernels on all threads, with a progress bar. Returns how many were not on disk."""
+    wanted: dict[KernelInstance, None] = {}
+    for kv, query in options.heads:
+        shape = Shape(kv, query, 1, 1, options.head_dim)
+        for _, name, static in _names(options):
+            plan = _plan(shape, name, static)
+            streams = plan.keys.options.resolved(), plan.values.options.resolved()
+            turning = plan.keys.shift_sine is not None
+            attention = AttentionShape(options.head_dim, options.dtype, query // kv, *streams, turning=turning)
+            wanted |= dict.fromkeys(x for x in kernel_instances(attention) if x.file != "repack.cuh")
+    jobs = [(instance.parts, device.status["arch"]) for instance in wanted]
+    with progress_bar(len(jobs), "kernel") as advance:
+        compiled = cuda_compile_many(find_nvrtc(), jobs, done=lambda _: advance(1, None))
+    return sum(not kernel.cached for kernel in compiled)
+
+
+def _row_bytes(plan: LayerPlan, head_dim: int) -> int:
+    """Of a packed row of keys and one of values."""
+    return int(plan.keys.codec("keys", head_dim).row_bytes + plan.values.codec("values", head_dim).row_bytes)
+
+
+def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list[Packed]:
+    """Every packed layer, with the same random rows."""
+    found = []
+    for label, name, static in _names(options):
+        layer = layers.cuda_layer(shape, _plan(shape, name, static), dtype=options.dtype, device=device.place)
+        found.append(Packed(label, layer, static, 0))
+    for keys, values in layers.random_rows(shape, getattr(torch, options.dtype), device=device.place):
+        for packed in found:
+            packed.layer.append(keys, values)
+    for packed, (_, name, static) in zip(found, _names(options), strict=True):
+        rows = shape.batch * shape.num_key_value_heads * packed.layer.packed_tokens
+        packed.packed_bytes = rows * _row_bytes(_plan(shape, name, static), shape.head_dim)
+    return found
+
+
+# ---- correctness -----------------------------------------------------------------------------------------------------
+
+
+def exact_output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention [Hq, 1, D] of one sequence's query [Hq, 1, D] over rows [Hkv, T, D] in float64, head by head."""
+    group, found = query.shape[0] // keys.shape[0], []
+    for head in range(keys.shape[0]):
+        q = query[head * group : (head + 1) * group, 0].double()
+        weights = (q @ keys[head].double().T * keys.shape[2] ** -0.5).softmax(-1)
+        found.append(weights @ values[head].double())
+    return torch.cat(found)[:, None]
+
+
+def error_of(output: Tensor, exact: dict[int, Tensor]) -> float:
+    """The largest difference in some sequences, of the largest output; infinite where a number is missing."""
+    largest = max(float(one.abs().max()) for one in exact.values())
+    errors = ((output[index].double() - one).abs().max().nan_to_num(math.inf) for index, one in exact.items())
+    return max(float(error) for error in errors) / max(largest, 1e-30)
+
+
+def _exact(query: Tensor, keys: Tensor, values: Tensor) -> dict[int, Tensor]:
+    """Of the first and the last sequence."""
+    last = query.shape[0] - 1
+    return {index: exact_output(query[index], keys[index], values[index]) for index in sorted({0, last})}
+
+
+def _compare(packed: Packed, queries: dict[int, Tensor], keys: Tensor, values: Tensor) -> None:
+    """Decodes a layer into keys and values [B, Hkv, T, D] and notes the errors of its attention and of torch's."""
+    packed.layer.decode_keys(keys)
+    packed.layer.decode_values(values)
+    for heads, query in queries.items():
+        exact, output = _exact(query, keys, values), torch.full_like(query, math.nan)
+        packed.layer.attend(query, output, scale=query.shape[3] ** -0.5)
+        packed.errors[heads] = error_of(output, exact)
+        folded = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
+        packed.sdpa_errors[heads] = error_of(F.scaled_dot_product_attention(folded, keys, values).view_as(query), exact)
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
+
+
+def _packed_contestant(clock: Clock, packed: Packed, query: Tensor) -> Contestant:
+    heads, output = query.shape[1], torch.empty_like(query)
+    work = functools.partial(packed.layer.attend, query, output, scale=query.shape[3] ** -0.5)
+    call, graph = clock.recorded(work)
+    held, error = int(packed.layer.nbytes), packed.errors.get(heads)
+    size = packed.packed_bytes
+    return Contestant(packed.name, "packed", call, held, size, error, packed.passed(heads), graph)
+
+
+def _peer_contestants(
+    clock: Clock, shape: Shape, query: Tensor, keys: Tensor, values: Tensor
+) -> Iterator[Contestant | tuple[str, str]]:
+    """Those that run here; of the others their name and why not."""
+    exact = _exact(query, keys, values)
+    sdpa = error_of(F.scaled_dot_product_attention(query, keys, values, enable_gqa=True), exact)
+    for peer in peers(shape.num_attention_heads // shape.num_key_value_heads):
+        call: Call | None = None
+        try:
+            call = peer.prepare(query, keys, values)
+            error = error_of(call(), exact)
+            recorded, graph = clock.recorded(call)
+        except Exception as why:  # whatever a package raises that cannot serve this is why it is left out
+            del call
+            clock.device.synchronize()
+            clock.device.free_bytes()
+            yield peer.name, f"{type(why).__name__}: {first_line(why)}"
+            continue
+        kind, size = "f16" if peer.bits == 16 else "low-bit", peer.bits * 2 * shape.elements // 8
+        # What few bits of others do to random rows is theirs; it only shows that the work was done.
+        passed = error <= max(ERROR, TIMES_SDPA * sdpa) if kind == "f16" else math.isfinite(error)
+        yield Contestant(peer.name, kind, recorded, size, size, error, passed, graph)
+
+
+def _row(
+    shape: Shape, contestant: Contestant, times: dict[str, Timing], fastest: str | None, copy: float
+) -> dict[str, Any]:
+    timing = times[contestant.name]
+    rate = contestant.packed_bytes / timing.median
+    return asdict(shape) | {
+        "contestant": contestant.name,
+        "kind": contestant.kind,
+        "milliseconds": timing.median * 1e3,
+        "fastest_milliseconds": timing.fastest * 1e3,
+        "slowest_milliseconds": timing.slowest * 1e3,
+        "rounds": timing.rounds,
+        "graph": contestant.graph,
+        "bytes": contestant.nbytes,
+        "packed_bytes": contestant.packed_bytes,
+        "gigabytes_per_second": rate / 1e9,
+        "share_of_copy_bandwidth": rate / copy,
+        "fastest_f16": fastest,
+        "times_faster_than_f16": None if fastest is None else times[fastest].median / timing.median,
+        "error": contestant.error,
+        "passed": contestant.passed,
+    }
+
+
+def _measure_attention(
+    clock: Clock, options: CudaAttendOptions, shape: Shape, found: list[Packed], rows: tuple[Tensor, Tensor] | None
+) -> list[dict[str, Any]]:
+    generator = torch.Generator(clock.device.place).manual_seed(1)
+    query = _query(clock.device, options, shape, generator)
+    contestants = [_packed_contestant(clock, packed, query) for packed in found]
+    skipped: list[dict[str, Any]] = []
+    if options.peers and rows is not None:
+        for peer in _peer_contestants(clock, shape, query, *rows):
+            if isinstance(peer, Contestant):
+                contestants.append(peer)
+            else:
+                skipped.append(asdict(shape) | {"contestant": peer[0], "skipped": peer[1]})
+    times = time_in_turns({x.name: x.call for x in contestants}, rounds=options.rounds, once=clock.once)
+    right = [x.name for x in contestants if x.kind == "f16" and x.passed]
+    fastest = min(right, key=lambda name: times[name].median, default=None)
+    measured = [_row(shape, x, times, fastest, clock.copy_bandwidth) for x in contestants]
+    for row, packed in zip(measured, found, strict=False):
+        row["sdpa_error"] = packed.sdpa_errors.get(shape.num_attention_heads)
+    return measured + skipped
+
+
+def _query(device: BenchDevice, options: CudaAttendOptions, shape: Shape, generator: torch.Generator) -> Tensor:
+    size = (shape.batch, shape.num_attention_heads, 1, shape.head_dim)
+    return torch.randn(size, generator=generator, device=device.place).to(getattr(torch, options.dtype))
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    if "skipped" in row:
+        print(f"  {row['contestant']:<26} left out: {row['skipped']}", flush=True)
+        return
+    ratio = "-" if row["times_faster_than_f16"] is None else f"{row['times_faster_than_f16']:.2f}x f16"
+    error = "unchecked" if row["error"] is None else f"{row['error']:.1e} off"
+    wrong = "" if row["passed"] else "  WRONG"
+    print(
+        f"  {row['contestant']:<26}{row['milliseconds'] * 1e3:>11.1f} µs{ratio:>12}"
+        f"{row['gigabytes_per_second']:>9.1f} GB/s{row['share_of_copy_bandwidth']:>7.1%} of copy{error:>13}{wrong}",
+        flush=True,
+    )
+
+
+def _print_step(name: str, step: dict[str, Any]) -> None:
+    shares = [f"{text} {step[key]:.1%}" for key, text in SHARES.items() if step.get(key) is not None]
+    whole, attention = (1e3 * step[f"{part}_milliseconds"] for part in ("step", "attend"))
+    print(
+        f"  {name + ', step':<26}{whole:>11.1f} µs, attention {attention:.1f}"
+        f"; host {step['host_append_microseconds']:.0f} + {step['host_attend_microseconds']:.0f} µs"
+        f"{'; ' if shares else ''}{', '.join(shares)}",
+        flush=True,
+    )
+
+
+SHARES = {"append_share": "append", "encode_share": "encoding"}
+
+
+def misses(rows: list[dict[str, Any]]) -> list[str]:
+    """Measurements of packed rows short of a goal: of bandwidth, ratio, error, and an append's share of a step."""
+    found = []
+    for row in rows:
+        if row.get("kind") != "packed":
+            continue
+        heads = f"{row['num_key_value_heads']}:{row['num_attention_heads']}"
+        name = f"{row['contestant']}, {row['tokens']} tokens, batch {row['batch']}, heads {heads}"
+        if row["tokens"] >= FULL_CHIP_TOKENS and row["share_of_copy_bandwidth"] < SHARE_GOAL:
+            share = row["share_of_copy_bandwidth"]
+            found.append(f"{name}: {share:.0%} of copy bandwidth, goal {SHARE_GOAL:.0%}")
+        ratio, goal = row["times_faster_than_f16"], ratio_goal(row["tokens"])
+        if ratio is not None and ratio < goal:
+            found.append(f"{name}: {ratio:.2f}x of f16, goal {goal:g}x")
+        if row["error"] is not None and row.get("sdpa_error") and row["error"] > TIMES_SDPA * row["sdpa_error"]:
+            found.append(f"{name}: error {row['error'] / row['sdpa_error']:.1f}x of torch's, goal {TIMES_SDPA:g}x")
+        step = row.get("step") or {}
+        for key, text in SHARES.items():
+            if step.get(key) is not None and step[key] > APPEND_GOAL:
+                found.append(f"{name}: {text} takes {step[key]:.1%} of a step, goal {APPEND_GOAL:.0%}")
+    return found
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+
+def _f16_rows(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> tuple[Tensor, Tensor] | str:
+    """Room for keys and values that are not packed, or why there is none."""
+    need, free = int(4 * shape.elements * 1.3) + (GIB if device.is_cuda else 0), device.free_bytes()
+    if free is not None and need > free:
+        return f"keys and values in f16 need {need / GIB:.1f} GiB, {free / GIB:.1f} are free"
+    size = (shape.batch, shape.num_key_value_heads, shape.tokens, shape.head_dim)
+    dtype = getattr(torch, options.dtype)
+    return torch.empty(size, dtype=dtype, device=device.place), torch.empty(size, dtype=dtype, device=device.place)
+
+
+def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> list[dict[str, Any]]:
+    """All query heads of one size of keys and values."""
+    device, rows = clock.device, list[dict[str, Any]]()
+    found = _fill(device, options, shapes[0])
+    plain = _f16_rows(device, options, shapes[0])
+    if isinstance(plain, str):
+        rows += [asdict(shape) | {"contestant": "f16", "skipped": plain} for shape in shapes]
+    else:
+        generator = torch.Generator(device.place).manual_seed(2)
+        queries = {shape.num_attention_heads: _query(device, options, shape, generator) for shape in shapes}
+        for packed in found:
+            _compare(packed, queries, *plain)
+    for shape in shapes:
+        rows += _measure_attention(clock, options, shape, found, None if isinstance(plain, str) else plain)
+    del plain
+    for shape in shapes:
+        generator = torch.Generator(device.place).manual_seed(3)
+        query = _query(device, options, shape, generator)
+        steps = {
+            packed.name: measure_step(clock, packed.layer, packed.static, query, options.rounds) for packed in found
+        }
+        for row in rows:
+            if row["contestant"] in steps and row["num_attention_heads"] == shape.num_attention_heads:
+                row["step"] = steps[row["contestant"]]
+    return rows
+
+
+def run_attend_cuda(
+    options: CudaAttendOptions, partial: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measures the grid and prints it; a shape that does not fit, or for which time is over, is a row with the reason.
+
+    The report's "wrong" has the rows of packed contestants whose output was not that of float64. `partial` gets the
+    report so far after every size of keys and values.
+    """
+    start = time.perf_counter()
+    device = BenchDevice(options.device)
+    described = device.describe()
+    print(f"{described['card']['name']}, driver {described['driver']}, torch {described['torch']}", flush=True)
+    compiled = compile_ahead(device, options)
+    print(f"{compiled} kernels compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    clock, rows, told = Clock(device), list[dict[str, Any]](), set[tuple[str, str]]()
+    with torch.no_grad():
+        copy = clock.copy_bandwidth
+        print(f"copy bandwidth, read and write counted: {copy / 1e9:.1f} GB/s", flush=True)
+        for shapes in options.shapes():
+            print(f"{shapes[0].num_key_value_heads} kv heads, batch {shapes[0].batch}, {shapes[0].tokens} tokens")
+            if time.perf_counter() - start > options.budget:
+                found = _skipped(shapes, f"the budget of {options.budget:g} s is spent")
+            else:
+                try:
+                    found = _measure(clock, options, shapes)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    found = _skipped(shapes, first_line(error))
+            _print(shapes, found, told)
+            rows += found
+            partial(_report(options, device, described, copy, rows))
+            gc.collect()
+            device.free_bytes()
+    report = _report(options, device, described, copy, rows)
+    for text in report["misses"]:
+        print(f"short of its goal: {text}")
+    return report
+
+
+def _report(
+    options: CudaAttendOptions, device: BenchDevice, described: dict[str, Any], copy: float, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    settings = asdict(options) | {"budget": None if math.isinf(options.budget) else options.budget}
+    wrong = [row for row in rows if row.get("kind") == "packed" and not row["passed"]]
+    more = {"copy_bytes_per_second": copy, "misses": misses(rows) if device.is_cuda else [], "wrong": wrong}
+    return make_report("attend", settings, rows, device=described, **more)
+
+
+def _skipped(shapes: list[Shape], reason: str) -> list[dict[str, Any]]:
+    print(f"  skipped: {reason}", file=sys.stderr, flush=True)
+    return [asdict(shape) | {"skipped": reason} for shape in shapes]
+
+
+def _print(shapes: list[Shape], rows: list[dict[str, Any]], told: set[tuple[str, str]]) -> None:
+    """The table of some shapes; why a contestant is left out is told once."""
+    for shape in shapes:
+        own = [x for x in rows if x["num_attention_heads"] == shape.num_attention_heads and "contestant" in x]
+        print(f" {shape.num_attention_heads} query heads")
+        for row in own:
+            reason = (row["contestant"], row.get("skipped", ""))
+            if reason not in told:
+                _print_row(row)
+            if reason[1]:
+                told.add(reason)
+        for row in own:
+            if row.get("step"):
+                _print_step(row["contestant"], row["step"])

@@ -1,0 +1,101 @@
+"""A decode step of one layer on a GPU, for `skvq bench attend --device cuda`: an append of one token and attention.
+
+Is: its time as one graph that is replayed, what the host spends on putting its launches on the stream, and its kernels.
+Is not: a step of a model. With statistics of blocks most appends pack nothing, and one in 256 a block of rows: the
+kernels of an append are then the mean over a block, and the graph, the launches of a step that packs nothing, tells no
+share.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import CudaLayer
+from .device import Clock
+from .timing import time_in_turns
+
+PAGE_ROWS = 128
+WARM_STEPS, HOST_STEPS = 3, 32
+
+
+def measure_step(clock: Clock, layer: CudaLayer, static: bool, query: Tensor, rounds: int) -> dict[str, Any]:
+    """An append of one token and attention of its query; the layer grows."""
+    output = torch.empty_like(query)
+    size = (query.shape[0], layer.num_key_value_heads, 1, query.shape[3])
+    keys, values = (torch.randn(size, device=query.device).to(query.dtype) for _ in range(2))
+    append = functools.partial(layer.append, keys, values)
+    attend = functools.partial(layer.attend, query, output, scale=query.shape[3] ** -0.5)
+
+    def step() -> None:
+        append()
+        attend()
+
+    for _ in range(WARM_STEPS):
+        step()
+    # Where a page begins an append asks for memory; what is captured shall be the launches of any other one.
+    while not 8 <= layer.packed_tokens % PAGE_ROWS < 64:
+        append()
+    host = {"host_append_microseconds": append, "host_attend_microseconds": attend}
+    found: dict[str, Any] = {name: clock.host(work, HOST_STEPS) * 1e6 for name, work in host.items()}
+    attend_call, _ = clock.recorded(attend)
+    with captured_step(clock, layer, static, step, rounds + 1) as (step_call, found["graph"]):
+        times = time_in_turns({"attend": attend_call, "step": step_call}, rounds=rounds, once=clock.once)
+    found |= {f"{name}_milliseconds": timing.median * 1e3 for name, timing in times.items()}
+    share = 1.0 - times["attend"].median / times["step"].median
+    found["append_share"] = share if static else None
+    return found | _kernel_shares(clock, append, attend, HOST_STEPS if static else 256)
+
+
+@contextmanager
+def captured_step(
+    clock: Clock, layer: CudaLayer, static: bool, step: Callable[[], None], calls: int
+) -> Iterator[tuple[Callable[[], object], str | None]]:
+    """A step to be called so often at most, and as which graph: "replayed", of which each replay adds a token;
+    "launches", those of one step over and over, where statistics of blocks forbid that; None: launched by the host.
+    """
+    if not (static and clock.device.is_cuda):
+        call, graph = clock.recorded(step)
+        yield call, "launches" if graph else None
+        return
+    replays = 0
+    layer.reserve(layer.length + calls)
+    layer.begin_capture()
+    try:
+        replay = clock.captured(step)
+    finally:
+        layer.end_capture()
+
+    def call_once() -> None:
+        nonlocal replays
+        assert replay is not None
+        replay()
+        replays += 1
+
+    try:
+        if replay is None:
+            layer.replayed(0)
+        yield (step, None) if replay is None else (call_once, "replayed")
+    finally:
+        if replay is not None:
+            layer.replayed(replays)
+        layer.release_capture()
+
+
+def _kernel_shares(
+    clock: Clock, append: Callable[[], object], attend: Callable[[], object], count: int
+) -> dict[str, Any]:
+    """Microseconds of each kernel of an append, the mean over `count`, and of attention; the share of encoding."""
+    parts = {"append": clock.kernels(append, count), "attend": clock.kernels(attend, HOST_STEPS)}
+    reason = next((one for one in parts.values() if isinstance(one, str)), None)
+    if reason is not None:
+        return {"kernels": None, "encode_share": None, "no_kernels_because": reason}
+    kernels = {name: {k: 1e6 * s for k, s in one.items()} for name, one in parts.items() if isinstance(one, dict)}
+    whole = sum(sum(one.values()) for one in kernels.values())
+    packing = sum(kernels["append"].get(name, 0.0) for name in ("encode", "block_statistics"))
+    return {"kernels": kernels, "encode_share": packing / whole}
