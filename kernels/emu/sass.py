@@ -1,0 +1,140 @@
+"""Machine instructions of a kernel's hot loop, counted in a cubin by nvdisasm.
+
+Is: basic blocks, the innermost loop with the most matrix instructions, its instructions by the pipe that executes them.
+Is not: a simulator; what a loop does in rare cases (blocks with a shuffle: a new reference of the softmax) is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+LABEL = re.compile(r"^(\.L_\w+):")
+TARGET = re.compile(r"`\((\.L_\w+)\)")
+# Of sm_80 to sm_90: 64 lanes a clock and multiprocessor for these, half of what it can issue (CUDA C++ programming guide, arithmetic instructions).
+PIPES = {
+    "matrix": ("HMMA", "IMMA", "QMMA"),
+    "alu": (
+        "LOP3 PLOP3 PRMT SHF SGXT IADD3 LEA ISETP FSETP FMNMX FMNMX3 IMNMX VIMNMX VIADD IABS SEL FSEL P2R R2P BMSK F2FP F2F I2FP MOV CS2R VOTE "
+        "LOP SHL SHR IADD POPC FLO FCHK VABSDIFF"
+    ).split(),
+    "fma": "FFMA FMUL FADD IMAD HFMA2 HADD2 HMUL2 HSETP2 FADD2 FMUL2 FFMA2".split(),
+    "special": ("MUFU", "I2F", "F2I"),
+    "memory": "LDG LD LDS LDC LDCU STG ST STS SHFL MOVM LDSM LDGSTS S2R S2UR".split(),
+    "control": "BRA BSSY BSYNC WARPSYNC NOP EXIT BREAK CALL RET NANOSLEEP YIELD BAR DEPBAR".split(),
+}
+
+
+@cache
+def disassembler() -> str | None:
+    """nvdisasm: of the path, or the one that Triton brings."""
+    found = shutil.which("nvdisasm")
+    brought = Path(sysconfig.get_paths()["purelib"]) / "triton/backends/nvidia/bin/nvdisasm"
+    return found or (str(brought) if brought.exists() else None)
+
+
+@dataclass
+class Block:
+    """Instructions without a jump in or out."""
+
+    instructions: list[str] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+
+
+def pipe_of(instruction: str) -> str:
+    """A key of PIPES, or "uniform" or "other"."""
+    name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+    for pipe, names in PIPES.items():
+        if name in names:
+            return pipe
+    return "uniform" if name.startswith(("U", "R2UR")) else "other"
+
+
+def blocks_of(text: str) -> list[Block]:
+    """Basic blocks of the one function of a disassembly."""
+    blocks, labels, current = [Block()], {}, 0
+    jumps: list[tuple[int, str, bool]] = []
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            if blocks[current].instructions:
+                blocks.append(Block())
+                blocks[current].after.append(current + 1)
+                current += 1
+            labels[label[1]] = current
+        elif found := INSTRUCTION.match(line):
+            instruction = found[2].strip()
+            blocks[current].instructions.append(instruction)
+            name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+            if name in ("BRA", "EXIT", "RET", "BREAK"):
+                always = not instruction.startswith("@") and not re.search(r"BRA(\.\w+)* !?U?P\d", instruction)
+                if target := TARGET.search(instruction):
+                    jumps.append((current, target[1], always))
+                blocks.append(Block())
+                if not always:
+                    blocks[current].after.append(current + 1)
+                current += 1
+    for index, label, _ in jumps:
+        if label in labels:
+            blocks[index].after.append(labels[label])
+    return blocks
+
+
+def loop_of(blocks: list[Block], head: int, tail: int) -> set[int]:
+    """Blocks of the natural loop of the jump back from tail to head."""
+    before: dict[int, list[int]] = {}
+    for index, block in enumerate(blocks):
+        for other in block.after:
+            before.setdefault(other, []).append(index)
+    found, pending = {head, tail}, [tail]
+    while pending:
+        at = pending.pop()
+        if at == head:
+            continue
+        for other in before.get(at, []):
+            if other not in found:
+                found.add(other)
+                pending.append(other)
+    return found
+
+
+def hot_loops(blocks: list[Block]) -> list[list[str]]:
+    """Instructions of loops with matrix instructions, without their rare blocks; those with most matrix instructions first."""
+    loops: dict[int, set[int]] = {}
+    for tail, block in enumerate(blocks):
+        for head in block.after:
+            if head <= tail:
+                loops[head] = loops.get(head, set()) | loop_of(blocks, head, tail)
+    found = []
+    for members in loops.values():
+        usual = [i for i in sorted(members) if not any("SHFL" in line for line in blocks[i].instructions)]
+        lines = [line for index in usual for line in blocks[index].instructions]
+        if any(pipe_of(line) == "matrix" for line in lines):
+            found.append(lines)
+    return sorted(found, key=lambda lines: -sum(pipe_of(line) == "matrix" for line in lines))
+
+
+def disassemble(cubin: bytes) -> str:
+    """The text of a cubin's code."""
+    tool = disassembler()
+    if tool is None:
+        raise FileNotFoundError("nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], check=True, capture_output=True, text=True).stdout
+
+
+def by_pipe(lines: list[str]) -> Counter[str]:
+    return Counter(pipe_of(line) for line in lines)
+
+
+def by_name(lines: list[str]) -> Counter[str]:
+    return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
