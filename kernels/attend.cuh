@@ -123,15 +123,24 @@ struct RowLimits {
     int first_visible, end;      // rows that are no padding and exist
     int whole_begin, whole_end;  // pages of which all queries see all rows, with plain scores
 
-    __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int packed, int sinks, int total)
+    /// `wholes`: none of them otherwise.
+    __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int packed, int sinks, int total, bool wholes)
         : first_visible(padding_of(p.mask, batch)), end(min(packed, (first_page + p.pages_per_split) * page_rows)) {
         // The first of a call's queries sees least.
         const int seen = p.mask.causal ? min(end, total - p.length + 1 - sinks) : end;
-        const bool plain = p.mask.kind == 0 && p.mask.softcap <= 0.0f && !p.bias;
+        const bool plain = wholes && p.mask.kind == 0 && p.mask.softcap <= 0.0f && !p.bias;
         whole_begin = max(first_page, (first_visible + page_rows - 1) / page_rows);
         whole_end = plain ? max(whole_begin, seen / page_rows) : whole_begin;
     }
 };
+
+/// Codes so narrow and heads so small that a warp's registers hold the rows of two pages: of one to compute, and of the next.
+template <class K, class V>
+constexpr bool holds_two_pages = K::head_dim <= 128 && V::head_dim <= 128 && K::lane_words + V::lane_words <= 8;
+
+/// Blocks that share a multiprocessor, which has 65536 registers.
+template <class K, class V, int Tiles>
+constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 128 ? 2 : holds_two_pages<K, V> ? 4 : 3;
 
 /// A split of the past: all that a block does.
 template <class K, class V, int Tiles, bool Remainders>
@@ -141,42 +150,52 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
     const int head_tile = blockIdx.y * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
-    const RowLimits limits(p, batch, first_page, lengths[0], sinks, total);
+    // Ternary levels at odd distances are rare, rows of many words leave no registers: they have no loop of their own.
+    constexpr bool wholes = (Remainders || !has_remainders<V>) && K::lane_words + V::lane_words <= 48;
+    const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes);
 
     RunningState<V, Tiles, Remainders> state;
     state.clear();
     if (first_page * page_rows < limits.end) {
         const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
-        const u64* key_pages = reinterpret_cast<const u64*>(p.key_pages) + sequence * p.page_capacity;
-        const u64* value_pages = reinterpret_cast<const u64*>(p.value_pages) + sequence * p.page_capacity;
+        const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
+        auto key_page = [&](int page) { return reinterpret_cast<const u64*>(p.key_pages)[first_entry + page]; };
+        auto value_page = [&](int page) { return reinterpret_cast<const u64*>(p.value_pages)[first_entry + page]; };
         const int statistics = p.pages_per_key_block ? first_page / p.pages_per_key_block : 0;
         FoldedQueries<K, Tiles> queries;
         queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
         const float unit = p.weight_unit / largest_weight;
         using Rows = LaneRows<K, V>;
 
-        // Row blocks of whole pages: a page has two of each warp's.
-        constexpr int ahead = K::lane_words + V::lane_words <= 8 ? 4 : 2;
-        static_assert(ahead % 2 == 0 && blocks_per_page == 2 * attend_warps, "an even one is the first of its page");
-        Rows rows[ahead];
-        const int count = 2 * (limits.whole_end - limits.whole_begin);
-        auto load = [&](int index, Rows& to) {
-            const int page = limits.whole_begin + index / 2;
-            to.load(key_pages[page], value_pages[page], warp + index % 2 * attend_warps, lane);
+        const LevelTable key_levels = kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
+
+        // Whole pages, two row blocks of each for a warp. While some are computed the next are on their way.
+        static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
+        constexpr int ahead = holds_two_pages<K, V> ? 2 : 1;
+        Rows rows[ahead][2];
+        auto load_half = [&](u64 keys_at, u64 values_at, int half, Rows& to) { to.load(keys_at, values_at, warp + half * attend_warps, lane); };
+        auto load_page = [&](int page, Rows(&to)[2]) {
+            if (page >= limits.whole_end) return;
+            const u64 keys_at = key_page(page), values_at = value_page(page);
+            for_each<2>([&](auto half) { load_half(keys_at, values_at, decltype(half)::value, to[decltype(half)::value]); });
         };
-        for_each<ahead>([&](auto index) {
-            constexpr int i = decltype(index)::value;
-            if (i < count) load(i, rows[i]);
-        });
-        for (int first = 0; first < count; first += ahead) {
+        for_each<ahead>([&](auto index) { load_page(limits.whole_begin + decltype(index)::value, rows[decltype(index)::value]); });
+        for (int first = limits.whole_begin; wholes && first < limits.whole_end; first += ahead) {
             for_each<ahead>([&](auto index) {
                 constexpr int i = decltype(index)::value;
-                if (first + i >= count) return;
-                float scores[Tiles][4];
-                score_block<K, Tiles>(rows[i].key_codes, rows[i].key_numbers, queries, p.key_levels, p.key_wide_levels, scores);
-                state.soften(scores);
-                state.template weigh<false>(rows[i].value_codes, rows[i].value_numbers, p.value_levels, p.value_wide_levels, scores, unit);
-                if (first + i + ahead < count) load(first + i + ahead, rows[i]);
+                if (first + i >= limits.whole_end) return;
+                for_each<2>([&](auto half) {
+                    Rows& own = rows[i][decltype(half)::value];
+                    float scores[Tiles][4];
+                    score_block<K, Tiles>(own.key_codes, own.key_numbers, queries, key_levels, p.key_wide_levels, scores);
+                    state.soften(scores);
+                    state.template weigh<false>(own.value_codes, own.value_numbers, value_levels, p.value_wide_levels, scores, unit);
+                    // Where only one page is held its first half makes room for that of the next.
+                    if (ahead == 1 && first + 1 < limits.whole_end) {
+                        load_half(key_page(first + 1), value_page(first + 1), decltype(half)::value, own);
+                    }
+                });
+                if constexpr (ahead > 1) load_page(first + i + ahead, rows[i]);
             });
         }
 
@@ -188,14 +207,14 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
         Rows now, next;
         auto load_block = [&](int which, Rows& to) {
             const int page = which / blocks_per_page;
-            to.load(key_pages[page], value_pages[page], which % blocks_per_page, lane);
+            to.load(key_page(page), value_page(page), which % blocks_per_page, lane);
         };
         if (block <= last_block) load_block(block, now);
         while (block <= last_block) {
             const int next_block = past_whole(block + attend_warps);
             if (next_block <= last_block) load_block(next_block, next);
             float scores[Tiles][4];
-            score_block<K, Tiles>(now.key_codes, now.key_numbers, queries, p.key_levels, p.key_wide_levels, scores);
+            score_block<K, Tiles>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, scores);
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
                 for (int j = 0; j < 2; ++j) {
@@ -221,7 +240,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                 }
             });
             state.soften(scores);
-            state.template weigh<true>(now.value_codes, now.value_numbers, p.value_levels, p.value_wide_levels, scores, unit);
+            state.template weigh<true>(now.value_codes, now.value_numbers, value_levels, p.value_wide_levels, scores, unit);
             block = next_block;
             now = next;
         }
@@ -230,10 +249,10 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
 }
 
 template <class K, class V, int Tiles>
-__global__ void __launch_bounds__(attend_threads) attend(const __grid_constant__ AttendParams p) {
+__global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend(const __grid_constant__ AttendParams p) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     __shared__ float shared[Tiles * query_tile * (state_head + V::head_dim + attend_warps)];
-    if constexpr (V::is_ternary && V::groups == 1) {
+    if constexpr (has_remainders<V>) {
         if (ternary_is_even(p.value_levels)) return attend_split<K, V, Tiles, true>(p, shared);
     }
     attend_split<K, V, Tiles, false>(p, shared);

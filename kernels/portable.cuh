@@ -63,6 +63,7 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
     }
     return result;
 }
+__device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     low = float_of_half(pair & 0xffff), high = float_of_half(pair >> 16);
 }
@@ -107,6 +108,15 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
     u32 result;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
     return result;
+}
+/// A value of the whole warp in a register of each lane: byte permutations take no others, and the compiler would copy it anew for each.
+__device__ __forceinline__ u32 keep_in_register(u32 value) {
+    u32 kept;
+    asm volatile(
+        "{\n.reg .u32 l, x;\nmov.u32 l, %laneid;\nadd.u32 x, %1, l;\nshfl.sync.bfly.b32 x, x, 0, 31, 0xffffffff;\nsub.u32 %0, x, l;\n}"
+        : "=r"(kept)
+        : "r"(value));
+    return kept;
 }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(pair));

@@ -52,20 +52,18 @@ struct RunningState {
     /// Scores become weights; what came before is brought to a new reference if there is one.
     __device__ __forceinline__ void soften(float (&scores)[Tiles][4]) {
         bool grows = false;
-        for_each<Tiles>([&](auto n) {
-            for (int i = 0; i < 4; ++i) {
-                grows = grows || scores[decltype(n)::value][i] - reference[decltype(n)::value][i % 2] > weight_headroom;
-            }
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int i = 0; i < 4; ++i) grows = grows || scores[n][i] - reference[n][i % 2] > weight_headroom;
         });
         if (__any_sync(whole_warp, grows)) {
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
                 for (int j = 0; j < 2; ++j) {
-                    float largest = fmaxf(scores[n][j], scores[n][2 + j]);
+                    float largest = fmaxf(reference[n][j], fmaxf(scores[n][j], scores[n][2 + j]));
                     for (int distance = 4; distance < 32; distance *= 2) {
                         largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, distance));
                     }
-                    largest = fmaxf(largest, reference[n][j]);
                     scale_by(n, j, exp2_fast(reference[n][j] - largest));
                     reference[n][j] = largest;
                 }

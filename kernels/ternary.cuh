@@ -19,6 +19,9 @@ struct CodePairs {
 };
 
 template <class V>
+constexpr bool has_remainders = V::stream == values && V::is_ternary && V::groups == 1;
+
+template <class V>
 struct TernarySums {
     static constexpr int octets = V::code_octets, words = V::ternary_words;
     static constexpr int in_words = octets < 5 * words ? octets : 5 * words;

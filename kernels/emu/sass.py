@@ -1,6 +1,6 @@
 """Machine instructions of a kernel's hot loop, counted in a cubin by nvdisasm.
 
-Is: basic blocks, the innermost loop with the most matrix instructions, its instructions by the pipe that executes them.
+Is: basic blocks, the innermost loops with matrix instructions, their instructions by the pipe that executes them.
 Is not: a simulator; what a loop does in rare cases (blocks with a shuffle: a new reference of the softmax) is left out.
 """
 
@@ -105,20 +105,33 @@ def loop_of(blocks: list[Block], head: int, tail: int) -> set[int]:
     return found
 
 
-def hot_loops(blocks: list[Block]) -> list[list[str]]:
-    """Instructions of loops with matrix instructions, without their rare blocks; those with most matrix instructions first."""
+def matrix_loops(blocks: list[Block]) -> list[list[str]]:
+    """Instructions of the innermost loops with matrix instructions, in the order of the code, without their rare blocks."""
     loops: dict[int, set[int]] = {}
     for tail, block in enumerate(blocks):
         for head in block.after:
             if head <= tail:
                 loops[head] = loops.get(head, set()) | loop_of(blocks, head, tail)
     found = []
-    for members in loops.values():
+    for _, members in sorted(loops.items()):
         usual = [i for i in sorted(members) if not any("SHFL" in line for line in blocks[i].instructions)]
         lines = [line for index in usual for line in blocks[index].instructions]
-        if any(pipe_of(line) == "matrix" for line in lines):
+        inner = any(other < members for other in loops.values())
+        if not inner and any(pipe_of(line) == "matrix" for line in lines):
             found.append(lines)
-    return sorted(found, key=lambda lines: -sum(pipe_of(line) == "matrix" for line in lines))
+    return found
+
+
+def cost_of(text: str, matrix: int, row_blocks: int) -> dict[str, float]:
+    """Instructions a row block of the loop with `row_blocks` times `matrix` matrix instructions: all, and by pipe.
+
+    Raises ValueError if there is none.
+    """
+    for lines in matrix_loops(blocks_of(text)):
+        pipes = by_pipe(lines)
+        if pipes["matrix"] == matrix * row_blocks:
+            return {"all": len(lines) / row_blocks, **{pipe: count / row_blocks for pipe, count in pipes.items()}}
+    raise ValueError(f"no loop has {row_blocks} times {matrix} matrix instructions")
 
 
 def disassemble(cubin: bytes) -> str:
