@@ -1,6 +1,6 @@
-"""Kernels compiled by NVRTC for every architecture: no spills, registers and instructions within budget, names as the emulator has them.
+"""Kernels compiled by NVRTC for every architecture: no spills, registers and instructions in budget, the emulator's names.
 
-Needs NVRTC (`pip install nvidia-cuda-nvrtc`; torch's CUDA builds bring it), no GPU and no header; nvdisasm to count instructions.
+Needs NVRTC (`pip install nvidia-cuda-nvrtc`; torch's CUDA builds bring it), no GPU and no header; nvdisasm for counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sass
 from harness import PageFormat
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
-# Four blocks of 128 threads on a multiprocessor, three or two where wide codes, sixteen queries or wide heads need more.
+# Four blocks of 128 threads on a multiprocessor, fewer where wide codes, sixteen queries or wide heads need more.
 FOUR_BLOCKS, THREE_BLOCKS, TWO_BLOCKS = 128, 168, 255
 
 
@@ -149,7 +149,7 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a row block of the loop over whole pages may take: instructions, and those of the pipe of integers and bits."""
+    """What a row block of whole pages may take: instructions, and those of the pipe of integers and bits."""
 
     instructions: int
     alu: int

@@ -19,18 +19,18 @@ from pathlib import Path
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 LABEL = re.compile(r"^(\.L_\w+):")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
-# Of sm_80 to sm_90: 64 lanes a clock and multiprocessor for these, half of what it can issue (CUDA C++ programming guide, arithmetic instructions).
-PIPES = {
-    "matrix": ("HMMA", "IMMA", "QMMA"),
-    "alu": (
-        "LOP3 PLOP3 PRMT SHF SGXT IADD3 LEA ISETP FSETP FMNMX FMNMX3 IMNMX VIMNMX VIADD IABS SEL FSEL P2R R2P BMSK F2FP F2F I2FP MOV CS2R VOTE "
-        "LOP SHL SHR IADD POPC FLO FCHK VABSDIFF"
-    ).split(),
-    "fma": "FFMA FMUL FADD IMAD HFMA2 HADD2 HMUL2 HSETP2 FADD2 FMUL2 FFMA2".split(),
-    "special": ("MUFU", "I2F", "F2I"),
-    "memory": "LDG LD LDS LDC LDCU STG ST STS SHFL MOVM LDSM LDGSTS S2R S2UR".split(),
-    "control": "BRA BSSY BSYNC WARPSYNC NOP EXIT BREAK CALL RET NANOSLEEP YIELD BAR DEPBAR".split(),
+# Names by the pipe that executes them. Of sm_80 to sm_90 the one of integers and bits, "alu", takes half of what can be issued: 64
+# lanes a clock and multiprocessor (CUDA C++ programming guide, throughput of arithmetic instructions).
+NAMES = {
+    "matrix": "HMMA IMMA QMMA",
+    "alu": "LOP3 PLOP3 PRMT SHF SGXT IADD3 LEA ISETP FSETP FMNMX FMNMX3 IMNMX VIMNMX VIADD IABS SEL FSEL P2R R2P BMSK F2FP "
+    "F2F I2FP MOV CS2R VOTE LOP SHL SHR IADD POPC FLO FCHK VABSDIFF",
+    "fma": "FFMA FMUL FADD IMAD HFMA2 HADD2 HMUL2 HSETP2 FADD2 FMUL2 FFMA2",
+    "special": "MUFU I2F F2I",
+    "memory": "LDG LD LDS LDC LDCU STG ST STS SHFL MOVM LDSM LDGSTS S2R S2UR",
+    "control": "BRA BSSY BSYNC WARPSYNC NOP EXIT BREAK CALL RET NANOSLEEP YIELD BAR DEPBAR",
 }
+PIPES = {name: pipe for pipe, names in NAMES.items() for name in names.split()}
 
 
 @cache
@@ -49,13 +49,15 @@ class Block:
     after: list[int] = field(default_factory=list)
 
 
+def name_of(instruction: str) -> str:
+    """LOP3 of "@!P0 LOP3.LUT R1, …"."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
+
+
 def pipe_of(instruction: str) -> str:
-    """A key of PIPES, or "uniform" or "other"."""
-    name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
-    for pipe, names in PIPES.items():
-        if name in names:
-            return pipe
-    return "uniform" if name.startswith(("U", "R2UR")) else "other"
+    """A key of NAMES, or "uniform" or "other"."""
+    name = name_of(instruction)
+    return PIPES.get(name) or ("uniform" if name.startswith(("U", "R2UR")) else "other")
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -72,8 +74,7 @@ def blocks_of(text: str) -> list[Block]:
         elif found := INSTRUCTION.match(line):
             instruction = found[2].strip()
             blocks[current].instructions.append(instruction)
-            name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
-            if name in ("BRA", "EXIT", "RET", "BREAK"):
+            if name_of(instruction) in ("BRA", "EXIT", "RET", "BREAK"):
                 always = not instruction.startswith("@") and not re.search(r"BRA(\.\w+)* !?U?P\d", instruction)
                 if target := TARGET.search(instruction):
                     jumps.append((current, target[1], always))
@@ -106,7 +107,7 @@ def loop_of(blocks: list[Block], head: int, tail: int) -> set[int]:
 
 
 def matrix_loops(blocks: list[Block]) -> list[list[str]]:
-    """Instructions of the innermost loops with matrix instructions, in the order of the code, without their rare blocks."""
+    """Instructions of the innermost loops with matrix instructions, without their rare blocks."""
     loops: dict[int, set[int]] = {}
     for tail, block in enumerate(blocks):
         for head in block.after:
@@ -150,4 +151,4 @@ def by_pipe(lines: list[str]) -> Counter[str]:
 
 
 def by_name(lines: list[str]) -> Counter[str]:
-    return Counter(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[0] for line in lines)
+    return Counter(name_of(line) for line in lines)
