@@ -13,6 +13,7 @@
 // Bytes of a row block at 2 bits, D = 128: 512 of codes and 16 of scales for each stream; a lane loads 16 + 16 bytes of codes.
 #pragma once
 #include "fold.cuh"
+#include "planes.cuh"
 #include "running.cuh"
 
 namespace skvq {
@@ -24,6 +25,8 @@ struct FoldedQueries {
     const u32* fragments[Tiles];
     u32 kept[in_registers ? Tiles : 1][in_registers ? K::tiles : 1][2];
     float unit[Tiles][2], shifted[Tiles][2], noise[Tiles][2];
+    PlaneLevels planes;
+    float lowest[Tiles][2];  // of bit planes: what a row of lowest levels has of a score, before its scale
     const float* extras[Tiles];
 
     __device__ __forceinline__ void load(const AttendParams& p, i64 first_tile, int lane) {
@@ -43,6 +46,14 @@ struct FoldedQueries {
                     kept[n][decltype(tile)::value][0] = pair.x;
                     kept[n][decltype(tile)::value][1] = pair.y;
                 });
+            }
+            if constexpr (by_planes<K, Tiles>) {
+                planes = PlaneLevels(p.key_levels);
+                order_for_planes(kept[n]);
+                for (int side = 0; side < 2; ++side) {
+                    unit[n][side] *= planes.unit;
+                    lowest[n][side] = planes.lowest * group_sum<0>(n, side);
+                }
             }
         });
     }
@@ -74,17 +85,21 @@ __device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const Pai
     for_each<K::groups>([&](auto group) {
         constexpr int g = decltype(group)::value;
         float sums[Tiles][4] = {}, scales[2], zeros[2] = {};
-        for_each<per_group>([&](auto inner) {
-            constexpr int tile = g * per_group + decltype(inner)::value;
-            u32 levels[4];
-            decoder.template octet<2 * tile>(levels[0], levels[1]);
-            decoder.template octet<2 * tile + 1>(levels[2], levels[3]);
-            for_each<Tiles>([&](auto n) {
-                u32 query[2];
-                queries.template fragment<decltype(n)::value, tile>(query);
-                multiply_fragments(sums[decltype(n)::value], levels, query);
+        if constexpr (by_planes<K, Tiles>) {
+            plane_sums(codes, queries.planes, queries, sums);
+        } else {
+            for_each<per_group>([&](auto inner) {
+                constexpr int tile = g * per_group + decltype(inner)::value;
+                u32 levels[4];
+                decoder.template octet<2 * tile>(levels[0], levels[1]);
+                decoder.template octet<2 * tile + 1>(levels[2], levels[3]);
+                for_each<Tiles>([&](auto n) {
+                    u32 query[2];
+                    queries.template fragment<decltype(n)::value, tile>(query);
+                    multiply_fragments(sums[decltype(n)::value], levels, query);
+                });
             });
-        });
+        }
         numbers.template get<g>(scales);
         if constexpr (!K::symmetric) numbers.template get<K::groups + g>(zeros);
         for_each<Tiles>([&](auto index) {
@@ -92,7 +107,11 @@ __device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const Pai
             for (int i = 0; i < 4; ++i) {
                 const int side = i / 2, j = i % 2;
                 float& score = scores[n][i];
-                score = fmaf(sums[n][i], scales[side] * queries.unit[n][j], score);
+                if constexpr (by_planes<K, Tiles>) {
+                    score = fmaf(scales[side], fmaf(sums[n][i], queries.unit[n][j], queries.lowest[n][j]), score);
+                } else {
+                    score = fmaf(sums[n][i], scales[side] * queries.unit[n][j], score);
+                }
                 if constexpr (!K::symmetric) score = fmaf(zeros[side], queries.template group_sum<g>(n, j), score);
                 // Noise has one group: rows of parts.
                 if constexpr (K::is_parts) score = fmaf(scales[side] * scales[side], -queries.noise[n][j], score);
@@ -164,7 +183,6 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
         const int statistics = p.pages_per_key_block ? first_page / p.pages_per_key_block : 0;
         FoldedQueries<K, Tiles> queries;
         queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
-        const float unit = p.weight_unit / largest_weight;
         using Rows = LaneRows<K, V>;
 
         const LevelTable key_levels = kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
@@ -189,7 +207,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                     float scores[Tiles][4];
                     score_block<K, Tiles>(own.key_codes, own.key_numbers, queries, key_levels, p.key_wide_levels, scores);
                     state.soften(scores);
-                    state.template weigh<false>(own.value_codes, own.value_numbers, value_levels, p.value_wide_levels, scores, unit);
+                    state.template weigh<false>(own.value_codes, own.value_numbers, value_levels, p.value_wide_levels, scores, p.weight_unit);
                     // Where only one page is held its first half makes room for that of the next.
                     if (ahead == 1 && first + 1 < limits.whole_end) {
                         load_half(key_page(first + 1), value_page(first + 1), decltype(half)::value, own);
@@ -240,7 +258,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                 }
             });
             state.soften(scores);
-            state.template weigh<true>(now.value_codes, now.value_numbers, value_levels, p.value_wide_levels, scores, unit);
+            state.template weigh<true>(now.value_codes, now.value_numbers, value_levels, p.value_wide_levels, scores, p.weight_unit);
             block = next_block;
             now = next;
         }

@@ -55,6 +55,12 @@ __device__ __forceinline__ void levels_of(const LevelTable& table, int first, u3
     y = permute_bytes(low_bytes, high_bytes, 0x7362);
 }
 
+/// Level `code` of a codebook of three or four.
+__device__ __forceinline__ float level_of(const LevelTable& table, int code) {
+    constexpr int word = table_of(2);
+    return float_of_half(static_cast<u16>((table.low[word] >> 8 * code & 255u) | (table.high[word] >> 8 * code & 255u) << 8));
+}
+
 /// The table of a stream of codes of up to three bits, ready for many look-ups.
 template <class L>
 __device__ __forceinline__ LevelTable kept_levels(const LevelTable& table) {

@@ -3,8 +3,8 @@
 // Is: scores of a row block to weights, O += V̂ᵀ·(a·P), the states of four warps to one. Is not: scores, masks, loads (attend.cuh).
 // Lane 4·g + t has the scores of rows g, g + 8 and queries 2t, 2t + 1 and the sums of channels g, g + 8 (+ 16·tile) and the same queries. So a
 // query's reference and factor are where its scores and its sums are, and only P changes hands, by one transposition.
-// Scores are in units of log 2. Weights are 2^(score − reference), the reference being at most `weight_headroom` below the largest score so far:
-// it moves, and the sums with it, only when a score is beyond that, which is soon hardly ever.
+// Scores are in units of log 2. Weights are 2^(score − reference), at most 1. When a score is beyond the reference, it moves to `headroom` above the
+// largest score so far and the sums with it, so that it soon hardly ever moves again; f16 has the range for weights that much smaller.
 #pragma once
 #include "numbers.cuh"
 #include "state.cuh"
@@ -13,7 +13,7 @@
 namespace skvq {
 
 constexpr int attend_warps = 4, attend_threads = 32 * attend_warps;
-constexpr float weight_headroom = 4.0f, largest_weight = 16.0f;  // 2^4
+constexpr float headroom = 4.0f;
 /// The reference of a query that has seen no row: finite, so that a hidden row's score less it is −∞ and no NaN.
 constexpr float no_reference = -1e38f;
 constexpr float log_2 = 0.69314718055994531f;
@@ -54,18 +54,19 @@ struct RunningState {
         bool grows = false;
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
-            for (int i = 0; i < 4; ++i) grows = grows || scores[n][i] - reference[n][i % 2] > weight_headroom;
+            for (int i = 0; i < 4; ++i) grows = grows || scores[n][i] - reference[n][i % 2] > 0.0f;
         });
         if (__any_sync(whole_warp, grows)) {
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
                 for (int j = 0; j < 2; ++j) {
-                    float largest = fmaxf(reference[n][j], fmaxf(scores[n][j], scores[n][2 + j]));
+                    float largest = fmaxf(scores[n][j], scores[n][2 + j]);
                     for (int distance = 4; distance < 32; distance *= 2) {
                         largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, distance));
                     }
-                    scale_by(n, j, exp2_fast(reference[n][j] - largest));
-                    reference[n][j] = largest;
+                    const float moved = fmaxf(reference[n][j], largest + headroom);
+                    scale_by(n, j, exp2_fast(reference[n][j] - moved));
+                    reference[n][j] = moved;
                 }
             });
         }
@@ -78,8 +79,7 @@ struct RunningState {
         });
     }
 
-    /// O += V̂ᵀ·(a·P). With `Hides`, rows without weight may hold anything, a NaN scale too. `unit` is AttendParams::weight_unit over the
-    /// largest weight.
+    /// O += V̂ᵀ·(a·P). With `Hides`, rows without weight may hold anything, a NaN scale too. `unit`: AttendParams::weight_unit.
     template <bool Hides>
     __device__ __forceinline__ void weigh(const LaneCodes<V>& codes, const PairNumbers<V>& numbers, const LevelTable& table, u64 wide_levels,
                                           const float (&weights)[Tiles][4], float unit) {
@@ -159,9 +159,9 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                                              int head_tiles, int split, float* shared) {
     constexpr int queries = Tiles * query_tile, width = state_head + V::head_dim;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const float per_unit = largest_weight / p.weight_unit;
+    const float per_unit = 1.0f / p.weight_unit;
     float lowest = 0.0f, step = 0.0f;
-    if constexpr (Remainders) lowest = ternary_level(p.value_levels, 0), step = ternary_level(p.value_levels, 1) - lowest;
+    if constexpr (Remainders) lowest = level_of(p.value_levels, 0), step = level_of(p.value_levels, 1) - lowest;
     float* references = shared + queries * width;  // [warps, queries]
     state.finish();
     for_each<Tiles>([&](auto index) {

@@ -75,13 +75,8 @@ struct TernarySums {
     }
 };
 
-/// Level `code` of a codebook of three.
-__device__ __forceinline__ float ternary_level(const LevelTable& table, int code) {
-    constexpr int word = table_of(2);
-    return float_of_half(static_cast<u16>((table.low[word] >> 8 * code & 255u) | (table.high[word] >> 8 * code & 255u) << 8));
-}
 __device__ __forceinline__ bool ternary_is_even(const LevelTable& table) {
-    return ternary_level(table, 2) - ternary_level(table, 1) == ternary_level(table, 1) - ternary_level(table, 0);
+    return level_of(table, 2) - level_of(table, 1) == level_of(table, 1) - level_of(table, 0);
 }
 
 }  // namespace skvq

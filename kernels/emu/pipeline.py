@@ -23,7 +23,7 @@ QUERY_TILE = 8
 
 @dataclass
 class Call:
-    """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` from first to last."""
+    """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last."""
 
     keys: ReferenceCodec
     values: ReferenceCodec

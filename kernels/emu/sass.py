@@ -1,7 +1,7 @@
 """Machine instructions of a kernel's hot loop, counted in a cubin by nvdisasm.
 
 Is: basic blocks, the innermost loops with matrix instructions, their instructions by the pipe that executes them.
-Is not: a simulator; what a loop does in rare cases (blocks with a shuffle: a new reference of the softmax) is left out.
+Is not: a simulator; what a loop does in rare cases is left out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 LABEL = re.compile(r"^(\.L_\w+):")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
-# Names by the pipe that executes them. Of sm_80 to sm_90 the one of integers and bits, "alu", takes half of what can be issued: 64
-# lanes a clock and multiprocessor (CUDA C++ programming guide, throughput of arithmetic instructions).
+# Names by the pipe that executes them. Of sm_80 to sm_90 the one of integers and bits, "alu", takes half of what can be
+# issued: 64 lanes a clock and multiprocessor (CUDA C++ programming guide, throughput of arithmetic instructions).
 NAMES = {
     "matrix": "HMMA IMMA QMMA",
-    "alu": "LOP3 PLOP3 PRMT SHF SGXT IADD3 LEA ISETP FSETP FMNMX FMNMX3 IMNMX VIMNMX VIADD IABS SEL FSEL P2R R2P BMSK F2FP "
-    "F2F I2FP MOV CS2R VOTE LOP SHL SHR IADD POPC FLO FCHK VABSDIFF",
+    "alu": "LOP3 PLOP3 PRMT SHF SGXT IADD3 LEA ISETP FSETP FMNMX FMNMX3 IMNMX VIMNMX VIADD IABS SEL FSEL P2R R2P BMSK "
+    "F2FP F2F I2FP MOV CS2R VOTE LOP SHL SHR IADD POPC FLO FCHK VABSDIFF",
     "fma": "FFMA FMUL FADD IMAD HFMA2 HADD2 HMUL2 HSETP2 FADD2 FMUL2 FFMA2",
     "special": "MUFU I2F F2I",
     "memory": "LDG LD LDS LDC LDCU STG ST STS SHFL MOVM LDSM LDGSTS S2R S2UR",
@@ -106,6 +106,15 @@ def loop_of(blocks: list[Block], head: int, tail: int) -> set[int]:
     return found
 
 
+def is_rare(blocks: list[Block], index: int) -> bool:
+    """Whether a block is for a new reference of the softmax (shuffles) or an optional product (jumped over)."""
+    lines, after = blocks[index].instructions, blocks[index].after
+    jumped_over = any(
+        index in block.after and set(after) <= set(block.after) for block in blocks if len(block.after) == 2
+    )
+    return any("SHFL" in line for line in lines) or (jumped_over and any(pipe_of(line) == "matrix" for line in lines))
+
+
 def matrix_loops(blocks: list[Block]) -> list[list[str]]:
     """Instructions of the innermost loops with matrix instructions, without their rare blocks."""
     loops: dict[int, set[int]] = {}
@@ -115,7 +124,7 @@ def matrix_loops(blocks: list[Block]) -> list[list[str]]:
                 loops[head] = loops.get(head, set()) | loop_of(blocks, head, tail)
     found = []
     for _, members in sorted(loops.items()):
-        usual = [i for i in sorted(members) if not any("SHFL" in line for line in blocks[i].instructions)]
+        usual = [i for i in sorted(members) if not is_rare(blocks, i)]
         lines = [line for index in usual for line in blocks[index].instructions]
         inner = any(other < members for other in loops.values())
         if not inner and any(pipe_of(line) == "matrix" for line in lines):
