@@ -142,12 +142,13 @@ struct RowLimits {
     int first_visible, end;      // rows that are no padding and exist
     int whole_begin, whole_end;  // pages of which all queries see all rows, with plain scores
 
-    /// `wholes`: none of them otherwise.
-    __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int packed, int sinks, int total, bool wholes)
+    /// `wholes`: none of them otherwise; `biased`: a bias does not matter to them.
+    __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int packed, int sinks, int total, bool wholes,
+                                         bool biased)
         : first_visible(padding_of(p.mask, batch)), end(min(packed, (first_page + p.pages_per_split) * page_rows)) {
         // The first of a call's queries sees least.
         const int seen = p.mask.causal ? min(end, total - p.length + 1 - sinks) : end;
-        const bool plain = wholes && p.mask.kind == 0 && p.mask.softcap <= 0.0f && !p.bias;
+        const bool plain = wholes && p.mask.kind == 0 && p.mask.softcap <= 0.0f && (biased || !p.bias);
         whole_begin = max(first_page, (first_visible + page_rows - 1) / page_rows);
         whole_end = plain ? max(whole_begin, seen / page_rows) : whole_begin;
     }
@@ -171,7 +172,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
     // Ternary levels at odd distances are rare, rows of many words leave no registers: they have no loop of their own.
     constexpr bool wholes = (Remainders || !has_remainders<V>) && K::lane_words + V::lane_words <= 48;
-    const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes);
+    const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes, K::is_parts);
 
     RunningState<V, Tiles, Remainders> state;
     state.clear();
@@ -186,6 +187,18 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
         using Rows = LaneRows<K, V>;
 
         const LevelTable key_levels = kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
+
+        // Of a mean that turns, which only rows of parts have. Queries that do not exist have a bias too: zeros or whatever is there.
+        auto bias_of = [&](int n, int j) {
+            const i64 at = (static_cast<i64>(batch) * head_tiles + head_tile + n) * query_tile + 2 * t + j;
+            return reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
+        };
+        auto add_bias = [&](int row, float(&scores)[Tiles][4]) {
+            for_each<Tiles>([&](auto index) {
+                constexpr int n = decltype(index)::value;
+                for (int i = 0; i < 4; ++i) scores[n][i] = fmaf(bias_of(n, i % 2)[row + 8 * (i / 2)], log2_e, scores[n][i]);
+            });
+        };
 
         // Whole pages, two row blocks of each for a warp. While some are computed the next are on their way.
         static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
@@ -206,6 +219,10 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                     Rows& own = rows[i][decltype(half)::value];
                     float scores[Tiles][4];
                     score_block<K, Tiles>(own.key_codes, own.key_numbers, queries, key_levels, p.key_wide_levels, scores);
+                    if constexpr (K::is_parts) {
+                        const int block = (first + i) * blocks_per_page + warp + decltype(half)::value * attend_warps;
+                        if (p.bias) add_bias(block * block_rows + g, scores);
+                    }
                     state.soften(scores);
                     state.template weigh<false>(own.value_codes, own.value_numbers, value_levels, p.value_wide_levels, scores, p.weight_unit);
                     // Where only one page is held its first half makes room for that of the next.
@@ -239,12 +256,6 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                     const int query = 2 * t + j;
                     const QueryPlace place = query_at(head, p.group, p.length, (first_query_tile + n) * query_tile + query);
                     const QueryView view(p.mask, batch, place, p.length, total);
-                    const float* bias = nullptr;
-                    // Queries that do not exist have a bias too: zeros or whatever is there, hidden by their view.
-                    if (p.bias) {
-                        const i64 at = (static_cast<i64>(batch) * head_tiles + head_tile + n) * query_tile + query;
-                        bias = reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
-                    }
                     for (int side = 0; side < 2; ++side) {
                         const int row = block * block_rows + g + 8 * side;
                         float& score = scores[n][2 * side + j];
@@ -252,7 +263,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                             score = -infinity();
                             continue;
                         }
-                        const float biased = score * log_2 + (bias ? bias[row] : 0.0f);
+                        const float biased = score * log_2 + (p.bias ? bias_of(n, j)[row] : 0.0f);
                         score = log2_e * view.apply(p.mask, biased, sinks + row);
                     }
                 }
