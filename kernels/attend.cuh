@@ -158,9 +158,16 @@ struct RowLimits {
 template <class K, class V>
 constexpr bool holds_two_pages = K::head_dim <= 128 && V::head_dim <= 128 && K::lane_words + V::lane_words <= 8;
 
-/// Blocks that share a multiprocessor, which has 65536 registers.
+/// Blocks that share a multiprocessor, which has 65536 registers. With ternary values 128 a thread are enough for the code of sm_90 and sm_100.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool few_registers = false;
+#else
+constexpr bool few_registers = true;
+#endif
 template <class K, class V, int Tiles>
-constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 128 ? 2 : holds_two_pages<K, V> ? 4 : 3;
+constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 128              ? 2
+                                : holds_two_pages<K, V> && (few_registers || !has_remainders<V>) ? 4
+                                                                                                 : 3;
 
 /// A split of the past: all that a block does.
 template <class K, class V, int Tiles, bool Remainders>
@@ -170,7 +177,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
     const int head_tile = blockIdx.y * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
-    // Ternary levels at odd distances are rare, rows of many words leave no registers: they have no loop of their own.
+    // Ternary levels without symmetry are rare, rows of many words leave no registers: they have no loop of their own.
     constexpr bool wholes = (Remainders || !has_remainders<V>) && K::lane_words + V::lane_words <= 48;
     const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes, K::is_parts);
 
@@ -282,7 +289,7 @@ __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) 
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     __shared__ float shared[Tiles * query_tile * (state_head + V::head_dim + attend_warps)];
     if constexpr (has_remainders<V>) {
-        if (ternary_is_even(p.value_levels)) return attend_split<K, V, Tiles, true>(p, shared);
+        if (ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, true>(p, shared);
     }
     attend_split<K, V, Tiles, false>(p, shared);
 }

@@ -108,7 +108,7 @@ struct RunningState {
                 for_each<Tiles>([&](auto index) {
                     constexpr int n = decltype(index)::value;
                     pairs[n][0] = permute_bytes(scaled[n][0], scaled[n][1], 0x5410);
-                    pairs[n][1] = permute_bytes(scaled[n][0], scaled[n][1], 0x7632);
+                    pairs[n][1] = permute_bytes(scaled[n][0], scaled[n][1], 0x7632) ^ 0x80008000u;
                 });
                 TernarySums<V>::for_each_tile(codes, [&](auto tile, const u32(&operand)[4]) {
                     for_each<Tiles>([&](auto n) {
@@ -130,8 +130,8 @@ struct RunningState {
 
     /// Σ weight·a·level of channel 8·Octet + g and query 2t + j, times the unit of `weigh`.
     template <int N, int Octet>
-    __device__ __forceinline__ float channel(int j, float lowest, float step) const {
-        if constexpr (Remainders) return TernarySums<V>::template channel<Octet>(output[N], j, lowest, step);
+    __device__ __forceinline__ float channel(int j, float step) const {
+        if constexpr (Remainders) return TernarySums<V>::template channel<Octet>(output[N], j, step);
         return output[N][Octet / 2][2 * (Octet % 2) + j];
     }
 
@@ -160,8 +160,7 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
     constexpr int queries = Tiles * query_tile, width = state_head + V::head_dim;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const float per_unit = 1.0f / p.weight_unit;
-    float lowest = 0.0f, step = 0.0f;
-    if constexpr (Remainders) lowest = level_of(p.value_levels, 0), step = level_of(p.value_levels, 1) - lowest;
+    const float step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
     float* references = shared + queries * width;  // [warps, queries]
     state.finish();
     for_each<Tiles>([&](auto index) {
@@ -192,7 +191,7 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                         constexpr int i = decltype(tile)::value;
                         for_each<2>([&](auto half) {
                             constexpr int side = decltype(half)::value;
-                            float value = state.template channel<n, 2 * i + side>(j, lowest, step) * per_unit;
+                            float value = state.template channel<n, 2 * i + side>(j, step) * per_unit;
                             if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
                             to[state_head + 16 * i + g + 8 * side] += factor * value;
                         });

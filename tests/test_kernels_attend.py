@@ -71,7 +71,7 @@ CALLS = [
         codec("8"), codec("8"), group=16, tiles=2, packed=650, pages_per_split=9, rising=1.0, name="rising, two tiles"
     ),
     Call(TWO, codec("1.6", 80, codebook=UNEVEN), packed=290, pages_per_split=2, name="uneven ternary levels"),
-    Call(TWO, codec("1.6", 64, codebook=EVEN), packed=290, pages_per_split=2, name="ternary levels about 0.25"),
+    Call(TWO, codec("1.6", 64, codebook=EVEN), packed=290, pages_per_split=2, name="even ternary levels about 0.25"),
     Call(codec(codebook=LEVELS), codec(codebook=LEVELS), packed=290, name="levels without symmetry"),
     Call(TWO, codec("1.6", 64, symmetric=False, group_size=32), packed=290, name="ternary with zeros, groups"),
     Call(TWO, codec("1.6", 64, symmetric=False), packed=290, name="ternary with zeros"),

