@@ -61,16 +61,33 @@ def test_a_group_of_zeros() -> None:
     assert bool(torch.isfinite(made).all())
 
 
+def offsets(seed: int = 7) -> torch.Tensor:
+    return torch.rand(weight().shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_training_and_storing_make_the_same_weight(bits: int) -> None:
+@pytest.mark.parametrize("offset", [None, offsets()])
+def test_training_and_storing_make_the_same_weight(bits: int, offset: torch.Tensor | None) -> None:
     options, (low, high) = WeightOptions(bits, 32), clips(24, 3)
-    trained = fake_quantize(weight(), options, low, high)
-    assert torch.equal(trained, encode(weight(), options, low, high).dequantize())
+    trained = fake_quantize(weight(), options, low, high, offset=offset)
+    assert torch.equal(trained, encode(weight(), options, low, high, offset).dequantize())
 
 
-def test_gradients_are_those_of_straight_through_arithmetic() -> None:
+def test_an_offset_of_half_a_step_rounds_up_or_down() -> None:
+    options, w = WeightOptions(8, 32), weight()
+    nearest = encode(w, options)
+    up, down = (encode(w, options, None, None, torch.full_like(w, side * 0.49)).codes.int() for side in (1, -1))
+    moved = (up - down)[(nearest.codes > 0) & (nearest.codes < 255)]
+    assert bool(((up >= nearest.codes) & (down <= nearest.codes)).all())
+    assert set(moved.tolist()) == {0, 1}  # 0 where the weight lies on a level, nearly
+    assert float((moved == 1).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_gradients_are_those_of_straight_through_arithmetic(learnt: bool) -> None:
     """Against the same grid written with autograd."""
     options, (low, high), w = WeightOptions(4, 32), clips(24, 3), weight()
+    leaves = [low, high, *([offsets()] if learnt else [])]
     probe = weight(seed=5)
 
     def straight(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
@@ -80,23 +97,23 @@ def test_gradients_are_those_of_straight_through_arithmetic() -> None:
         """clamp(0, 15), whose gradient passes at both ends: every group has codes there."""
         return torch.where((x >= 0) & (x <= 15), x, x.detach().clamp(0, 15))
 
-    def plain(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    def plain(low: torch.Tensor, high: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
         groups = w.unflatten(1, (-1, 32))
         least = groups.amin(-1, keepdim=True).clamp(max=0) * low.sigmoid()[..., None]
         most = groups.amax(-1, keepdim=True).clamp(min=0) * high.sigmoid()[..., None]
         scale = (most - least) / 15
         scale = straight(scale, scale.bfloat16().float())
         zero = straight(-least / scale, (-least / scale).round())
-        steps = groups / scale
+        steps = groups / scale if offset is None else groups / scale + offset.unflatten(1, (-1, 32))
         codes = clamped(straight(steps, steps.round()) + zero)
         return ((codes - zero) * scale).flatten(1)
 
     found = []
     with torch.enable_grad():
-        for make in (lambda a, b: fake_quantize(w, options, a, b), plain):
-            leaves = [x.clone().requires_grad_() for x in (low, high)]
-            (make(*leaves) * probe).sum().backward()
-            found.append([x.grad for x in leaves])
+        for make in (lambda a, b, c=None: fake_quantize(w, options, a, b, offset=c), plain):
+            held = [x.clone().requires_grad_() for x in leaves]
+            (make(*held) * probe).sum().backward()
+            found.append([x.grad for x in held])
     for ours, theirs in zip(*found, strict=True):
         assert float(theirs.abs().max()) > 0.1
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

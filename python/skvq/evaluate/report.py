@@ -84,10 +84,16 @@ class Summary:
 def _estimate(rows: Sequence[Row], name: str) -> Estimate:
     values, weights = [row[name] for row in rows], [row["scored"] for row in rows]
     mean = sum(x * w for x, w in zip(values, weights, strict=True)) / sum(weights)
-    errors = [row[f"{name}_block_error"] for row in rows]
+    return Estimate(mean, _half_width(values), error_within_chunks(rows, name))
+
+
+def error_within_chunks(rows: Sequence[Row], name: str) -> float:
+    """Standard error of the mean of figure `name` over the scored tokens of all rows, from blocks of tokens of each
+    chunk; NaN where a row has none.
+    """
+    weights, errors = [row["scored"] for row in rows], [row[f"{name}_block_error"] for row in rows]
     known = [math.nan if x is None else x for x in errors]
-    block = math.sqrt(sum((x * w) ** 2 for x, w in zip(known, weights, strict=True))) / sum(weights)
-    return Estimate(mean, _half_width(values), block)
+    return math.sqrt(sum((x * w) ** 2 for x, w in zip(known, weights, strict=True))) / sum(weights)
 
 
 def _half_width(values: Sequence[float]) -> float:

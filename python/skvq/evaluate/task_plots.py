@@ -16,7 +16,9 @@ def plot_retrieval(report: dict[str, Any], path: Path) -> None:
     lengths = sorted({x["length"] for x in report["grid"]})
     depths = report["settings"]["depths"]
     size = (1.1 + (0.75 * len(lengths) + 0.5) * len(names), 1.0 + (0.35 * depths + 0.9) * len(tasks))
-    figure, axes = pyplot.subplots(len(tasks), len(names), figsize=size, squeeze=False, sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(
+        len(tasks), len(names), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     picture = None
     for row, task in enumerate(tasks):
         for column, name in enumerate(names):
@@ -28,11 +30,13 @@ def plot_retrieval(report: dict[str, Any], path: Path) -> None:
             for y, line in enumerate(shares):
                 for x, share in enumerate(line):
                     if share == share:
-                        axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+                        color = "black" if 0.2 < share < 0.8 else "white"
+                        axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
             axis.set_xticks(range(len(lengths)), [_length(length) for length in lengths], fontsize=7)
             axis.set_yticks(range(depths), [f"{100 * (d + 0.5) / depths:.0f} %" for d in range(depths)], fontsize=7)
             if row == 0:
-                axis.set_title(name.replace(":", ":\n").replace(",", ",\n"), fontsize=7)
+                title = name.removesuffix(".safetensors").replace(":", ":\n").replace(",", ",\n")
+                axis.set_title(title, fontsize=7)
             if column == 0:
                 axis.set_ylabel(f"{task}, depth", fontsize=8)
             if row == len(tasks) - 1:

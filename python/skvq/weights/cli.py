@@ -14,6 +14,7 @@ from ..arguments import add_counts, add_model_operand, add_output, add_texts, ad
 # As in reconstruction.py and grid.py, which load torch.
 LOSSES = ("mae", "mse")
 STARTS = ("search", "open", "range")
+ROUNDINGS = ("nearest", "learnt")
 WEIGHT_BITS = (3, 4, 8)
 
 
@@ -33,6 +34,11 @@ def add_commands(commands: Any) -> None:
         "--start",
         choices=STARTS,
         help="clips before training: the best fraction of every group's range, 0.982, or 1 (default: search)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help="of weights: to the nearest level, or which way is trained with the clips (default: nearest)",
     )
     parser.add_argument("--rate", type=float, metavar="X", help="learning rate of the clips' logits (default: 0.05)")
     parser.add_argument("--ignore", nargs="+", metavar="NAME", default=[], help="ends of names of layers to leave")
@@ -72,7 +78,8 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     from .quantize import QuantizeOptions, quantize_model
     from .reconstruction import ReconstructOptions
 
-    given = {x: getattr(arguments, x) for x in ("loss", "start", "rate") if getattr(arguments, x) is not None}
+    chosen = ("loss", "start", "rounding", "rate")
+    given = {x: getattr(arguments, x) for x in chosen if getattr(arguments, x) is not None}
     channels = None
     if arguments.kv_bits is not None:
         channels = ChannelOptions(arguments.kv_bits, arguments.window, arguments.sinks)

@@ -21,7 +21,7 @@ from ..evaluate.comparison import Settings
 from ..evaluate.divergence import ChunkReference, OutputHead
 from ..evaluate.methods import Method, parse_method
 from ..evaluate.progress import progress_bar
-from ..evaluate.report import without_nan
+from ..evaluate.report import error_within_chunks, without_nan
 from ..evaluate.simulation import Simulator
 from ..evaluate.spec_options import parse_options
 from ..evaluate.texts import Chunk
@@ -150,7 +150,8 @@ def _method(candidate: Candidate, model: Any) -> Method:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over chunks for every candidate: kl, top1, perplexity, rise over full precision in %, and, for a quantized
-    cache, its rise over the same weights with an exact one.
+    cache, its rise over the same weights with an exact one. `kl_error`, `rise_percent_error`: standard errors over the
+    scored tokens (None where a chunk is too short for one); seeds and calibration texts vary beside them.
     """
     found = []
     for text in dict.fromkeys(row["candidate"] for row in rows):
@@ -161,28 +162,34 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         over = None
         if own[0]["cache"] != FULL and len(alone) == len(losses):
             over = 100.0 * math.expm1(mean["loss"] - statistics.fmean(alone))
-        found.append(
-            {
-                "candidate": text,
-                "kl": mean["kl"],
-                "top1": mean["top1"],
-                "perplexity": math.exp(mean["loss"]),
-                "rise_percent": 100.0 * math.expm1(mean["loss"] - mean["full_loss"]),
-                "rise_over_weights_percent": over,
-                "chunks": len(own),
-            }
-        )
+        rise = mean["loss"] - mean["full_loss"]
+        row = {
+            "candidate": text,
+            "kl": mean["kl"],
+            "kl_error": error_within_chunks(own, "kl"),
+            "top1": mean["top1"],
+            "perplexity": math.exp(mean["loss"]),
+            "rise_percent": 100.0 * math.expm1(rise),
+            "rise_percent_error": 100.0 * math.exp(rise) * error_within_chunks(own, "rise"),
+            "rise_over_weights_percent": over,
+            "chunks": len(own),
+        }
+        found.append(without_nan(row))
     return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """`summarize` for people."""
+    """`summarize` for people; ± is one standard error over the scored tokens."""
     width = max(len(row["candidate"]) for row in rows)
-    lines = [f"{'':<{width}}{'KL (nats)':>11}{'top-1 %':>9}{'perplexity':>12}{'rise %':>9}{'over weights %':>16}"]
+    lines = [f"{'':<{width}}{'KL (nats)':>19}{'top-1 %':>9}{'perplexity':>12}{'rise %':>17}{'over weights %':>16}"]
     for row in summarize(rows):
         over = "" if row["rise_over_weights_percent"] is None else f"{row['rise_over_weights_percent']:+.3f}"
-        lines.append(
-            f"{row['candidate']:<{width}}{row['kl']:>11.5f}{100 * row['top1']:>9.2f}{row['perplexity']:>12.4f}"
-            f"{row['rise_percent']:>+9.3f}{over:>16}"
-        )
+        kl, rise = _with_error(row, "kl", ".5f"), _with_error(row, "rise_percent", "+.2f")
+        figures = f"{kl:>19}{100 * row['top1']:>9.2f}{row['perplexity']:>12.4f}{rise:>17}{over:>16}"
+        lines.append(f"{row['candidate']:<{width}}{figures}")
     return "\n".join(lines)
+
+
+def _with_error(row: dict[str, Any], name: str, form: str) -> str:
+    error = row[f"{name}_error"]
+    return f"{row[name]:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")

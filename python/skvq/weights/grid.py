@@ -7,7 +7,9 @@ Shapes: weight float32 [O, I], groups of `group_size` inputs G = I / group_size,
 codes uint8 [O, I].
 
     high = σ(h) · max(w, 0)    low = σ(l) · min(w, 0)    scale = bf16((high − low) / (2^bits − 1))
-    zero = round(−low / scale)    code = clamp(round(w / scale) + zero, 0, 2^bits − 1)    ŵ = (code − zero) · scale
+    zero = round(−low / scale)    code = clamp(round(w / scale + r) + zero, 0, 2^bits − 1)    ŵ = (code − zero) · scale
+
+r is 0, or between −1/2 and 1/2 where rounding is learnt (as in SignRound, arXiv 2309.05516).
 
 The scale is rounded to bfloat16, so that a checkpoint means the same in every dtype it is loaded in, and 0 is always on
 the grid.
@@ -111,30 +113,38 @@ class _RoundSTE(torch.autograd.Function):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """ŵ of groups w [O, G, g] with scale and zero [O, G, 1]; gradients for scale and zero only.
+    """ŵ of groups w and offsets r (or None) [O, G, g] with scale and zero [O, G, 1]; gradients for all but w.
 
     Written out because autograd would hold five tensors of the weight's size where two do. With v = w / scale:
-    inside the grid ∂ŵ/∂scale = round(v) − v and ∂ŵ/∂zero = 0, beyond it code − zero and −scale.
+    inside the grid ∂ŵ/∂scale = round(v + r) − v, ∂ŵ/∂zero = 0 and ∂ŵ/∂r = scale, beyond it code − zero, −scale and 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
-        steps = (weight / scale).round_().add_(zero).clamp_(0, levels).sub_(zero)
-        ctx.save_for_backward(weight, scale, zero)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor, offset: Tensor | None, levels: int) -> Tensor:
+        steps = _codes(weight, scale, zero, offset).clamp_(0, levels).sub_(zero)
+        ctx.save_for_backward(weight, scale, zero, offset)
         ctx.levels = levels
         return steps.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        weight, scale, zero = ctx.saved_tensors
-        gradient, steps = gradients[0], weight / scale
-        codes = steps.round().add_(zero)
+        weight, scale, zero, offset = ctx.saved_tensors
+        gradient, codes = gradients[0], _codes(weight, scale, zero, offset)
         held = codes.clamp(0, ctx.levels)
         outside = held != codes
-        by_scale = held.sub_(zero).sub_(steps.masked_fill_(outside, 0.0))
+        by_scale = held.sub_(zero).sub_((weight / scale).masked_fill_(outside, 0.0))
         for_scale = (gradient * by_scale).sum(-1, keepdim=True)
         for_zero = -scale * (gradient * outside).sum(-1, keepdim=True)
-        return None, for_scale, for_zero, None
+        for_offset = None if offset is None else (gradient * scale).masked_fill_(outside, 0.0)
+        return None, for_scale, for_zero, for_offset, None
+
+
+def _codes(weight: Tensor, scale: Tensor, zero: Tensor, offset: Tensor | None) -> Tensor:
+    """Codes before they are held within the levels."""
+    steps = weight / scale
+    if offset is not None:
+        steps.add_(offset)
+    return steps.round_().add_(zero)
 
 
 def _ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,23 +171,29 @@ def fake_quantize(
     low_clip: Tensor,
     high_clip: Tensor,
     known: tuple[Tensor, Tensor] | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """ŵ float32 [O, I] with gradients for the clips, logits of fractions of minimum and maximum [O, G].
 
-    `known`: the weight's `ranges`, if they are known already.
+    `known`: the weight's `ranges`, if they are known already. `offset`: r [O, I], which gets a gradient too.
     """
     groups = weight.unflatten(1, (-1, options.group_size))
     low, high = _ranges(weight, options.group_size)[1:] if known is None else known
     low, high = low * low_clip.sigmoid()[..., None], high * high_clip.sigmoid()[..., None]
     scale, zero = _grid(low, high, options.levels)
-    made: Tensor = _FakeQuantize.apply(groups, scale, zero, options.levels)
+    offsets = None if offset is None else offset.unflatten(1, (-1, options.group_size))
+    made: Tensor = _FakeQuantize.apply(groups, scale, zero, offsets, options.levels)
     return made.flatten(1)
 
 
 def encode(
-    weight: Tensor, options: WeightOptions, low_clip: Tensor | None = None, high_clip: Tensor | None = None
+    weight: Tensor,
+    options: WeightOptions,
+    low_clip: Tensor | None = None,
+    high_clip: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> QuantizedWeight:
-    """The weight float32 [O, I] as stored; round-to-nearest between minimum and maximum without clips.
+    """The weight float32 [O, I] as stored; round-to-nearest between minimum and maximum without clips and offsets.
 
     Raises:
         SkvqError: a weight that is not finite, or that the group size does not fit.
@@ -192,7 +208,8 @@ def encode(
         if high_clip is not None:
             high = high * high_clip.sigmoid()[..., None]
         scale, zero = _grid(low, high, options.levels)
-        codes = (groups / scale).round_().add_(zero).clamp_(0, options.levels)
+        offsets = None if offset is None else offset.unflatten(1, (-1, options.group_size))
+        codes = _codes(groups, scale, zero, offsets).clamp_(0, options.levels)
         return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale[..., 0].clone(), zero[..., 0].to(torch.uint8))
 
 
@@ -212,7 +229,7 @@ def search_clips(weight: Tensor, options: WeightOptions, importance: Tensor, tra
         chosen = torch.ones_like(best)
         for share in SEARCHED:
             scale, zero = _grid(low * share, high * share, options.levels)
-            made = (groups / scale).round_().add_(zero).clamp_(0, options.levels).sub_(zero).mul_(scale)
+            made = _codes(groups, scale, zero, None).clamp_(0, options.levels).sub_(zero).mul_(scale)
             error = made.sub_(groups).square_().mul_(weights).sum(-1)
             better = error < best
             best, chosen = torch.where(better, error, best), chosen.masked_fill(better, share)

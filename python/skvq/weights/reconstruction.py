@@ -1,4 +1,5 @@
-"""Cross-block reconstruction (WKVQuant): block by block, clips are trained against the full-precision stream.
+"""Cross-block reconstruction (WKVQuant): block by block, clips are trained against the full-precision stream, and with
+them which way every weight is rounded.
 
 A block is one decoder layer. Its input comes from the quantized blocks before it; the targets are the outputs of the
 block and of the `ahead` next ones on the full-precision stream, and the loss is the sum of the mean absolute (or
@@ -36,6 +37,7 @@ from .state import BlockState, StateFolder
 
 LOSSES = ("mae", "mse")
 STARTS = ("search", "open", "range")
+ROUNDINGS = ("nearest", "learnt")
 FINAL_RATE = 0.1  # of the first learning rate, at the end of the cosine
 
 
@@ -48,6 +50,8 @@ class ReconstructOptions:
         loss: "mae" or "mse".
         start: "search": for every group the fraction of its range with the least error, inputs weighed by their mean
             square; "open": 0.982 of the range, as OmniQuant; "range": all of it, round-to-nearest.
+        rounding: "nearest", as in WKVQuant; "learnt": every weight has an offset between −1/2 and 1/2 before it is
+            rounded, trained by the signs of its gradients with a rate that falls from 1 / steps to 0 (SignRound).
         epochs: passes over the samples for each block; 0 leaves the start as it is.
         batch: samples of a step.
         rate: AdamW's learning rate of the clips' logits.
@@ -63,6 +67,7 @@ class ReconstructOptions:
     ahead: int = 1
     loss: str = "mae"
     start: str = "search"
+    rounding: str = "nearest"
     epochs: int = 5
     batch: int = 1
     rate: float = 0.05
@@ -72,7 +77,7 @@ class ReconstructOptions:
     channels: ChannelOptions | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("loss", LOSSES), ("start", STARTS)):
+        for name, allowed in (("loss", LOSSES), ("start", STARTS), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in allowed:
                 raise SkvqError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
         for name, least in (("ahead", 0), ("epochs", 0), ("batch", 1), ("seed", 0)):
@@ -84,6 +89,8 @@ class ReconstructOptions:
                 raise SkvqError(f"{name}={getattr(self, name)!r}: expected a number above 0")
         if self.start == "range" and self.epochs:
             raise SkvqError(f"start='range', epochs={self.epochs}: expected epochs=0, a clip of 1 cannot be trained")
+        if self.rounding == "learnt" and not self.epochs:
+            raise SkvqError("rounding='learnt', epochs=0: expected at least one epoch")
 
 
 @dataclass(eq=False)
@@ -102,15 +109,16 @@ class Reconstruction:
 
 
 class _Clip(nn.Module):
-    """The parametrization of a weight while its clips are trained."""
+    """The parametrization of a weight while its clips, and offsets before rounding, are trained."""
 
-    def __init__(self, weight: Tensor, low: Tensor, high: Tensor, options: WeightOptions) -> None:
+    def __init__(self, weight: Tensor, low: Tensor, high: Tensor, options: WeightOptions, learnt: bool) -> None:
         super().__init__()
         self.low, self.high, self.options = nn.Parameter(low), nn.Parameter(high), options
         self.ranges = ranges(weight, options)
+        self.offset = nn.Parameter(torch.zeros_like(weight)) if learnt else None
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.options, self.low, self.high, self.ranges)
+        return fake_quantize(weight, self.options, self.low, self.high, self.ranges, self.offset)
 
 
 def reconstruct(
@@ -222,17 +230,20 @@ class _Run:
         channels = self.kv.active.get(index)
         for name, linear in linears.items():
             parametrize.register_parametrization(linear, "weight", clips[name], unsafe=True)
-        groups = [{"params": [p for clip in clips.values() for p in clip.parameters()], "lr": self.options.rate}]
+        groups = [{"params": [p for clip in clips.values() for p in (clip.low, clip.high)], "lr": self.options.rate}]
+        offsets: list[Tensor] = [clip.offset for clip in clips.values() if clip.offset is not None]
         if channels is not None:
             groups.append({"params": channels.parameters(), "lr": self.options.channel_rate})
         try:
             before = after = self._loss(index)
             if self.options.epochs:
                 held = _copies(groups)
-                self._descend(index, groups)
+                self._descend(index, groups, offsets)
                 after = self._loss(index)
                 if not after < before:
                     _put_back(groups, held)
+                    for offset in offsets:
+                        offset.data.zero_()
         finally:
             for linear in linears.values():
                 parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
@@ -240,8 +251,8 @@ class _Run:
         tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
             clip = clips[name]
-            whole = self.options.start == "range"
-            made = encode(linear.weight, self.weights, *((None, None) if whole else (clip.low, clip.high)))
+            low, high = (None, None) if self.options.start == "range" else (clip.low, clip.high)
+            made = encode(linear.weight, self.weights, low, high, clip.offset)
             tensors |= {f"{name}.{x}": value for x, value in packed_tensors(made, self.weights).items()}
         log = {
             "block": index,
@@ -271,7 +282,8 @@ class _Run:
             else:
                 logit = OPEN_CLIP if self.options.start == "open" else math.inf
                 low = high = torch.full((outputs, groups), logit)
-            clips[name] = _Clip(linear.weight.detach(), low.clone(), high.clone(), self.weights)
+            learnt = self.options.rounding == "learnt"
+            clips[name] = _Clip(linear.weight.detach(), low.clone(), high.clone(), self.weights, learnt)
         return clips
 
     def _losses(self, index: int, samples: Tensor) -> Tensor:
@@ -290,12 +302,13 @@ class _Run:
             parts = torch.arange(self.quantized.shape[0]).split(self.options.batch)
             return sum(float(self._losses(index, x)) * len(x) for x in parts) / self.quantized.shape[0]
 
-    def _descend(self, index: int, groups: list[dict[str, Any]]) -> None:
+    def _descend(self, index: int, groups: list[dict[str, Any]], offsets: list[Tensor]) -> None:
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + index)
         samples, options = self.quantized.shape[0], self.options
         steps = options.epochs * -(-samples // options.batch)
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / steps))
+        done = 0
         with torch.enable_grad():
             for _ in range(options.epochs):
                 for chosen in batches(samples, options.batch, generator):
@@ -306,6 +319,17 @@ class _Run:
                     loss.backward()
                     optimizer.step()
                     schedule.step()
+                    _follow_signs(offsets, (1.0 - done / steps) / steps)
+                    done += 1
+
+
+def _follow_signs(offsets: list[Tensor], rate: float) -> None:
+    """One step of every offset against the sign of its gradient, which is dropped."""
+    with torch.no_grad():
+        for offset in offsets:
+            if offset.grad is not None:
+                offset.sub_(offset.grad.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+                offset.grad = None
 
 
 def _cosine(share: float) -> float:

@@ -238,27 +238,52 @@ unsafe fn bits(source: *const u8, bit: usize, n: usize) -> u16 {
     (word >> shift) as u16
 }
 
+/// Bits `bit .. bit + 16`, as [`bits`] gives them.
+#[inline(always)]
+unsafe fn sixteen_bits(source: *const u8, bit: usize) -> u16 {
+    // SAFETY: the bytes that hold the bits asked for.
+    unsafe {
+        if bit.is_multiple_of(8) {
+            source.add(bit / 8).cast::<u16>().read_unaligned().to_le()
+        } else {
+            bits(source, bit, LANES)
+        }
+    }
+}
+
 /// `count` codes of three bits through table `eight` (or `second`).
 #[inline(always)]
 unsafe fn three_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, count: usize, target: *mut f32, first: bool) {
     let planes = count / 4;
     let table = if first { tables.eight } else { tables.second };
+    let whole = planes / LANES * LANES;
     // SAFETY: reads count/4 + count/8 bytes and writes `count` floats; the caller vouches for both.
     unsafe {
         let high = source.add(planes);
         let mut b = 0;
-        while b < planes {
-            let n = (planes - b).min(LANES);
-            let low = S::load_u8_partial(source.add(b), n);
+        while b < whole {
+            let low = S::load_u8(source.add(b));
             let codes = [low, S::shr::<2>(low), S::shr::<4>(low), S::shr::<6>(low)];
             let mut plane = 0;
             while plane < 4 {
                 let channel = plane * planes + b;
+                let code = S::or_bits(S::and(codes[plane], 3), sixteen_bits(high, channel), 4);
+                S::store(S::lookup8(table, code), target.add(channel));
+                plane += 1;
+            }
+            b += LANES;
+        }
+        if whole < planes {
+            let n = planes - whole;
+            let low = S::load_u8_partial(source.add(whole), n);
+            let codes = [low, S::shr::<2>(low), S::shr::<4>(low), S::shr::<6>(low)];
+            let mut plane = 0;
+            while plane < 4 {
+                let channel = plane * planes + whole;
                 let code = S::or_bits(S::and(codes[plane], 3), bits(high, channel, n), 4);
                 S::store_partial(S::lookup8(table, code), target.add(channel), n);
                 plane += 1;
             }
-            b += LANES;
         }
     }
 }
@@ -289,15 +314,21 @@ unsafe fn pairs<S: Lanes>(tables: &Tables<S>, source: *const u8, layout: &RowLay
 #[inline(always)]
 unsafe fn four_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, target: *mut f32) {
     let half = d / 2;
+    let whole = half / LANES * LANES;
     let mut b = 0;
     // SAFETY: reads d/2 bytes and writes d floats; the caller vouches for both.
     unsafe {
-        while b < half {
-            let n = (half - b).min(LANES);
-            let codes = S::load_u8_partial(source.add(b), n);
-            S::store_partial(S::lookup16(tables.sixteen, codes), target.add(b), n);
-            S::store_partial(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + b), n);
+        while b < whole {
+            let codes = S::load_u8(source.add(b));
+            S::store(S::lookup16(tables.sixteen, codes), target.add(b));
+            S::store(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + b));
             b += LANES;
+        }
+        if whole < half {
+            let n = half - whole;
+            let codes = S::load_u8_partial(source.add(whole), n);
+            S::store_partial(S::lookup16(tables.sixteen, codes), target.add(whole), n);
+            S::store_partial(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + whole), n);
         }
     }
 }
