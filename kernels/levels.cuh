@@ -55,6 +55,25 @@ __device__ __forceinline__ void levels_of(const LevelTable& table, int first, u3
     y = permute_bytes(low_bytes, high_bytes, 0x7362);
 }
 
+/// Level `code` of a codebook of three or four.
+__device__ __forceinline__ float level_of(const LevelTable& table, int code) {
+    constexpr int word = table_of(2);
+    return float_of_half(static_cast<u16>((table.low[word] >> 8 * code & 255u) | (table.high[word] >> 8 * code & 255u) << 8));
+}
+
+/// The table of a stream of codes of up to three bits, ready for many look-ups.
+template <class L>
+__device__ __forceinline__ LevelTable kept_levels(const LevelTable& table) {
+    LevelTable kept = table;
+    if constexpr (!L::is_parts && L::part_bits(0) <= 3) {
+        constexpr int first = table_of(L::part_bits(0)), count = L::is_pairs ? 4 : L::part_bits(0) == 3 ? 2 : 1;
+        for (int word = first; word < first + count; ++word) {
+            kept.low[word] = keep_in_register(table.low[word]), kept.high[word] = keep_in_register(table.high[word]);
+        }
+    }
+    return kept;
+}
+
 /// The codes of one lane in one row block.
 template <class L>
 struct LaneCodes {
@@ -95,8 +114,11 @@ struct LaneCodes {
     __device__ __forceinline__ u32 two_bits() const {
         if constexpr (Octet + 1 == Octets && Octet % 2 == 0) return spread_pairs(bits_at<First + Octet>() & 255u);
         constexpr int byte = First + Octet / 2 * 2;
-        // Masked as a word first: the two octets of its upper half share that.
-        if constexpr (byte % 2 == 0) return (words[byte / 4] >> Octet % 2 * 2 & 0x33333333u) >> byte % 4 * 8;
+        // Masked as a word first: the two octets of its upper half share that. A permutation, lest the compiler puts the shift first again.
+        if constexpr (byte % 2 == 0) {
+            const u32 masked = words[byte / 4] >> Octet % 2 * 2 & 0x33333333u;
+            return byte % 4 == 0 ? masked : permute_bytes(masked, 0, 0x4432);
+        }
         return bits_at<byte>() >> Octet % 2 * 2 & 0x3333u;
     }
     /// Selector of a plane of one bit, at bit `At` of each nibble.

@@ -74,13 +74,12 @@ struct PairNumbers {
         });
     }
 
-    /// Number `Number` of row g (side 0) or g + 8 (side 1).
+    /// Number `Number` of the rows g and g + 8.
     template <int Number>
-    __device__ __forceinline__ float get(int side) const {
+    __device__ __forceinline__ void get(float (&pair)[2]) const {
         constexpr int byte = 2 * Number * L::number_bytes;
         const u32 both = words[byte / 4] >> 8 * (byte % 4);
-        if constexpr (L::number_bytes == 1) return float_of_e4m3(both >> 8 * side & 255);
-        return float_of_half(static_cast<u16>(both >> 16 * side));
+        widen_halves(L::number_bytes == 1 ? halves_of_e4m3(both) : both, pair[0], pair[1]);
     }
 };
 

@@ -54,6 +54,22 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     const float low = float_of_half(a & 0xffff) + float_of_half(b & 0xffff), high = float_of_half(a >> 16) + float_of_half(b >> 16);
     return half_of_float(low) | static_cast<u32>(half_of_float(high)) << 16;
 }
+/// a·b + c, which all that use it have an exact result of.
+__device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
+    u32 result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float product = float_of_half(a >> shift & 0xffff) * float_of_half(b >> shift & 0xffff);
+        result |= static_cast<u32>(half_of_float(product + float_of_half(c >> shift & 0xffff))) << shift;
+    }
+    return result;
+}
+__device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
+__device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
+    low = float_of_half(pair & 0xffff), high = float_of_half(pair >> 16);
+}
+__device__ __forceinline__ u32 narrow_to_halves(float low, float high) {
+    return half_of_float(low) | static_cast<u32>(half_of_float(high)) << 16;
+}
 __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     emulator::multiply_fragments(d, a, b);
 }
@@ -87,6 +103,29 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     u32 sum;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
     return sum;
+}
+__device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
+    u32 result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+/// A value of the whole warp in a register of each lane: byte permutations take no others, and the compiler would copy it anew for each.
+__device__ __forceinline__ u32 keep_in_register(u32 value) {
+    u32 kept;
+    asm volatile(
+        "{\n.reg .u32 l, x;\nmov.u32 l, %laneid;\nadd.u32 x, %1, l;\nshfl.sync.bfly.b32 x, x, 0, 31, 0xffffffff;\nsub.u32 %0, x, l;\n}"
+        : "=r"(kept)
+        : "r"(value));
+    return kept;
+}
+__device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(pair));
+}
+/// In one instruction; what is beyond the range of f16 becomes infinite.
+__device__ __forceinline__ u32 narrow_to_halves(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
 }
 /// D[16 × 8] += A[16 × 16]·B[16 × 8], f16 in, f32 sums.
 __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
@@ -144,6 +183,20 @@ extern __shared__ unsigned char skvq_dynamic_shared[];
 #endif
 
 constexpr u32 whole_warp = 0xffffffffu;
+
+/// Two E4M3FN numbers, bytes 0 and 1, as f16: all of them are f16 numbers.
+__device__ __forceinline__ u32 halves_of_e4m3(u32 bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    u32 halves;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, l;\n}" : "=r"(halves) : "r"(bytes));
+    return halves;
+#else
+    // The bits of an E4M3 number, moved, are those of an f16 that is 256 times smaller; NaN would be 480 / 256.
+    const u32 spread = permute_bytes(bytes, 0, 0x1404), size = spread >> 1 & 0x3f803f80u;
+    const u32 overflow = fma_halves(size, 0x78007800u, 0x6e006e00u);  // · 2^15 + 6144: infinite for a NaN alone
+    return fma_halves((spread & 0x80008000u) | size, 0x5c005c00u, fma_halves(overflow, 0, 0));
+#endif
+}
 
 /// Two f32 as f16, `low` in the low half, beyond the range of f16 its largest number.
 __device__ __forceinline__ u32 pack_halves(float low, float high) {

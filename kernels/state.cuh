@@ -1,6 +1,6 @@
 // The partial softmax of a query over some rows, as kernels hand it to each other: f32 {m, l, Σp of packed rows, 0, o[Dv]}.
 //
-// m is the largest score (−∞ if no row was seen), l = Σ exp(score − m), o = Σ exp(score − m)·v. States merge in any order.
+// m is the largest score or near it (−∞ if no row was seen), l = Σ exp(score − m), o = Σ exp(score − m)·v. States merge in any order.
 #pragma once
 #include "params.cuh"
 

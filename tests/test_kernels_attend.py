@@ -23,6 +23,7 @@ from pipeline import Call
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
 
 TWO = codec()
+UNEVEN, EVEN, LEVELS = [-1.25, 0.25, 1.0], [-1.0, 0.25, 1.5], [-2.0, -0.25, 0.5, 1.75]
 CALLS = [
     Call(codec(head_dim=128), codec("1.6", 128), group=4, name="2 and ternary, 128"),
     Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning, 128"),
@@ -56,6 +57,24 @@ CALLS = [
     Call(TWO, TWO, mask=torch.zeros(1, 1, 1, 175, dtype=torch.bool), name="nothing seen"),
     Call(TWO, TWO, sink_logits=torch.tensor([0.5, -1.0, 2.0, 0.0]), group=2, name="sink logits"),
     Call(TWO, TWO, sinks=0, window=0, packed=256, name="packed rows only"),
+    Call(
+        codec(head_dim=128),
+        codec("1.6", 128),
+        group=8,
+        packed=1000,
+        pages_per_split=7,
+        rising=2.0,
+        name="rising, ternary",
+    ),
+    Call(TWO, codec("4"), group=8, packed=700, pages_per_split=9, rising=2.0, name="rising, 4"),
+    Call(
+        codec("8"), codec("8"), group=16, tiles=2, packed=650, pages_per_split=9, rising=1.0, name="rising, two tiles"
+    ),
+    Call(TWO, codec("1.6", 80, codebook=UNEVEN), packed=290, pages_per_split=2, name="uneven ternary levels"),
+    Call(TWO, codec("1.6", 64, codebook=EVEN), packed=290, pages_per_split=2, name="even ternary levels about 0.25"),
+    Call(codec(codebook=LEVELS), codec(codebook=LEVELS), packed=290, name="levels without symmetry"),
+    Call(TWO, codec("1.6", 64, symmetric=False, group_size=32), packed=290, name="ternary with zeros, groups"),
+    Call(TWO, codec("1.6", 64, symmetric=False), packed=290, name="ternary with zeros"),
 ]
 
 
@@ -104,3 +123,15 @@ def test_a_row_that_is_not_a_number_reaches_only_who_sees_it(kernels: harness.Ke
             assert bool(found[:, 0].isnan().all()) == spreads
             assert torch.equal(found[:, 1], before[:, 1])
             assert spreads or torch.equal(found, before)
+
+
+@pytest.mark.parametrize("stream", ["key_bytes", "value_bytes"])
+def test_a_row_that_is_not_a_number_reaches_those_who_see_whole_pages(stream: str, kernels: harness.Kernels) -> None:
+    call = next(call for call in CALLS if call.name == "rising, ternary")
+    rows = pipeline.make_rows(call)
+    before = pipeline.run(call, rows, kernels)
+    packed = getattr(rows, stream)
+    packed[:, 0, 200, -1:] = 0x7F
+    found = pipeline.run(call, rows, kernels)
+    assert found[:, : call.group].isnan().all()
+    assert torch.equal(found[:, call.group :], before[:, call.group :])

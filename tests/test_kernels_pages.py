@@ -50,7 +50,7 @@ KERNEL_NAMES = ("rows_to_page", "page_to_rows", "fragments_to_rows", "sizes_of_l
 def kernels() -> harness.Kernels:
     formats = [PageFormat.of(stream, codec).expression for stream, codec in CASES]
     instances = [f"skvq::{kernel}<{layout}>" for layout in formats for kernel in KERNEL_NAMES]
-    return harness.Kernels(instances, ["repack.cuh", "emu/fragments.cuh"], ("-O0",))
+    return harness.Kernels([*instances, "skvq::widened_e4m3<32>"], ["repack.cuh", "emu/fragments.cuh"], ("-O0",))
 
 
 def random_rows(codec: ReferenceCodec, count: int) -> torch.Tensor:
@@ -90,3 +90,11 @@ def test_rows_go_in_and_come_out(kernels: harness.Kernels, case: int) -> None:
     exact = exact.flatten(1)[:, : levels.shape[1]]
     assert torch.equal(levels[:count], exact.to(torch.float16))
     assert pages.shape[-1] >= page_format.page_bytes
+
+
+def test_all_e4m3_numbers_are_widened(kernels: harness.Kernels) -> None:
+    found = torch.zeros(256)
+    kernels.launch("skvq::widened_e4m3<32>", (1,), 32, harness.params("WidenedParams", numbers=found))
+    exact = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert torch.equal(found.nan_to_num(), exact.nan_to_num())

@@ -1,6 +1,7 @@
 // Kernels for the tests alone: what layout.cuh and levels.cuh make of a format.
 #pragma once
 #include "../levels.cuh"
+#include "../numbers.cuh"
 
 namespace skvq {
 
@@ -37,6 +38,22 @@ __global__ void __launch_bounds__(32) fragments_to_rows(const __grid_constant__ 
             to[(block * block_rows + row) * static_cast<i64>(L::channels) + channel] = static_cast<u16>(registers[i / 2] >> 16 * (i % 2));
         }
     });
+}
+
+/// All E4M3 numbers, two by two, as attention widens them: f32 [256].
+struct WidenedParams {
+    u64 numbers;
+};
+template <int Threads>
+__global__ void __launch_bounds__(Threads) widened_e4m3(const __grid_constant__ WidenedParams p) {
+    float* to = reinterpret_cast<float*>(p.numbers);
+    for (u32 byte = threadIdx.x; byte < 256; byte += Threads) {
+        float low, high;
+        widen_halves(halves_of_e4m3(byte | (255 - byte) << 8 | 0xabcd0000u), low, high);
+        to[byte] = low;
+        // The other half of each pair has been or will be written as a lower half: they must agree.
+        if (float_of_e4m3(255 - byte) != high && !is_nan(high)) to[byte] = not_a_number();
+    }
 }
 
 }  // namespace skvq

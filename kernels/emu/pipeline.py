@@ -23,7 +23,7 @@ QUERY_TILE = 8
 
 @dataclass
 class Call:
-    """One attention call. `paddings` has the tokens before each sequence."""
+    """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last."""
 
     keys: ReferenceCodec
     values: ReferenceCodec
@@ -42,6 +42,7 @@ class Call:
     sink_logits: Tensor | None = None
     pages_per_split: int = 1
     tiles: int = 1
+    rising: float = 0.0
     schedule: str = "forward"
     seed: int = 0
     name: str = field(default="", compare=False)
@@ -102,6 +103,7 @@ def make_rows(call: Call) -> Rows:
         return (x * (0.5 + torch.rand(width, generator=generator)) + offset).to(call.dtype)
 
     keys, values = rows(call.keys.head_dim), rows(call.values.head_dim)
+    keys = (keys * (1.0 + call.rising * torch.linspace(0.0, 1.0, call.total))[:, None]).to(call.dtype)
     heads = call.kv_heads * call.group
     query = torch.randn(call.batch, heads, call.length, call.keys.head_dim, generator=generator).to(call.dtype)
     packed = slice(call.sinks, call.sinks + call.packed)

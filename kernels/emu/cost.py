@@ -1,0 +1,74 @@
+"""What the instructions of attention over whole pages predict: the tables of PAGES.md, printed.
+
+A model, not a measurement. `tests/test_kernels_nvrtc.py` fails where the compiler makes more than is counted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROW_BLOCK = 16
+# Of a row block, 8 queries, D = 128: instructions, those of the pipe of integers and bits, matrix instructions.
+COUNTED = {
+    ("sm_80", "2 + 2 bits"): (267, 180, 24),
+    ("sm_80", "2 bits + ternary"): (285, 149, 26),
+    ("sm_90a", "2 + 2 bits"): (255, 173, 24),
+    ("sm_90a", "2 bits + ternary"): (278, 142, 26),
+}
+# Bytes of a row's keys and values, one E4M3 scale each.
+ROW_BYTES = {"2 + 2 bits": 33 + 33, "2 bits + ternary": 33 + 27}
+F16_ROW_BYTES = 2 * 2 * 128
+# Part of the peak that a copy reaches, and how much a test allows above the counts.
+COPY, SLACK = 0.92, 1.03
+
+
+@dataclass(frozen=True)
+class Card:
+    """A multiprocessor issues 4 warp instructions a clock, 2 of integers and bits; `products` of f16 sum in f32."""
+
+    name: str
+    arch: str
+    multiprocessors: int
+    gigahertz: float
+    terabytes: float
+    products: int
+
+
+CARDS = (
+    Card("H100 SXM", "sm_90a", 132, 1.755, 3.35, 1024),
+    Card("H200", "sm_90a", 132, 1.755, 4.8, 1024),
+    Card("A100 80 GB", "sm_80", 108, 1.41, 2.04, 1024),
+    Card("RTX 4090", "sm_80", 128, 2.52, 1.01, 256),
+)
+
+
+def clocks(card: Card, formats: str) -> dict[str, float]:
+    """Clocks of a multiprocessor that a row block takes, by what may bound it."""
+    issued, alu, matrix = COUNTED[card.arch, formats]
+    bytes_a_clock = COPY * card.terabytes * 1e3 / (card.multiprocessors * card.gigahertz)
+    return {
+        "bytes": ROW_BLOCK * ROW_BYTES[formats] / bytes_a_clock,
+        "issue": issued / 4,
+        "integers": alu / 2,
+        "products": matrix * 2048 / card.products,
+    }
+
+
+def main() -> None:
+    """Print a table of each format."""
+    for formats, row_bytes in ROW_BYTES.items():
+        print(
+            f"\n| {formats} | bytes | issue | integers | products | TB/s | share of copy | against f16 at copy speed |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for card in CARDS:
+            of = clocks(card, formats)
+            slowest = max(of.values())
+            share = of["bytes"] / slowest
+            times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
+            rate, gain = share * COPY * card.terabytes, share * F16_ROW_BYTES / row_bytes
+            print(f"| {card.name} | {times} | {rate:.2f} | {share:.0%} | {gain:.1f}x |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+// The softmax that a warp of attend.cuh keeps while it passes over rows, and its sums over values.
+//
+// Is: scores of a row block to weights, O += V̂ᵀ·(a·P), the states of four warps to one. Is not: scores, masks, loads (attend.cuh).
+// Lane 4·g + t has the scores of rows g, g + 8 and queries 2t, 2t + 1 and the sums of channels g, g + 8 (+ 16·tile) and the same queries. So a
+// query's reference and factor are where its scores and its sums are, and only P changes hands, by one transposition.
+// Scores are in units of log 2. Weights are 2^(score − reference), at most 1. When a score is beyond the reference, it moves to `headroom` above the
+// largest score so far and the sums with it, so that it soon hardly ever moves again; f16 has the range for weights that much smaller.
+#pragma once
+#include "numbers.cuh"
+#include "state.cuh"
+#include "ternary.cuh"
+
+namespace skvq {
+
+constexpr int attend_warps = 4, attend_threads = 32 * attend_warps;
+constexpr float headroom = 4.0f;
+/// The reference of a query that has seen no row: finite, so that a hidden row's score less it is −∞ and no NaN.
+constexpr float no_reference = -1e38f;
+constexpr float log_2 = 0.69314718055994531f;
+
+/// `Remainders`: products as ternary.cuh makes them.
+template <class V, int Tiles, bool Remainders>
+struct RunningState {
+    static constexpr int zero_groups = V::symmetric ? 1 : V::groups;
+    static constexpr int tiles = Remainders ? TernarySums<V>::tiles : V::tiles;
+    float reference[Tiles][2], sums[Tiles][2], zeros[Tiles][zero_groups][2];
+    float output[Tiles][tiles][4];
+
+    __device__ __forceinline__ void clear() {
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int j = 0; j < 2; ++j) {
+                reference[n][j] = no_reference;
+                sums[n][j] = 0.0f;
+                for (int g = 0; g < zero_groups; ++g) zeros[n][g][j] = 0.0f;
+            }
+            for (auto& tile : output[n])
+                for (float& element : tile) element = 0.0f;
+        });
+    }
+
+    __device__ __forceinline__ void scale_by(int n, int j, float factor) {
+        sums[n][j] *= factor;
+        for (int g = 0; g < zero_groups; ++g) zeros[n][g][j] *= factor;
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile) {
+            output[n][tile][j] *= factor;
+            output[n][tile][2 + j] *= factor;
+        }
+    }
+
+    /// Scores become weights; what came before is brought to a new reference if there is one.
+    __device__ __forceinline__ void soften(float (&scores)[Tiles][4]) {
+        bool grows = false;
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int i = 0; i < 4; ++i) grows = grows || scores[n][i] - reference[n][i % 2] > 0.0f;
+        });
+        if (__any_sync(whole_warp, grows)) {
+            for_each<Tiles>([&](auto index) {
+                constexpr int n = decltype(index)::value;
+                for (int j = 0; j < 2; ++j) {
+                    float largest = fmaxf(scores[n][j], scores[n][2 + j]);
+                    for (int distance = 4; distance < 32; distance *= 2) {
+                        largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, distance));
+                    }
+                    const float moved = fmaxf(reference[n][j], largest + headroom);
+                    scale_by(n, j, exp2_fast(reference[n][j] - moved));
+                    reference[n][j] = moved;
+                }
+            });
+        }
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int i = 0; i < 4; ++i) {
+                scores[n][i] = exp2_fast(scores[n][i] - reference[n][i % 2]);
+                sums[n][i % 2] += scores[n][i];
+            }
+        });
+    }
+
+    /// O += V̂ᵀ·(a·P). With `Hides`, rows without weight may hold anything, a NaN scale too. `unit`: AttendParams::weight_unit.
+    template <bool Hides>
+    __device__ __forceinline__ void weigh(const LaneCodes<V>& codes, const PairNumbers<V>& numbers, const LevelTable& table, u64 wide_levels,
+                                          const float (&weights)[Tiles][4], float unit) {
+        LaneDecoder<V> decoder(codes, table, wide_levels);
+        constexpr int per_group = V::groups == 1 ? V::tiles : V::group_size / 16;
+        for_each<V::groups>([&](auto group) {
+            constexpr int g = decltype(group)::value;
+            u32 scaled[Tiles][2];
+            float scales[2], zero[2] = {};
+            numbers.template get<g>(scales);
+            if constexpr (!V::symmetric) numbers.template get<V::groups + g>(zero);
+            for (float& scale : scales) scale *= unit;
+            for_each<Tiles>([&](auto index) {
+                constexpr int n = decltype(index)::value;
+                for (int side = 0; side < 2; ++side) {
+                    const float* w = weights[n] + 2 * side;
+                    auto times = [&](int j, float number) { return Hides && w[j] == 0.0f ? 0.0f : w[j] * number; };
+                    scaled[n][side] = transpose_fragment(narrow_to_halves(times(0, scales[side]), times(1, scales[side])));
+                    if constexpr (!V::symmetric) {
+                        for (int j = 0; j < 2; ++j) zeros[n][g][j] += times(j, zero[side]);
+                    }
+                }
+            });
+            if constexpr (Remainders) {
+                u32 pairs[Tiles][2];
+                for_each<Tiles>([&](auto index) {
+                    constexpr int n = decltype(index)::value;
+                    pairs[n][0] = permute_bytes(scaled[n][0], scaled[n][1], 0x5410);
+                    pairs[n][1] = permute_bytes(scaled[n][0], scaled[n][1], 0x7632) ^ 0x80008000u;
+                });
+                TernarySums<V>::for_each_tile(codes, [&](auto tile, const u32(&operand)[4]) {
+                    for_each<Tiles>([&](auto n) {
+                        multiply_fragments(output[decltype(n)::value][decltype(tile)::value], operand, pairs[decltype(n)::value]);
+                    });
+                });
+            } else {
+                for_each<per_group>([&](auto inner) {
+                    constexpr int tile = g * per_group + decltype(inner)::value;
+                    // The fragment wants channels on M: the octets are its rows, their x and y its columns.
+                    u32 levels[4];
+                    decoder.template octet<2 * tile>(levels[0], levels[2]);
+                    decoder.template octet<2 * tile + 1>(levels[1], levels[3]);
+                    for_each<Tiles>([&](auto n) { multiply_fragments(output[decltype(n)::value][tile], levels, scaled[decltype(n)::value]); });
+                });
+            }
+        });
+    }
+
+    /// Σ weight·a·level of channel 8·Octet + g and query 2t + j, times the unit of `weigh`.
+    template <int N, int Octet>
+    __device__ __forceinline__ float channel(int j, float step) const {
+        if constexpr (Remainders) return TernarySums<V>::template channel<Octet>(output[N], j, step);
+        return output[N][Octet / 2][2 * (Octet % 2) + j];
+    }
+
+    /// Sums over a query's rows, which eight lanes share.
+    __device__ __forceinline__ void finish() {
+        auto total = [](float value) {
+            for (int distance = 4; distance < 32; distance *= 2) value += __shfl_xor_sync(whole_warp, value, distance);
+            return value;
+        };
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int j = 0; j < 2; ++j) {
+                sums[n][j] = total(sums[n][j]);
+                if constexpr (!V::symmetric) {
+                    for (int g = 0; g < zero_groups; ++g) zeros[n][g][j] = total(zeros[n][g][j]);
+                }
+            }
+        });
+    }
+};
+
+/// Brings the four warps' states together in shared memory and writes those of the block.
+template <class V, int Tiles, bool Remainders>
+__device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
+                                             int head_tiles, int split, float* shared) {
+    constexpr int queries = Tiles * query_tile, width = state_head + V::head_dim;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const float per_unit = 1.0f / p.weight_unit;
+    const float step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    float* references = shared + queries * width;  // [warps, queries]
+    state.finish();
+    for_each<Tiles>([&](auto index) {
+        constexpr int n = decltype(index)::value;
+        for (int j = 0; j < 2; ++j) {
+            if (g == 0) references[warp * queries + n * query_tile + 2 * t + j] = state.reference[n][j];
+        }
+    });
+    for (int i = threadIdx.x; i < queries * width; i += attend_threads) shared[i] = 0.0f;
+    __syncthreads();
+    for (int turn = 0; turn < attend_warps; ++turn) {
+        if (warp == turn) {
+            for_each<Tiles>([&](auto index) {
+                constexpr int n = decltype(index)::value;
+                for (int j = 0; j < 2; ++j) {
+                    const int query = n * query_tile + 2 * t + j;
+                    float largest = no_reference;
+                    for (int other = 0; other < attend_warps; ++other) largest = fmaxf(largest, references[other * queries + query]);
+                    // A state that saw nothing has no weight and no sums, unless they are not numbers.
+                    const float factor = exp2_fast(state.reference[n][j] - largest);
+                    float* to = shared + query * width;
+                    if (g == 0) {
+                        to[0] = largest == no_reference ? -infinity() : largest * log_2;
+                        to[1] += factor * state.sums[n][j];
+                        to[2] += factor * state.sums[n][j];
+                    }
+                    for_each<V::tiles>([&](auto tile) {
+                        constexpr int i = decltype(tile)::value;
+                        for_each<2>([&](auto half) {
+                            constexpr int side = decltype(half)::value;
+                            float value = state.template channel<n, 2 * i + side>(j, step) * per_unit;
+                            if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
+                            to[state_head + 16 * i + g + 8 * side] += factor * value;
+                        });
+                    });
+                }
+            });
+        }
+        __syncthreads();
+    }
+    for (int i = threadIdx.x; i < queries * width; i += attend_threads) {
+        const int query = i / width;
+        state_at(p.states, batch, head_tile + query / query_tile, head_tiles, query % query_tile, p.splits, split, V::head_dim)[i % width] =
+            shared[i];
+    }
+}
+
+}  // namespace skvq
