@@ -37,7 +37,8 @@ def test_layers_outside_the_model_do_what_they_do_inside(family: str) -> None:
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_losses_fall(family: str, ahead: int) -> None:
     model, ids = build(family), prompts(4, 48)
-    found = reconstruct(model, ids, WEIGHTS, ReconstructOptions(ahead=ahead, epochs=6, rate=0.2, start="open"))
+    options = ReconstructOptions(ahead=ahead, epochs=6, rate=0.2, start="open", rounding="nearest")
+    found = reconstruct(model, ids, WEIGHTS, options)
     assert [row["block"] for row in found.log] == [0, 1, 2]
     assert all(row["after"] <= row["before"] for row in found.log)
     assert found.log[0]["after"] < 0.995 * found.log[0]["before"]
@@ -57,8 +58,8 @@ def test_training_beats_round_to_nearest() -> None:
     ids = prompts(8, 64)
     errors = []
     for options in (
-        ReconstructOptions(start="range", epochs=0),
-        ReconstructOptions(ahead=1, epochs=8),
+        ReconstructOptions(start="range", epochs=0, rounding="nearest"),
+        ReconstructOptions(ahead=1, epochs=8, rounding="nearest"),
     ):
         model = long_tailed()
         exact = logits(model, ids)
@@ -84,7 +85,8 @@ def test_learnt_rounding_beats_nearest() -> None:
 def test_a_block_that_got_worse_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     from skvq.weights import reconstruction
 
-    plain = reconstruct(build("llama"), prompts(2, 32), WEIGHTS, ReconstructOptions(epochs=0)).tensors
+    nearest = ReconstructOptions(epochs=0, rounding="nearest")
+    plain = reconstruct(build("llama"), prompts(2, 32), WEIGHTS, nearest).tensors
     # a step the wrong way
     monkeypatch.setattr(reconstruction, "_follow_signs", lambda offsets, rate: [x.data.fill_(0.5) for x in offsets])
     options = ReconstructOptions(epochs=1, rounding="learnt", rate=1e-9)
@@ -95,7 +97,7 @@ def test_a_block_that_got_worse_is_rounded_to_nearest(monkeypatch: pytest.Monkey
     assert float(changed) < 0.2  # trainable clips stop at 0.982
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "learnt"])
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "learnt"])
 def test_the_model_ends_with_the_stored_weights(rounding: str) -> None:
     model = build("llama")
     found = reconstruct(model, prompts(2, 32), WEIGHTS, ReconstructOptions(epochs=1, rounding=rounding))
@@ -107,13 +109,13 @@ def test_the_model_ends_with_the_stored_weights(rounding: str) -> None:
             assert not hasattr(module, "parametrizations")
 
 
-@pytest.mark.parametrize("channels", [None, CHANNELS])
+@pytest.mark.parametrize(("channels", "rounding"), [(None, "learnt"), (CHANNELS, "compensated")])
 def test_an_interrupted_run_ends_the_same(
-    tmp_path: Path, channels: ChannelOptions | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, channels: ChannelOptions | None, rounding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from skvq.weights import reconstruction
 
-    options, ids = ReconstructOptions(epochs=2, channels=channels, rounding="learnt"), prompts(4, 48)
+    options, ids = ReconstructOptions(epochs=2, channels=channels, rounding=rounding), prompts(4, 48)
     whole = reconstruct(build("llama"), ids, WEIGHTS, options)
     train = reconstruction._Run._train
 
@@ -238,7 +240,7 @@ def test_ignored_layers_stay() -> None:
         ({"ahead": -1}, "ahead=-1: expected an integer of at least 0"),
         ({"rate": 0.0}, "rate=0.0: expected a number above 0"),
         ({"start": "range"}, "start='range', epochs=5: expected epochs=0"),
-        ({"rounding": "up"}, "rounding='up': expected one of 'nearest', 'learnt'"),
+        ({"rounding": "up"}, "rounding='up': expected one of 'nearest', 'compensated', 'learnt'"),
         ({"rounding": "learnt", "epochs": 0}, "rounding='learnt', epochs=0: expected at least one epoch"),
     ],
 )

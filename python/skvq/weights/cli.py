@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
         "--rounding",
         choices=ROUNDINGS,
         help="of weights: to the nearest level, with errors put onto inputs not yet rounded (GPTQ), or which way is "
-        "trained with the clips (default: nearest)",
+        "trained with the clips (default: compensated)",
     )
     parser.add_argument("--rate", type=float, metavar="X", help="learning rate of the clips' logits (default: 0.05)")
     parser.add_argument("--ignore", nargs="+", metavar="NAME", default=[], help="ends of names of layers to leave")

@@ -70,7 +70,7 @@ class ReconstructOptions:
     ahead: int = 1
     loss: str = "mae"
     start: str = "search"
-    rounding: str = "nearest"
+    rounding: str = "compensated"
     epochs: int = 5
     batch: int = 1
     rate: float = 0.05
