@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .._native import CudaLayer
+from ..config import PAGE_ROWS
 from .device import Clock
 from .timing import time_in_turns
 
-PAGE_ROWS = 128
 WARM_STEPS, HOST_STEPS = 3, 32
 
 

@@ -166,14 +166,9 @@ def input_moments(
     def look(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             rows = arguments[0].detach().flatten(0, -2).float()
+            total = rows.T @ rows if products else rows.square().sum(0)
+            sums[name] = sums[name].add_(total) if name in sums else total
             counts[name] += rows.shape[0]
-            if not products:
-                total = rows.square().sum(0)
-                sums[name] = sums[name] + total if name in sums else total
-            elif name in sums:
-                sums[name].addmm_(rows.T, rows)
-            else:
-                sums[name] = rows.T @ rows
 
         return hook
 

@@ -291,7 +291,7 @@ class _Run:
             clips[name] = _Clip(linear.weight.detach(), low.clone(), high.clone(), self.weights, learnt)
             products = moments[name].products if compensated else None
             if products is not None:
-                scale, zero = grid(linear.weight.detach(), self.weights, low, high)
+                scale, zero = grid(linear.weight.detach(), self.weights, low, high, clips[name].ranges)
                 made = compensate(linear.weight.detach(), self.weights, scale, zero, products)
                 linear.weight.data.copy_(made)
         return clips

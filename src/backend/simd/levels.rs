@@ -226,10 +226,28 @@ unsafe fn ternary_rows<S: Lanes>(
     }
 }
 
+/// `n` ≤ 16 bytes; a load of a part is branches where there are no masks, so most of a row is loaded whole.
+#[inline(always)]
+unsafe fn load_codes<S: Lanes>(source: *const u8, n: usize) -> S::I {
+    // SAFETY: the caller's.
+    unsafe { if n == LANES { S::load_u8(source) } else { S::load_u8_partial(source, n) } }
+}
+
+/// The first `n` ≤ 16 lanes, likewise.
+#[inline(always)]
+unsafe fn store_levels<S: Lanes>(lanes: S::F, target: *mut f32, n: usize) {
+    // SAFETY: the caller's.
+    unsafe { if n == LANES { S::store(lanes, target) } else { S::store_partial(lanes, target, n) } }
+}
+
 /// Bits `bit .. bit + n` of a little-endian bit string, n ≤ 16. No byte after the last one needed is read.
 #[inline(always)]
 unsafe fn bits(source: *const u8, bit: usize, n: usize) -> u16 {
     let (byte, shift) = (bit / 8, bit % 8);
+    if n == LANES && shift == 0 {
+        // SAFETY: the bytes that hold the bits asked for.
+        return unsafe { source.add(byte).cast::<u16>().read_unaligned().to_le() };
+    }
     let mut word = 0u32;
     for i in 0..(shift + n).div_ceil(8) {
         // SAFETY: the bytes that hold the bits asked for.
@@ -238,52 +256,27 @@ unsafe fn bits(source: *const u8, bit: usize, n: usize) -> u16 {
     (word >> shift) as u16
 }
 
-/// Bits `bit .. bit + 16`, as [`bits`] gives them.
-#[inline(always)]
-unsafe fn sixteen_bits(source: *const u8, bit: usize) -> u16 {
-    // SAFETY: the bytes that hold the bits asked for.
-    unsafe {
-        if bit.is_multiple_of(8) {
-            source.add(bit / 8).cast::<u16>().read_unaligned().to_le()
-        } else {
-            bits(source, bit, LANES)
-        }
-    }
-}
-
 /// `count` codes of three bits through table `eight` (or `second`).
 #[inline(always)]
 unsafe fn three_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, count: usize, target: *mut f32, first: bool) {
     let planes = count / 4;
     let table = if first { tables.eight } else { tables.second };
-    let whole = planes / LANES * LANES;
     // SAFETY: reads count/4 + count/8 bytes and writes `count` floats; the caller vouches for both.
     unsafe {
         let high = source.add(planes);
         let mut b = 0;
-        while b < whole {
-            let low = S::load_u8(source.add(b));
+        while b < planes {
+            let n = (planes - b).min(LANES);
+            let low = load_codes::<S>(source.add(b), n);
             let codes = [low, S::shr::<2>(low), S::shr::<4>(low), S::shr::<6>(low)];
             let mut plane = 0;
             while plane < 4 {
                 let channel = plane * planes + b;
-                let code = S::or_bits(S::and(codes[plane], 3), sixteen_bits(high, channel), 4);
-                S::store(S::lookup8(table, code), target.add(channel));
+                let code = S::or_bits(S::and(codes[plane], 3), bits(high, channel, n), 4);
+                store_levels::<S>(S::lookup8(table, code), target.add(channel), n);
                 plane += 1;
             }
             b += LANES;
-        }
-        if whole < planes {
-            let n = planes - whole;
-            let low = S::load_u8_partial(source.add(whole), n);
-            let codes = [low, S::shr::<2>(low), S::shr::<4>(low), S::shr::<6>(low)];
-            let mut plane = 0;
-            while plane < 4 {
-                let channel = plane * planes + whole;
-                let code = S::or_bits(S::and(codes[plane], 3), bits(high, channel, n), 4);
-                S::store_partial(S::lookup8(table, code), target.add(channel), n);
-                plane += 1;
-            }
         }
     }
 }
@@ -314,21 +307,15 @@ unsafe fn pairs<S: Lanes>(tables: &Tables<S>, source: *const u8, layout: &RowLay
 #[inline(always)]
 unsafe fn four_bits<S: Lanes>(tables: &Tables<S>, source: *const u8, d: usize, target: *mut f32) {
     let half = d / 2;
-    let whole = half / LANES * LANES;
     let mut b = 0;
     // SAFETY: reads d/2 bytes and writes d floats; the caller vouches for both.
     unsafe {
-        while b < whole {
-            let codes = S::load_u8(source.add(b));
-            S::store(S::lookup16(tables.sixteen, codes), target.add(b));
-            S::store(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + b));
+        while b < half {
+            let n = (half - b).min(LANES);
+            let codes = load_codes::<S>(source.add(b), n);
+            store_levels::<S>(S::lookup16(tables.sixteen, codes), target.add(b), n);
+            store_levels::<S>(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + b), n);
             b += LANES;
-        }
-        if whole < half {
-            let n = half - whole;
-            let codes = S::load_u8_partial(source.add(whole), n);
-            S::store_partial(S::lookup16(tables.sixteen, codes), target.add(whole), n);
-            S::store_partial(S::lookup16(tables.sixteen, S::shr::<4>(codes)), target.add(half + whole), n);
         }
     }
 }
