@@ -67,7 +67,11 @@ OTHERS = {
     "skvq::copy_rows<skvq::U32x4>": 64,
     "skvq::poke<skvq::ManyWords>": 32,
 }
-HEADERS = ["attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh", "encode.cuh", "decode.cuh", "repack.cuh", "rows.cuh"]
+# One block of 256 threads.
+MANY = [(K2, V16), (K2, V2), (KP, VP), (layout("keys", "2", 256), layout("values", "2", 256)), (K4, V3)]
+MANY += [(layout("keys", "1.5"), layout("values", "8")), (layout("keys", "2", 256, group_size=64), layout("values", "8", 256))]
+ATTEND_MANY = {f"skvq::attend_many<{k}, {v}>": TWO_BLOCKS for k, v in MANY}
+HEADERS = ["attend.cuh", "attend_many.cuh", "merge.cuh", "plain.cuh", "turning.cuh", "encode.cuh", "decode.cuh", "repack.cuh", "rows.cuh"]
 HEADERS += ["statistics.cuh", "queries.cuh", "noise.cuh"]
 # All kernels where they run most, those that must be fast everywhere.
 JOBS = [
@@ -76,6 +80,8 @@ JOBS = [
     for expression in (ATTEND if arch == "sm_90a" else list(ATTEND)[: 2 if arch == "sm_80" else 1])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
+JOBS += [(arch, next(iter(ATTEND_MANY))) for arch in ARCHITECTURES if arch != "sm_90a"]
+JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
 
 
 @cache
@@ -146,7 +152,7 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     assert used
     # But for sm_90 and sm_100, ternary values take a little more than four blocks have.
     more = job[1] == f"skvq::attend<{K2}, {V16}, 1>" and job[0] not in ("sm_90a", "sm_100a")
-    assert int(used[1]) <= (THREE_BLOCKS if more else {**ATTEND, **OTHERS}[job[1]])
+    assert int(used[1]) <= (THREE_BLOCKS if more else {**ATTEND, **ATTEND_MANY, **OTHERS}[job[1]])
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")

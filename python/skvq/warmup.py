@@ -117,6 +117,7 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         for tiles in range(least, _MOST_TILES + 1):
             found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
+        found.append(KernelInstance("attend_many.cuh", "skvq::attend_many", tuple(layouts.values())))
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
         if shape.turning:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
