@@ -1,7 +1,7 @@
 // Attention of many queries over the packed past: chunks of a prompt, and drafts that are verified.
 //
 // Is: the states of attend.cuh, from the same parameters, with rows unpacked once for 128 queries of a kv head. Is not: for a few queries, whose
-// products are fewer than the instructions that unpack.
+// products are fewer than the instructions that unpack, nor for heads wider than 192.
 // Grid: splits × (kv heads · ⌈query tiles / 16⌉) × batch; block: 8 warps, each with two query tiles (an even number of them). A block passes over
 // 64 rows at a time: warps 0 … 3 unpack a row block of keys each, warps 4 … 7 one of values, to shared memory; then every warp multiplies all of it:
 //
@@ -21,6 +21,7 @@ namespace skvq {
 
 constexpr int many_warps = 8, many_threads = 32 * many_warps, many_rows = 64, many_blocks = many_rows / block_rows;
 constexpr int many_tiles = 2 * many_warps;  // of queries
+constexpr int most_many_width = 192;
 static_assert(many_warps == 2 * many_blocks, "a row block of one stream for each warp");
 
 /// Bytes of unpacked rows, of which src/cuda/store/attend.rs knows too.
@@ -94,17 +95,22 @@ struct ManyQueries {
     static constexpr bool in_registers = K::tiles <= 8;
     const u32* fragments[2];
     u32 kept[in_registers ? K::tiles : 1][4];
-    float unit[2], shifted[2], noise[2];
+    float numbers[2][3];
     const float* extras[2];
 
+    /// Unit, shift and noise.
+    __device__ __forceinline__ float number(int side, int which) const {
+        if constexpr (in_registers) return numbers[side][which];
+        return log2_e * load_here(extras[side] + which);
+    }
     __device__ __forceinline__ void load(const AttendParams& p, i64 first_tile, int lane) {
         constexpr int width = K::head_dim / 16 * 64, extras_width = extras_head + K::groups;
         for (int side = 0; side < 2; ++side) {
             fragments[side] = reinterpret_cast<const u32*>(p.folded) + (first_tile + side) * width + 2 * lane;
             extras[side] = reinterpret_cast<const float*>(p.extras) + ((first_tile + side) * query_tile + lane / 4) * extras_width;
-            unit[side] = log2_e * extras[side][0];
-            shifted[side] = log2_e * extras[side][1];
-            noise[side] = log2_e * extras[side][2];
+            if constexpr (in_registers) {
+                for (int i = 0; i < 3; ++i) numbers[side][i] = log2_e * extras[side][i];
+            }
         }
         if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { read<decltype(tile)::value>(kept[decltype(tile)::value]); });
     }
@@ -138,8 +144,14 @@ __device__ __forceinline__ void score_many(const U32x4* levels, const float* num
                                            ManyScores<Blocks>& scores) {
     const U32x4* own = levels + first * (K::head_dim / 16 * 32) + lane;
     constexpr int per_group = K::groups == 1 ? K::tiles : K::group_size / 16;
+    float unit[2], shifted[2], noise[2];
+    for (int side = 0; side < 2; ++side) {
+        unit[side] = queries.number(side, 0);
+        shifted[side] = queries.number(side, 1);
+        noise[side] = K::is_parts ? queries.number(side, 2) : 0.0f;
+    }
     for_each<Blocks>([&](auto block) {
-        for (int i = 0; i < 8; ++i) scores[decltype(block)::value][i / 4][i % 4] = queries.shifted[i % 4 / 2];
+        for (int i = 0; i < 8; ++i) scores[decltype(block)::value][i / 4][i % 4] = shifted[i % 4 / 2];
     });
     for_each<K::groups>([&](auto group) {
         constexpr int g = decltype(group)::value;
@@ -163,9 +175,9 @@ __device__ __forceinline__ void score_many(const U32x4* levels, const float* num
             for_each<4>([&](auto element) {
                 constexpr int i = decltype(element)::value, side = i / 2, j = i % 2;
                 float& score = scores[b][half][i];
-                score = fmaf(sums[b][half][i], scales[j] * queries.unit[side], score);
+                score = fmaf(sums[b][half][i], scales[j] * unit[side], score);
                 if constexpr (!K::symmetric) score = fmaf(zeros[j], log2_e * queries.extras[side][extras_head + g], score);
-                if constexpr (K::is_parts) score = fmaf(scales[j] * scales[j], -queries.noise[side], score);
+                if constexpr (K::is_parts) score = fmaf(scales[j] * scales[j], -noise[side], score);
             });
         });
     });
@@ -296,6 +308,7 @@ struct ManyState {
 template <class K, class V>
 __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_constant__ AttendParams p) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
+    static_assert(K::head_dim <= most_many_width && V::head_dim <= most_many_width, "sums of wider heads leave no registers");
     SKVQ_DYNAMIC_SHARED(u8, shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x, batch = blockIdx.z;
     const int blocks = (p.query_tiles + many_tiles - 1) / many_tiles, head = blockIdx.y / blocks;
@@ -316,7 +329,6 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
         ManyQueries<K> queries;
         if (has_queries) queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + query_tile_of_warp, lane);
 
-        const LevelTable key_levels = kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
         StreamRows<K> key_rows;
         StreamRows<V> value_rows;
         // Narrow codes are on their way while the rows before them are unpacked and multiplied.
@@ -329,14 +341,15 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             if (warp >= many_blocks || which >= end) return;
             if (!ahead) load(key_rows, p.key_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            key_rows.unpack(key_levels, p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, 1.0f);
+            key_rows.unpack(kept_levels<K>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, 1.0f);
             if (ahead && which + 1 < end) load(key_rows, p.key_pages, which + 1);
         };
         auto unpack_values = [&](int which) {
             if (warp < many_blocks || which >= end) return;
             if (!ahead) load(value_rows, p.value_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            value_rows.unpack(value_levels, p.value_wide_levels, to.value_levels, to.value_numbers, warp - many_blocks, lane, p.weight_unit);
+            value_rows.unpack(kept_levels<V>(p.value_levels), p.value_wide_levels, to.value_levels, to.value_numbers, warp - many_blocks, lane,
+                              p.weight_unit);
             if (ahead && which + 1 < end) load(value_rows, p.value_pages, which + 1);
         };
         auto bias_of = [&](int side) {

@@ -77,6 +77,7 @@ __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
 __device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
 __device__ __forceinline__ U32x2 load_here(const U32x2* from) { return *from; }
+__device__ __forceinline__ float load_here(const float* from) { return *from; }
 template <class T>
 __device__ __forceinline__ T load_streaming(const T* from) {
     if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
@@ -183,6 +184,11 @@ __device__ __forceinline__ u8 load_streaming(const u8* from) {
 __device__ __forceinline__ U32x2 load_here(const U32x2* from) {
     U32x2 r;
     asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ float load_here(const float* from) {
+    float r;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(r) : "l"(from));
     return r;
 }
 extern __shared__ unsigned char skvq_dynamic_shared[];

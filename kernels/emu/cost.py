@@ -15,6 +15,10 @@ COUNTED = {
     ("sm_90a", "2 + 2 bits"): (255, 173, 24),
     ("sm_90a", "2 bits + ternary"): (278, 142, 26),
 }
+# attend_many.cuh, 2 bits + ternary: all instructions of the loop over 64 rows, and those of a warp where every query
+# sees all rows: with what unpacks both streams, of which a warp does one; of integers and bits; matrix instructions.
+MANY_COUNTED = {"sm_80": (3435, 965, 406, 128), "sm_90a": (3342, 929, 391, 128)}
+MANY_ROWS, MANY_QUERIES, MANY_WARPS = 64, 128, 8
 # Bytes of a row's keys and values, one E4M3 scale each.
 ROW_BYTES = {"2 + 2 bits": 33 + 33, "2 bits + ternary": 33 + 27}
 F16_ROW_BYTES = 2 * 2 * 128
@@ -54,8 +58,33 @@ def clocks(card: Card, formats: str) -> dict[str, float]:
     }
 
 
+def many_clocks(card: Card) -> dict[str, float]:
+    """Clocks of a multiprocessor for 64 rows and 128 queries, by what may bound it."""
+    _, issued, alu, matrix = MANY_COUNTED[card.arch]
+    bytes_a_clock = COPY * card.terabytes * 1e3 / (card.multiprocessors * card.gigahertz)
+    return {
+        "bytes": MANY_ROWS * ROW_BYTES["2 bits + ternary"] / bytes_a_clock,
+        "issue": MANY_WARPS * issued / 4,
+        "integers": MANY_WARPS * alu / 2,
+        "products": MANY_WARPS * matrix * 2048 / card.products,
+    }
+
+
+def print_many() -> None:
+    """The table of many queries, and how many times fewer clocks than by the kernel of eight a query takes."""
+    print("\n| 128 queries, 64 rows | bytes | issue | integers | products | at least this share of products | gain |")
+    print("|---|---|---|---|---|---|---|")
+    for card in CARDS:
+        of, alone = many_clocks(card), clocks(card, "2 bits + ternary")
+        slowest, in_turn = max(of.values()), of["products"] + of["issue"]
+        eights = max(alone.values()) * MANY_ROWS / ROW_BLOCK * MANY_QUERIES / 8
+        times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
+        share = of["products"] / in_turn
+        print(f"| {card.name} | {times} | {share:.0%} | {eights / in_turn:.1f}x to {eights / slowest:.1f}x |")
+
+
 def main() -> None:
-    """Print a table of each format."""
+    """Print a table of each format, and of many queries."""
     for formats, row_bytes in ROW_BYTES.items():
         print(
             f"\n| {formats} | bytes | issue | integers | products | TB/s | share of copy | against f16 at copy speed |"
@@ -68,6 +97,7 @@ def main() -> None:
             times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
             rate, gain = share * COPY * card.terabytes, share * F16_ROW_BYTES / row_bytes
             print(f"| {card.name} | {times} | {rate:.2f} | {share:.0%} | {gain:.1f}x |")
+    print_many()
 
 
 if __name__ == "__main__":

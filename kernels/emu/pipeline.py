@@ -258,9 +258,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     value_transform = transform_of(call.values, rows.value_statistics, call)
 
     def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure, shared_bytes: int = 0) -> None:
-        kernels.launch(
-            f"skvq::{name}", grid, threads, arguments, shared_bytes=shared_bytes, schedule=call.schedule
-        )
+        kernels.launch(f"skvq::{name}", grid, threads, arguments, shared_bytes=shared_bytes, schedule=call.schedule)
 
     folded = aligned(batch, heads, key_blocks, tiles, width_k // 16 * 64, dtype=torch.int32)
     extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)

@@ -18,9 +18,11 @@ use crate::transform::Source;
 /// Queries of one kv head that a block of attention takes at a time.
 pub const QUERY_TILE: usize = 8;
 const ATTEND_THREADS: usize = 128;
-/// Of `kernels/attend_many.cuh`; rows that a block unpacks at a time, and the widths of keys and values up to which it has room for two of them.
+/// Of `kernels/attend_many.cuh`; rows that a block unpacks at a time, the widest head, and the widths of keys and values together up to which there
+/// is room for two times these rows.
 const MANY_THREADS: usize = 256;
 const MANY_ROWS: usize = 64;
+const MANY_WIDTH: usize = 192;
 const TWO_BUFFERS: usize = 256;
 const COPY_WARPS: usize = 4;
 /// Words that `copy_rows` has instances for, the widest first.
@@ -38,8 +40,8 @@ pub struct Kernels {
     poke: [Arc<Function>; 2],
     statistics: [Option<Arc<Function>>; 2],
     queries: Option<[Arc<Function>; 2]>,
-    /// Of shared memory, for many queries.
-    many_bytes: usize,
+    /// Of shared memory, for many queries; None where they have no kernel of their own.
+    many_bytes: Option<usize>,
     attention: Mutex<HashMap<Queries, Arc<AttentionKernels>>>,
     decode: Mutex<[Option<Arc<Function>>; 2]>,
 }
@@ -116,7 +118,7 @@ impl Kernels {
             poke: [poke("skvq::FewWords")?, poke("skvq::ManyWords")?],
             statistics: [statistics(Side::Keys)?, statistics(Side::Values)?],
             queries: queries.transpose()?,
-            many_bytes: if names.packed { many_bytes(&codecs.map(|codec| &codec.layout)) } else { 0 },
+            many_bytes: names.packed.then(|| many_bytes(&codecs.map(|codec| &codec.layout))).flatten(),
             attention: Mutex::default(),
             decode: Mutex::default(),
             device,
@@ -167,7 +169,7 @@ impl Kernels {
                 }
                 Queries::Many => {
                     let function = self.load("attend_many.cuh", "attend_many", &[keys, values])?;
-                    (function, MANY_THREADS, self.many_bytes)
+                    (function, MANY_THREADS, self.many_bytes.unwrap_or(0))
                 }
             };
             Ok(PackedKernels {
@@ -186,6 +188,11 @@ impl Kernels {
         });
         loaded.insert(queries, Arc::clone(&kernels));
         Ok(kernels)
+    }
+
+    /// Whether many queries have a kernel of their own.
+    pub fn takes_many(&self) -> bool {
+        self.many_bytes.is_some()
     }
 
     /// The kernel that counts one more token in a step that is replayed.
@@ -273,12 +280,13 @@ impl Kernels {
 }
 
 /// Levels in f16 and numbers in f32 of the rows of both streams, as `many_buffer_bytes` of `kernels/attend_many.cuh`.
-fn many_bytes(layouts: &[&RowLayout; 2]) -> usize {
+/// None where a head is too wide for its registers.
+fn many_bytes(layouts: &[&RowLayout; 2]) -> Option<usize> {
     let numbers = |rows: &RowLayout| rows.groups() * if rows.symmetric { 1 } else { 2 };
     let row: usize = layouts.iter().map(|rows| 2 * rows.head_dim + 4 * numbers(rows)).sum();
     let width: usize = layouts.iter().map(|rows| rows.head_dim).sum();
     let buffers = if width <= TWO_BUFFERS { 2 } else { 1 };
-    buffers * MANY_ROWS * row
+    layouts.iter().all(|rows| rows.head_dim <= MANY_WIDTH).then_some(buffers * MANY_ROWS * row)
 }
 
 fn instance(file: &str, kernel: &str, arguments: &[&str]) -> Instance {

@@ -144,7 +144,7 @@ impl CudaLayer {
         }
         let group = query_heads / heads;
         let wanted = (group * length).div_ceil(QUERY_TILE);
-        let many = is_packed && packed > 0 && group * length >= MANY_QUERIES;
+        let many = self.shared.kernels.takes_many() && packed > 0 && group * length >= MANY_QUERIES;
         // Each warp of a block of many queries has two tiles; a block may have fewer warps with queries than it has warps.
         let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
         let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
