@@ -90,6 +90,15 @@ CASES = {
         seeds=(16,),
         many=MANY,
     ),
+    "many queries of wide heads": Case(
+        {"head_dim": 208, "format": "2"},
+        {"head_dim": 64, "format": "1.6", **statics(64, 1)},
+        "float32",
+        batch=1,
+        steps=2,
+        seeds=(17,),
+        many=MANY,
+    ),
     "static": Case(
         {"head_dim": 64, "format": "2", **statics(64, 0)},
         {"head_dim": 64, "format": "1.6", **statics(64, 1)},
