@@ -76,6 +76,8 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)
 __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
 __device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
+__device__ __forceinline__ U32x2 load_here(const U32x2* from) { return *from; }
+__device__ __forceinline__ float load_here(const float* from) { return *from; }
 template <class T>
 __device__ __forceinline__ T load_streaming(const T* from) {
     if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
@@ -177,6 +179,17 @@ __device__ __forceinline__ u8 load_streaming(const u8* from) {
     u32 r;
     asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(r) : "l"(from));
     return static_cast<u8>(r);
+}
+/// Where it is written, not before the loop around it, whose registers it would take; from the first-level cache.
+__device__ __forceinline__ U32x2 load_here(const U32x2* from) {
+    U32x2 r;
+    asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ float load_here(const float* from) {
+    float r;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(r) : "l"(from));
+    return r;
 }
 extern __shared__ unsigned char skvq_dynamic_shared[];
 #define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(skvq_dynamic_shared)

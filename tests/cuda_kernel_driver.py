@@ -24,6 +24,7 @@ HEADERS = [
     "queries.cuh",
     "noise.cuh",
     "attend.cuh",
+    "attend_many.cuh",
     "merge.cuh",
     "plain.cuh",
     "turning.cuh",
@@ -46,8 +47,11 @@ def instances(case: cases.Case) -> list[str]:
     if "query_exponent" in case.keys:
         names += [f"query_squares<{element}, {width_k}>", f"query_factors<{width_k}>"]
     if len(packed) == 2:
-        tiles = sorted({min(2, -(-case.group * length // 8)) for length in (1, 2, 3)})
+        takes_many = case.many and max(width_k, width_v) <= 192
+        lengths = (1, 2, 3) if takes_many or not case.many else (1, 2, 3, -(-case.many // case.group))
+        tiles = sorted({min(2, -(-case.group * length // 8)) for length in lengths})
         names += [f"fold<{element}, {packed[0]}>", *(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
+        names += [f"attend_many<{', '.join(packed)}>"] if takes_many else []
         names += [f"unfold<{width_v}>", *([f"turning<{element}, {width_k}>"] if "shift_sine" in case.keys else [])]
     return [
         f"skvq::{name}" for name in [*names, f"plain<{element}, {width_k}, {width_v}>", f"merge<{element}, {width_v}>"]

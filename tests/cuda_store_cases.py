@@ -55,6 +55,8 @@ class Case:
     seeds: tuple[int, ...] = (0, 1)
     kv_heads: int = 2
     workspace_bytes: int | None = None
+    # Queries of a kv head of a call for the kernel of many, or 0: odd, and more than a block of it has.
+    many: int = 0
 
 
 def parts(index: int, head_dim: int = 64, **more: Any) -> dict[str, Any]:
@@ -65,7 +67,38 @@ BLOCKS = {"block": 128, "scale_exponent": 0.5}
 LONG_BLOCKS = {"block": 256, "scale_exponent": 1.0}
 # The default without a plan, in blocks of 128.
 QUERIED = {"head_dim": 64, "format": "2", "unbiased": True, **BLOCKS, "query_exponent": 0.5}
+MANY = 133
 CASES = {
+    "many queries": Case(
+        {"head_dim": 64, "format": "2", **statics(64, 0)},
+        {"head_dim": 64, "format": "1.6", **statics(64, 1)},
+        "float32",
+        steps=4,
+        seeds=(14,),
+        many=MANY,
+    ),
+    "many queries, padded parts": Case(
+        parts(1), parts(1, turning=False, noise=False), "float16", padding=(9, 0), steps=3, seeds=(15,), many=MANY
+    ),
+    "many queries, padded blocks": Case(
+        {"head_dim": 64, "format": "2", **BLOCKS},
+        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        "bfloat16",
+        padding=(30, 0),
+        steps=3,
+        longest=300,
+        seeds=(16,),
+        many=MANY,
+    ),
+    "many queries of wide heads": Case(
+        {"head_dim": 208, "format": "2"},
+        {"head_dim": 64, "format": "1.6", **statics(64, 1)},
+        "float32",
+        batch=1,
+        steps=2,
+        seeds=(17,),
+        many=MANY,
+    ),
     "static": Case(
         {"head_dim": 64, "format": "2", **statics(64, 0)},
         {"head_dim": 64, "format": "1.6", **statics(64, 1)},
@@ -286,12 +319,24 @@ class Pair:
             keys, values = (rows[:, :, -count:] for rows in self.rows(generator, count))
             more = {"causal": count < self.cpu.length, "fresh_keys": keys, "fresh_values": values}
             self.check_attention(generator, min(3, count), **more)
+        if self.case.many:
+            self.check_many(generator, -(-self.case.many // self.case.group))
         mask = torch.randn(1, 1, 1, self.cpu.length, generator=generator)
         mask[torch.rand(mask.shape, generator=generator) < 0.3] = -torch.inf
         if self.cpu.length >= 3:
             rows = torch.rand(1, self.query_heads, 3, self.cpu.length, generator=generator) < 0.7
             self.check_attention(generator, 3, mask=rows, causal=True)
         self.check_attention(generator, 1, mask=mask, sink_logits=torch.randn(self.query_heads, generator=generator))
+
+    def check_many(self, generator: torch.Generator, length: int) -> None:
+        """Calls of many queries: a draft that is in the store, a chunk that is not, a mask."""
+        if self.cpu.length <= length:
+            return
+        self.check_attention(generator, length, causal=True)
+        keys, values = self.rows(generator, length)
+        self.check_attention(generator, length, causal=True, fresh_keys=keys, fresh_values=values)
+        mask = torch.randn(1, self.query_heads, length, self.cpu.length, generator=generator)
+        self.check_attention(generator, length, mask=mask, softcap=20.0)
 
     def check_and_grow(self, generator: torch.Generator) -> None:
         self.check(generator)

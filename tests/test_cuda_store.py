@@ -55,6 +55,26 @@ def test_a_captured_step_is_replayed(driver: Path, nvrtc: str, name: str) -> Non
     assert printed == "equal\n"
 
 
+def test_many_queries_have_a_kernel_of_their_own(driver: Path, nvrtc: str) -> None:
+    _, seen = run_code(FEW_AND_MANY, driver, nvrtc, FAKE_CUDA_LOG="1")
+    few, many = seen.split("few\n")[1].split("many\n")
+    assert "attend_many" not in few
+    assert many.count("attend_many") == 1
+    assert "grid 1,4,2 block 256" in next(line for line in many.splitlines() if "attend_many" in line)
+
+
+FEW_AND_MANY = """
+import torch
+pair = cases.Pair(cases.CASES["many queries"], nvrtc)
+generator = torch.Generator().manual_seed(0)
+pair.append(*pair.rows(generator, 120))
+print("few", file=sys.stderr, flush=True)
+pair.check_attention(generator, 1)
+print("many", file=sys.stderr, flush=True)
+pair.check_attention(generator, 67)
+"""
+
+
 def test_a_replayed_step_waits_for_nothing(driver: Path, nvrtc: str) -> None:
     _, seen = run_code(REPLAYS, driver, nvrtc, FAKE_CUDA_LOG="1")
     assert "synchronize" not in seen.split("prompt\n")[1]

@@ -67,7 +67,24 @@ OTHERS = {
     "skvq::copy_rows<skvq::U32x4>": 64,
     "skvq::poke<skvq::ManyWords>": 32,
 }
-HEADERS = ["attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh", "encode.cuh", "decode.cuh", "repack.cuh", "rows.cuh"]
+# One block of 256 threads.
+MANY = [(K2, V16), (K2, V2), (KP, VP), (layout("keys", "2", 192), layout("values", "2", 192)), (K4, V3)]
+MANY += [
+    (layout("keys", "1.5"), layout("values", "8")),
+    (layout("keys", "8", 192, group_size=64), layout("values", "8", 192)),
+]
+ATTEND_MANY = {f"skvq::attend_many<{k}, {v}>": TWO_BLOCKS for k, v in MANY}
+HEADERS = [
+    "attend.cuh",
+    "attend_many.cuh",
+    "merge.cuh",
+    "plain.cuh",
+    "turning.cuh",
+    "encode.cuh",
+    "decode.cuh",
+    "repack.cuh",
+    "rows.cuh",
+]
 HEADERS += ["statistics.cuh", "queries.cuh", "noise.cuh"]
 # All kernels where they run most, those that must be fast everywhere.
 JOBS = [
@@ -76,6 +93,8 @@ JOBS = [
     for expression in (ATTEND if arch == "sm_90a" else list(ATTEND)[: 2 if arch == "sm_80" else 1])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
+JOBS += [(arch, next(iter(ATTEND_MANY))) for arch in ARCHITECTURES if arch != "sm_90a"]
+JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
 
 
 @cache
@@ -146,7 +165,7 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     assert used
     # But for sm_90 and sm_100, ternary values take a little more than four blocks have.
     more = job[1] == f"skvq::attend<{K2}, {V16}, 1>" and job[0] not in ("sm_90a", "sm_100a")
-    assert int(used[1]) <= (THREE_BLOCKS if more else {**ATTEND, **OTHERS}[job[1]])
+    assert int(used[1]) <= (THREE_BLOCKS if more else {**ATTEND, **ATTEND_MANY, **OTHERS}[job[1]])
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
@@ -159,6 +178,17 @@ def test_a_row_block_takes_no_more_instructions_than_pages_md_says(arch: str, fo
     )
     assert found["all"] <= instructions * cost.SLACK, found
     assert found["alu"] <= alu * cost.SLACK, found
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
+@pytest.mark.parametrize("arch", cost.MANY_COUNTED)
+def test_many_queries_take_no_more_instructions_than_pages_md_says(arch: str) -> None:
+    counted, _, _, matrix = cost.MANY_COUNTED[arch]
+    cubin = compiled()[arch, next(iter(ATTEND_MANY))][2]
+    loops = [sass.by_pipe(lines) for lines in sass.matrix_loops(sass.blocks_of(sass.disassemble(cubin)))]
+    # Products with values are there twice: for rows that all see, and for others.
+    assert loops[0]["matrix"] == matrix * 3 / 2
+    assert loops[0].total() <= counted * cost.SLACK
 
 
 @pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")

@@ -15,6 +15,12 @@ COUNTED = {
     ("sm_90a", "2 + 2 bits"): (255, 173, 24),
     ("sm_90a", "2 bits + ternary"): (278, 142, 26),
 }
+# attend_many.cuh, 2 bits + ternary: all instructions of the loop over 64 rows; those that a warp executes where every
+# query sees all rows, in the mean of warps that unpack keys and values; of integers and bits; matrix instructions.
+MANY_COUNTED = {"sm_80": (3435, 722, 247, 128), "sm_90a": (3342, 704, 233, 128)}
+# Of a row block and 16 queries by attend.cuh, which the store would take otherwise: all, of integers and bits, matrix.
+SIXTEEN_COUNTED = {"sm_80": (345, 177, 36), "sm_90a": (338, 173, 36)}
+MANY_ROWS, MANY_QUERIES, MANY_WARPS = 64, 128, 8
 # Bytes of a row's keys and values, one E4M3 scale each.
 ROW_BYTES = {"2 + 2 bits": 33 + 33, "2 bits + ternary": 33 + 27}
 F16_ROW_BYTES = 2 * 2 * 128
@@ -54,8 +60,47 @@ def clocks(card: Card, formats: str) -> dict[str, float]:
     }
 
 
+def many_clocks(card: Card) -> dict[str, float]:
+    """Clocks of a multiprocessor for 64 rows and 128 queries, by what may bound it."""
+    _, issued, alu, matrix = MANY_COUNTED[card.arch]
+    bytes_a_clock = COPY * card.terabytes * 1e3 / (card.multiprocessors * card.gigahertz)
+    return {
+        "bytes": MANY_ROWS * ROW_BYTES["2 bits + ternary"] / bytes_a_clock,
+        "issue": MANY_WARPS * issued / 4,
+        "integers": MANY_WARPS * alu / 2,
+        "products": MANY_WARPS * matrix * 2048 / card.products,
+    }
+
+
+def sixteens_clocks(card: Card) -> dict[str, float]:
+    """The same by the kernel of sixteen queries, eight times, each of which reads the bytes."""
+    issued, alu, matrix = SIXTEEN_COUNTED[card.arch]
+    calls = MANY_QUERIES / 16
+    blocks = calls * MANY_ROWS / ROW_BLOCK
+    return {
+        "bytes": calls * many_clocks(card)["bytes"],
+        "issue": blocks * issued / 4,
+        "integers": blocks * alu / 2,
+        "products": blocks * matrix * 2048 / card.products,
+    }
+
+
+def print_many() -> None:
+    """The table of many queries: with all hidden behind the slowest, and with products that wait for all else."""
+    columns = "bytes | issue | integers | products | products' share | of sixteen, bytes aside | in turn"
+    print(f"\n| 128 queries, 64 rows | {columns} |\n|---|---|---|---|---|---|---|---|")
+    for card in CARDS:
+        of, sixteens = many_clocks(card), sixteens_clocks(card)
+        slowest = max(of.values())
+        times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
+        in_turn, sixteens_in_turn = (found["products"] + found["issue"] for found in (of, sixteens))
+        del sixteens["bytes"]
+        gains = f"{max(sixteens.values()) / slowest:.2f}x | {sixteens_in_turn / in_turn:.2f}x"
+        print(f"| {card.name} | {times} | {of['products'] / in_turn:.0%} to {of['products'] / slowest:.0%} | {gains} |")
+
+
 def main() -> None:
-    """Print a table of each format."""
+    """Print a table of each format, and of many queries."""
     for formats, row_bytes in ROW_BYTES.items():
         print(
             f"\n| {formats} | bytes | issue | integers | products | TB/s | share of copy | against f16 at copy speed |"
@@ -68,6 +113,7 @@ def main() -> None:
             times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
             rate, gain = share * COPY * card.terabytes, share * F16_ROW_BYTES / row_bytes
             print(f"| {card.name} | {times} | {rate:.2f} | {share:.0%} | {gain:.1f}x |")
+    print_many()
 
 
 if __name__ == "__main__":

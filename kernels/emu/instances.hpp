@@ -2,7 +2,7 @@
 //
 // A line each, as NVRTC's name expressions are written. What is not here is CUDA_ERROR_NOT_FOUND when a module is asked for it.
 #pragma once
-#include "attend.cuh"
+#include "attend_many.cuh"
 #include "decode.cuh"
 #include "encode.cuh"
 #include "merge.cuh"
@@ -37,6 +37,7 @@ SKVQ_STREAM_INSTANCES(float, ValuesParts)
 INSTANCE(skvq::attend<skvq::Keys2, skvq::Values2, 1>)
 INSTANCE(skvq::attend<skvq::Keys2, skvq::ValuesTernary, 1>)
 INSTANCE(skvq::attend<skvq::KeysParts, skvq::ValuesParts, 1>)
+INSTANCE(skvq::attend_many<skvq::Keys2, skvq::ValuesTernary>)
 INSTANCE(skvq::fold<float, skvq::Keys2>)
 INSTANCE(skvq::fold<float, skvq::KeysParts>)
 INSTANCE(skvq::turning<float, 64>)

@@ -17,13 +17,18 @@ from torch import Tensor
 
 from skvq.reference import ReferenceCodec
 
-HEADERS = ["repack.cuh", "attend.cuh", "merge.cuh", "plain.cuh", "turning.cuh"]
+HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "merge.cuh", "plain.cuh", "turning.cuh"]
 QUERY_TILE = 8
+# Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
+MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
 
 
 @dataclass
 class Call:
-    """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last."""
+    """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last.
+
+    `many`: the packed rows are for attend_many.cuh, which takes an even number of tiles.
+    """
 
     keys: ReferenceCodec
     values: ReferenceCodec
@@ -42,6 +47,7 @@ class Call:
     sink_logits: Tensor | None = None
     pages_per_split: int = 1
     tiles: int = 1
+    many: bool = False
     rising: float = 0.0
     schedule: str = "forward"
     seed: int = 0
@@ -53,7 +59,22 @@ class Call:
 
     @property
     def query_tiles(self) -> int:
-        return -(-self.group * self.length // (QUERY_TILE * self.tiles)) * self.tiles
+        tiles = 2 if self.many else self.tiles
+        return -(-self.group * self.length // (QUERY_TILE * tiles)) * tiles
+
+    @property
+    def attend(self) -> str:
+        """The kernel of the packed rows."""
+        k, v = (page_format.expression for page_format in self.formats)
+        return f"attend_many<{k}, {v}>" if self.many else f"attend<{k}, {v}, {self.tiles}>"
+
+    def attend_launch(self, splits: int) -> tuple[tuple[int, int, int], int, int]:
+        """Its grid, threads and bytes of shared memory."""
+        if not self.many:
+            return (splits, self.kv_heads * self.query_tiles // self.tiles, self.batch), 128, 0
+        buffers = 2 if self.keys.head_dim + self.values.head_dim <= 256 else 1
+        shared = sum(2 * rows.head_dim + 4 * rows.numbers for rows in self.formats) * MANY_ROWS * buffers
+        return (splits, self.kv_heads * -(-self.query_tiles // MANY_TILES), self.batch), MANY_THREADS, shared
 
     @property
     def formats(self) -> tuple[PageFormat, PageFormat]:
@@ -71,7 +92,7 @@ class Call:
         """Expressions of all kernels of the call."""
         k, v = (page_format.expression for page_format in self.formats)
         t, dk, dv = self.element, self.keys.head_dim, self.values.head_dim
-        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", f"fold<{t}, {k}>", f"attend<{k}, {v}, {self.tiles}>"]
+        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", f"fold<{t}, {k}>", self.attend]
         names += [f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>", f"merge<{t}, {dv}>"]
         names += [f"turning<{t}, {dk}>"] if self.turns else []
         return [f"skvq::{name}" for name in names]
@@ -236,8 +257,8 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     key_transform = transform_of(call.keys, rows.key_statistics, call)
     value_transform = transform_of(call.values, rows.value_statistics, call)
 
-    def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure) -> None:
-        kernels.launch(f"skvq::{name}", grid, threads, arguments, schedule=call.schedule)
+    def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure, shared_bytes: int = 0) -> None:
+        kernels.launch(f"skvq::{name}", grid, threads, arguments, shared_bytes=shared_bytes, schedule=call.schedule)
 
     folded = aligned(batch, heads, key_blocks, tiles, width_k // 16 * 64, dtype=torch.int32)
     extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
@@ -298,8 +319,8 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         key_blocks=key_blocks,
         **shape,
     )
-    attend = f"attend<{k.expression}, {v.expression}, {call.tiles}>"
-    launch(attend, (splits, heads * tiles // call.tiles, batch), 128, arguments)
+    grid, threads, shared_bytes = call.attend_launch(splits)
+    launch(call.attend, grid, threads, arguments, shared_bytes)
     del key_pages, value_pages  # alive until here
 
     arguments = params(

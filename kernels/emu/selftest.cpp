@@ -3,7 +3,7 @@
 // Is: every buffer of its exact size on the heap, ragged lengths, and the output compared with plain loops in double over the decoded rows.
 // Is not: a test of the codec's bytes (tests/test_kernels_codec.py). Exit status 0: all agree.
 #define _GNU_SOURCE 1
-#include "attend.cuh"
+#include "attend_many.cuh"
 #include "decode.cuh"
 #include "encode.cuh"
 #include "merge.cuh"
@@ -136,6 +136,31 @@ double run() {
     a.weight_unit = 1.0f, a.page_capacity = pages, a.pages_per_split = 1, a.splits = splits, a.pages_per_key_block = 1, a.key_blocks = block_capacity;
     a.kv_heads = kv_heads, a.group = group, a.length = 1, a.query_tiles = 1;
     emulator::launch({splits, kv_heads, 1}, {attend_threads, 1, 1}, 0, [&] { attend<K, V, 1>(a); });
+
+    // The kernel of many queries must leave the same states; a warp of it has two tiles, here the same one twice.
+    std::vector<u32> twice;
+    std::vector<float> extras_twice, many_states(2 * packed_states.size());
+    const size_t tile_words = D / 16 * 64, tile_extras = query_tile * (extras_head + K::groups);
+    for (size_t tile = 0; tile < folded.size() / tile_words; ++tile) {
+        for (int copy = 0; copy < 2; ++copy) {
+            twice.insert(twice.end(), folded.begin() + tile * tile_words, folded.begin() + (tile + 1) * tile_words);
+            extras_twice.insert(extras_twice.end(), extras.begin() + tile * tile_extras, extras.begin() + (tile + 1) * tile_extras);
+        }
+    }
+    AttendParams many = a;
+    many.folded = address(twice), many.extras = address(extras_twice), many.states = address(many_states), many.query_tiles = 2;
+    const size_t shared_bytes = many_buffers<K, V> * many_buffer_bytes<K, V>;
+    emulator::launch({splits, kv_heads, 1}, {many_threads, 1, 1}, shared_bytes, [&] { attend_many<K, V>(many); });
+    const int width = state_head + D;
+    for (int row = 0; row < kv_heads * 2 * query_tile * splits; ++row) {
+        const int tile = row / splits / query_tile / 2, other = (tile * query_tile + row / splits % query_tile) * splits + row % splits;
+        const float *one = &packed_states[other * width], *two = &many_states[row * width];
+        if (row / splits % (2 * query_tile) >= group) continue;  // the others do not exist
+        for (int i = 0; i < D; ++i) {
+            const double difference = one[1] > 0.0f || two[1] > 0.0f ? one[state_head + i] / one[1] - two[state_head + i] / two[1] : 0.0;
+            if (!(std::fabs(difference) < 2e-3)) return 1.0;
+        }
+    }
 
     UnfoldParams u{};
     u.packed = a.states, u.states = address(states), u.transform = values_stream.transform();

@@ -23,6 +23,7 @@ _FORMATS = {"8": 8, "4": 4, "3": 3, "2": 2, "1.6": 16, "1.5": 15, "parts": 0}  #
 _MOST_PARTS = 8
 _REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of src/FORMAT.md and a device's pages
 _QUERY_TILE, _MOST_TILES = 8, 2  # of kernels/state.cuh, and of a block of attention in src/cuda/store/attend.rs
+_MOST_MANY_WIDTH = 192  # of attend_many.cuh
 _MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")]
 _MOVING += [("clear_rows", "u16"), ("advance", "i32"), ("poke", "FewWords"), ("poke", "ManyWords")]
 
@@ -117,6 +118,8 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         for tiles in range(least, _MOST_TILES + 1):
             found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
+        if shape.head_dim <= _MOST_MANY_WIDTH:
+            found.append(KernelInstance("attend_many.cuh", "skvq::attend_many", tuple(layouts.values())))
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
         if shape.turning:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))

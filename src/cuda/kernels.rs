@@ -11,11 +11,19 @@ use super::launch::{Function, Launch, Parameters, Stream};
 use super::pages::{Side, element, layout_expression};
 use super::params::{CopyParams, FewWords, ManyWords};
 use crate::error::Result;
+use crate::format::RowLayout;
 use crate::layer::LayerSpec;
 use crate::transform::Source;
 
 /// Queries of one kv head that a block of attention takes at a time.
 pub const QUERY_TILE: usize = 8;
+const ATTEND_THREADS: usize = 128;
+/// Of `kernels/attend_many.cuh`; rows that a block unpacks at a time, the widest head, and the widths of keys and values together up to which there
+/// is room for two times these rows.
+const MANY_THREADS: usize = 256;
+const MANY_ROWS: usize = 64;
+const MANY_WIDTH: usize = 192;
+const TWO_BUFFERS: usize = 256;
 const COPY_WARPS: usize = 4;
 /// Words that `copy_rows` has instances for, the widest first.
 const COPY_WORDS: [(usize, &str); 3] = [(16, "skvq::U32x4"), (4, "skvq::u32"), (2, "skvq::u16")];
@@ -32,8 +40,9 @@ pub struct Kernels {
     poke: [Arc<Function>; 2],
     statistics: [Option<Arc<Function>>; 2],
     queries: Option<[Arc<Function>; 2]>,
-    /// By tiles of a block.
-    attention: Mutex<HashMap<usize, Arc<AttentionKernels>>>,
+    /// Of shared memory, for many queries; None where they have no kernel of their own.
+    many_bytes: Option<usize>,
+    attention: Mutex<HashMap<Queries, Arc<AttentionKernels>>>,
     decode: Mutex<[Option<Arc<Function>>; 2]>,
 }
 
@@ -44,6 +53,15 @@ struct Names {
     turning: bool,
     /// Keys and values are.
     packed: bool,
+}
+
+/// How a block of attention over packed rows takes its queries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Queries {
+    /// So many tiles in registers, each of whose warps unpacks rows for itself.
+    Tiles(usize),
+    /// Rows are unpacked to shared memory for all queries of the block.
+    Many,
 }
 
 /// The kernels of a call of attention.
@@ -58,6 +76,9 @@ pub struct PackedKernels {
     pub fold: Arc<Function>,
     pub turning: Option<Arc<Function>>,
     pub attend: Arc<Function>,
+    /// Of a block of `attend`, and the bytes of shared memory that it asks for.
+    pub threads: usize,
+    pub shared_bytes: usize,
     pub unfold: Arc<Function>,
 }
 
@@ -97,6 +118,7 @@ impl Kernels {
             poke: [poke("skvq::FewWords")?, poke("skvq::ManyWords")?],
             statistics: [statistics(Side::Keys)?, statistics(Side::Values)?],
             queries: queries.transpose()?,
+            many_bytes: names.packed.then(|| many_bytes(&codecs.map(|codec| &codec.layout))).flatten(),
             attention: Mutex::default(),
             decode: Mutex::default(),
             device,
@@ -132,20 +154,30 @@ impl Kernels {
         Ok(function)
     }
 
-    /// Where a block of attention takes `tiles` query tiles.
-    pub fn attention(&self, tiles: usize) -> Result<Arc<AttentionKernels>> {
+    pub fn attention(&self, queries: Queries) -> Result<Arc<AttentionKernels>> {
         let mut loaded = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = loaded.get(&tiles) {
+        if let Some(kernels) = loaded.get(&queries) {
             return Ok(Arc::clone(kernels));
         }
         let Names { element, layouts: [keys, values], widths: [key_width, value_width], .. } = &self.names;
         let packed = || -> Result<PackedKernels> {
             let turning =
                 self.names.turning.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
+            let (attend, threads, shared_bytes) = match queries {
+                Queries::Tiles(tiles) => {
+                    (self.load("attend.cuh", "attend", &[keys, values, &tiles.to_string()])?, ATTEND_THREADS, 0)
+                }
+                Queries::Many => {
+                    let function = self.load("attend_many.cuh", "attend_many", &[keys, values])?;
+                    (function, MANY_THREADS, self.many_bytes.unwrap_or(0))
+                }
+            };
             Ok(PackedKernels {
                 fold: self.load("attend.cuh", "fold", &[element, keys])?,
                 turning,
-                attend: self.load("attend.cuh", "attend", &[keys, values, &tiles.to_string()])?,
+                attend,
+                threads,
+                shared_bytes,
                 unfold: self.load("merge.cuh", "unfold", &[value_width])?,
             })
         };
@@ -154,8 +186,13 @@ impl Kernels {
             plain: self.load("plain.cuh", "plain", &[element, key_width, value_width])?,
             merge: self.load("merge.cuh", "merge", &[element, value_width])?,
         });
-        loaded.insert(tiles, Arc::clone(&kernels));
+        loaded.insert(queries, Arc::clone(&kernels));
         Ok(kernels)
+    }
+
+    /// Whether many queries have a kernel of their own.
+    pub fn takes_many(&self) -> bool {
+        self.many_bytes.is_some()
     }
 
     /// The kernel that counts one more token in a step that is replayed.
@@ -240,6 +277,16 @@ impl Kernels {
         }
         Ok(())
     }
+}
+
+/// Levels in f16 and numbers in f32 of the rows of both streams, as `many_buffer_bytes` of `kernels/attend_many.cuh`.
+/// None where a head is too wide for its registers.
+fn many_bytes(layouts: &[&RowLayout; 2]) -> Option<usize> {
+    let numbers = |rows: &RowLayout| rows.groups() * if rows.symmetric { 1 } else { 2 };
+    let row: usize = layouts.iter().map(|rows| 2 * rows.head_dim + 4 * numbers(rows)).sum();
+    let width: usize = layouts.iter().map(|rows| rows.head_dim).sum();
+    let buffers = if width <= TWO_BUFFERS { 2 } else { 1 };
+    layouts.iter().all(|rows| rows.head_dim <= MANY_WIDTH).then_some(buffers * MANY_ROWS * row)
 }
 
 fn instance(file: &str, kernel: &str, arguments: &[&str]) -> Instance {

@@ -78,11 +78,17 @@ SMALL_CALLS = [
     Call(*PAIR, group=8, length=1, packed=300, window=0, pages_per_split=2, name="2 and ternary, ratio 8, no window"),
     Call(parts(64, 1), parts(64, 1, **NO_MEAN), group=2, packed=200, name="parts, turning"),
     Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, packed=300, name="blocks"),
+    Call(TWO, TWO, group=4, length=33, many=True, packed=200, name="many queries"),
 ]
 SPLIT = {"packed": 3001, "window": 131, "pages_per_split": 3}
 CALLS = [
     *SMALL_CALLS,
     Call(*PAIR, batch=3, group=1, name="2 and ternary, long", **SPLIT),
+    Call(*PAIR, group=4, length=130, many=True, causal=True, name="many queries, causal, long", **SPLIT),
+    Call(*PAIR, group=8, length=12, many=True, softcap=9.0, name="many queries, softcap", **SPLIT),
+    Call(parts(128, 1), parts(128, 0, **NO_MEAN), length=64, many=True, name="many queries, parts, turning", **SPLIT),
+    Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, length=40, many=True, packed=1500, name="many, blocks"),
+    Call(codec("8", 192), codec("4", 192), group=2, length=40, many=True, packed=500, name="many queries, 192"),
     Call(*PAIR, group=8, name="2 and ternary, ratio 8, long", **SPLIT),
     Call(*PAIR, group=16, tiles=2, name="2 and ternary, ratio 16", **SPLIT),
     Call(parts(128, 1), parts(128, 0, **NO_MEAN), group=8, name="parts, turning, ratio 8", **SPLIT),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Launch:
     grid: tuple[int, ...]
     arguments: bytes
     kept: Structure = field(repr=False)
+    threads: int = 128
+    shared_bytes: int = 0
 
     @property
     def stage(self) -> str:
@@ -105,14 +107,18 @@ class DecodeAttention:
     def run(self) -> Tensor:
         """Launches all kernels. Returns `output`."""
         for launch in self.launches:
-            self.machine.launch(launch.kernel, launch.grid, 128, launch.arguments)
+            self._launch(launch)
         return self.output
 
     def run_stage(self, stage: str) -> None:
         """Launches those kernels of a step alone; what they read is what an earlier run left."""
         for launch in self.launches:
             if launch.stage == stage:
-                self.machine.launch(launch.kernel, launch.grid, 128, launch.arguments)
+                self._launch(launch)
+
+    def _launch(self, launch: Launch) -> None:
+        shape = (launch.grid, launch.threads)
+        self.machine.launch(launch.kernel, *shape, launch.arguments, shared_bytes=launch.shared_bytes)
 
     def _add(self, kernel: str, grid: tuple[int, ...], structure: str, **fields: Any) -> None:
         arguments = params(structure, **fields)
@@ -160,10 +166,11 @@ class DecodeAttention:
         self._mask = params("MaskParams", **fields)
 
     def _prepare_attend(self) -> None:
-        call, (keys, values) = self.call, self.call.formats
+        call = self.call
+        grid, threads, shared_bytes = call.attend_launch(self.splits)
         self._add(
-            f"attend<{keys.expression}, {values.expression}, {call.tiles}>",
-            (self.splits, self._tiles // call.tiles, call.batch),
+            call.attend,
+            grid,
             "AttendParams",
             key_pages=self.past.key_table,
             value_pages=self.past.value_table,
@@ -184,6 +191,7 @@ class DecodeAttention:
             key_blocks=self._key_blocks,
             **self._shape,
         )
+        self.launches[-1] = replace(self.launches[-1], threads=threads, shared_bytes=shared_bytes)
 
     def _prepare_unfold(self, unfolded: int) -> None:
         call = self.call

@@ -33,6 +33,7 @@ FILES = {
     "block_statistics": "statistics.cuh",
     "fold": "attend.cuh",  # as `skvq warmup` names it, so that both find one file on disk
     "attend": "attend.cuh",
+    "attend_many": "attend_many.cuh",
     "turning": "turning.cuh",
     "plain": "plain.cuh",
     "unfold": "merge.cuh",
@@ -99,7 +100,14 @@ class Machine:
         jobs = [(instance_of(expression).parts, arch) for expression in dict.fromkeys(expressions)]
         return sum(not kernel.cached for kernel in _native.cuda_compile_many(self.nvrtc, jobs))
 
-    def launch(self, expression: str, grid: tuple[int, ...], threads: int, arguments: Structure | bytes) -> None:
+    def launch(
+        self,
+        expression: str,
+        grid: tuple[int, ...],
+        threads: int,
+        arguments: Structure | bytes,
+        shared_bytes: int = 0,
+    ) -> None:
         """Puts a kernel on torch's current stream."""
         _native.testing.cuda_launch(
             self.nvrtc,
@@ -108,7 +116,7 @@ class Machine:
             device=self.index,
             grid=(*grid, *[1] * (3 - len(grid))),
             block=(threads, 1, 1),
-            shared_bytes=0,
+            shared_bytes=shared_bytes,
             stream=torch.cuda.current_stream(self.device).cuda_stream if self.is_cuda else 0,
         )
 

@@ -4,7 +4,7 @@
 //! streams. Sinks and window make states of their own, and one launch merges all. Lengths are read on the device, but which launches and
 //! how many splits there are follows the host's.
 
-use super::super::kernels::QUERY_TILE;
+use super::super::kernels::{QUERY_TILE, Queries};
 use super::super::launch::Stream;
 use super::super::memory::ALIGNMENT;
 use super::super::pages::Side;
@@ -20,6 +20,9 @@ use crate::tensor::{Dtype, MaskKind};
 const STATE_HEAD: usize = 4;
 const EXTRAS_HEAD: usize = 4;
 const MOST_TILES: usize = 2;
+/// Queries of a kv head from which the packed past goes to `kernels/attend_many.cuh`, whose blocks have 128 of them.
+const MANY_QUERIES: usize = 64;
+const MANY_TILES: usize = 16;
 /// Rows that a block of threads takes of the sinks or the window.
 pub(super) const PLAIN_ROWS: usize = 32;
 /// Splits that become one state where each has a transform to undo.
@@ -91,6 +94,8 @@ pub(super) struct Shape {
     pub query_tiles: usize,
     /// Of a block of threads.
     pub tiles: usize,
+    /// The packed past is for the kernel of many queries.
+    pub many: bool,
     pub key_blocks: usize,
     pub pages_per_split: usize,
     pub splits: usize,
@@ -102,6 +107,13 @@ pub(super) struct Shape {
     pub past_rows: usize,
     pub state_count: usize,
     pub places: Places,
+}
+
+impl Shape {
+    /// What its kernels are made for.
+    fn queries(&self) -> Queries {
+        if self.many { Queries::Many } else { Queries::Tiles(self.tiles) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -132,12 +144,15 @@ impl CudaLayer {
         }
         let group = query_heads / heads;
         let wanted = (group * length).div_ceil(QUERY_TILE);
-        let tiles = wanted.min(MOST_TILES);
-        let query_tiles = wanted.next_multiple_of(tiles);
+        let many = self.shared.kernels.takes_many() && packed > 0 && group * length >= MANY_QUERIES;
+        // Each warp of a block of many queries has two tiles; a block may have fewer warps with queries than it has warps.
+        let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
+        let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
         let multiprocessors = self.shared.kernels.device().properties().multiprocessors.max(1) as usize;
-        let others = (batch * heads * query_tiles / tiles).max(1);
-        let wanted_splits = (BLOCKS_PER_MULTIPROCESSOR * multiprocessors).div_ceil(others);
+        let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
+        let resident = if many { 1 } else { BLOCKS_PER_MULTIPROCESSOR };
+        let wanted_splits = (resident * multiprocessors).div_ceil(others);
         let longest = pages.div_ceil(wanted_splits.max(1)).max(1);
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
@@ -159,6 +174,7 @@ impl CudaLayer {
             length,
             query_tiles,
             tiles,
+            many,
             key_blocks,
             pages_per_split,
             splits,
@@ -238,7 +254,7 @@ impl CudaLayer {
     /// Queries behind which the call has `later` more tokens.
     unsafe fn attend_some(&self, held: &Held, call: &AttendCall, later: usize, stream: Stream) -> Result<()> {
         let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
-        let kernels = self.shared.kernels.attention(shape.tiles)?;
+        let kernels = self.shared.kernels.attention(shape.queries())?;
         let workspace = self.shared.memory.allocate(shape.places.bytes)?;
         let mask = self.mask(held, call, later);
         let launches = Launches {

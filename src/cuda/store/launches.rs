@@ -1,7 +1,7 @@
 //! The launches of a call of attention, each with its parameters: `attend.rs` says which ones, and where their results lie.
 
 use super::super::kernels::{AttentionKernels, PackedKernels, launch};
-use super::super::launch::Stream;
+use super::super::launch::{Launch, Stream};
 use super::super::pages::Side;
 use super::super::params::{
     AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, TurningParams, UnfoldParams,
@@ -188,10 +188,15 @@ impl Launches<'_> {
             length,
             query_tiles: shape.query_tiles as i32,
         };
-        let [splits, head_tiles, batch] = self.grid(shape.splits);
-        let grid = [splits, head_tiles / shape.tiles as u32, batch];
+        let blocks = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
+        let launched = Launch {
+            grid: [shape.splits as u32, blocks, held.batch as u32],
+            block: [kernels.threads as u32, 1, 1],
+            shared_bytes: kernels.shared_bytes,
+            stream: self.stream,
+        };
         // SAFETY: as above.
-        unsafe { launch(&kernels.attend, grid, THREADS, &attend, self.stream) }?;
+        unsafe { kernels.attend.launch(&launched, &attend) }?;
         let unfold = UnfoldParams {
             packed: attend.states,
             states: self.place(places.states),
