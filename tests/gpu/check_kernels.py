@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
 import pipeline
-from kernels import DecodeAttention, Past
+from decode_attention import DecodeAttention, Past
 from machine import DeviceCodec, Machine, Statistics, codec_instances
 from pipeline import Call, Rows
 
