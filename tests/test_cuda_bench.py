@@ -106,6 +106,21 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
 
 
 @emulated
+def test_a_chunk_of_queries_is_compared_too(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
+    found = tmp_path / "many.json"
+    printed = bench(stand_ins, *ATTEND, "--head-dim", str(HEAD_DIM), "--queries", "40", "--json", str(found))
+    assert "WRONG" not in printed
+    report = json.loads(found.read_text())
+    assert report["settings"]["queries"] == 40
+    packed = [row for row in report["rows"] if row.get("kind") == "packed"]
+    assert {row["contestant"] for row in packed} == {"K2V1.6", "K2V1.6 static", "plan"}
+    for row in packed:
+        assert row["queries"] == 40
+        assert 0.0 < row["error"] < attend_cuda.ERROR
+        assert "step" not in row
+
+
+@emulated
 def test_attend_without_time_says_so(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
     found = tmp_path / "attend.json"
     bench(stand_ins, *ATTEND, "--head-dim", str(HEAD_DIM), "--budget", "0", "--no-peers", "--json", str(found))
@@ -125,9 +140,12 @@ def test_the_grid_shares_keys_and_values() -> None:
     assert {shapes[0].tokens for shapes in options.quick().shapes()} == {32 << 10, 128 << 10}
 
 
-def test_an_output_is_compared_with_float64() -> None:
+@pytest.mark.parametrize("length", [1, 70])
+def test_an_output_is_compared_with_float64(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, keys, values = (torch.randn(1, heads, n, 16, generator=generator) for heads, n in ((4, 1), (2, 50), (2, 50)))
+    query, keys, values = (
+        torch.randn(1, heads, n, 16, generator=generator) for heads, n in ((4, length), (2, 50), (2, 50))
+    )
     exact = {0: attend_cuda.exact_output(query[0], keys[0], values[0])}
     grouped = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     assert attend_cuda.error_of(grouped, exact) < 1e-6
@@ -145,7 +163,13 @@ def test_an_output_is_compared_with_float64() -> None:
 
 def measured(**changes: Any) -> dict[str, Any]:
     row = {"contestant": "K2V1.6 static", "kind": "packed", "tokens": 131072, "batch": 8, "num_key_value_heads": 8}
-    row |= {"num_attention_heads": 32, "share_of_copy_bandwidth": 0.9, "times_faster_than_f16": 7.5, "error": 1e-3}
+    row |= {
+        "num_attention_heads": 32,
+        "queries": 1,
+        "share_of_copy_bandwidth": 0.9,
+        "times_faster_than_f16": 7.5,
+        "error": 1e-3,
+    }
     return row | {"sdpa_error": 1e-3, "step": {"append_share": 0.02, "encode_share": 0.01}} | changes
 
 
@@ -164,6 +188,7 @@ def test_what_is_short_of_its_goal_is_told() -> None:
         ),
     ):
         assert attend_cuda.misses([measured(**changes)]) == [expected]
+    assert attend_cuda.misses([measured(queries=512, share_of_copy_bandwidth=0.1, times_faster_than_f16=0.9)]) == []
     assert attend_cuda.misses([measured(times_faster_than_f16=None, error=None, step=None)]) == []
 
 

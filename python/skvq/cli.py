@@ -102,6 +102,12 @@ def _add_bench(commands: Any) -> None:
         "--tokens", type=whole_number(1), nargs="+", metavar="N", help="(default: 4096 … 131072; cuda: 32768 … 524288)"
     )
     attend.add_argument("--head-dim", type=whole_number(16), metavar="D", help="(default: 128)")
+    attend.add_argument(
+        "--queries",
+        type=whole_number(1),
+        metavar="N",
+        help="cuda: of a chunk, each of which sees all tokens (default: 1)",
+    )
     attend.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 9; cuda: 30)")
     attend.add_argument(
         "--no-static", dest="static", action="store_false", default=None, help="leave out formats without statistics"
@@ -257,7 +263,7 @@ def _run_attend(arguments: argparse.Namespace) -> int:
     options = module.AttendOptions if on_cpu else module.CudaAttendOptions
     run = module.run_attend if on_cpu else module.run_attend_cuda
     given = _tuples(_fields(options, arguments))
-    for name in ("warm", "memory_share", "dtype", "budget", "peers"):
+    for name in ("warm", "memory_share", "queries", "dtype", "budget", "peers"):
         if getattr(arguments, name) is not None and name not in given:
             raise ValueError(f"{name}={getattr(arguments, name)!r}: not an option of --device {arguments.device}")
     _prepare(arguments)

@@ -6,7 +6,8 @@ cache overwritten before. The f16 ones attend to rows that the packed layer deco
 compared with attention in float64 over those same rows; a ratio is to the fastest f16 one that was right.
 
 Napkin: head_dim 128, keys of 2 bits, ternary values, e4m3 scales: 33 + 27 bytes of a token and kv head, f16 512, so
-8.5x at equal bandwidth. 512K tokens of 8 kv heads are 252 MB, 75 µs at 3.35 TB/s.
+8.5x at equal bandwidth. 512K tokens of 8 kv heads are 252 MB, 75 µs at 3.35 TB/s. With many queries (a chunk of a
+prompt, all of which see all tokens) products bound everyone: then there is no goal, nor a step.
 
 `gigabytes_per_second` counts packed codes and scales, without window, sinks, statistics and unused rows of pages.
 """
@@ -47,6 +48,7 @@ ERROR = 2e-3  # of the largest output, where torch's own error is no larger than
 TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
 SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
 APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
+EXACT_QUERIES = 128  # at a time in float64
 FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
 
 
@@ -55,6 +57,7 @@ class CudaAttendOptions:
     """The grid of `skvq bench attend --device cuda`.
 
     Attributes:
+        queries: tokens of a call, each of which sees all that is stored; 1: a decode step.
         budget: seconds after which no further shape begins.
         peers: whether others are timed.
     """
@@ -65,6 +68,7 @@ class CudaAttendOptions:
     batches: tuple[int, ...] = BATCHES
     tokens: tuple[int, ...] = TOKENS
     head_dim: int = 128
+    queries: int = 1
     dtype: str = "float16"
     static: bool = True
     rounds: int = 30
@@ -117,7 +121,7 @@ class Packed:
 
 @dataclass
 class Contestant:
-    """What takes turns: a call that writes or returns its output [B, Hq, 1, D]."""
+    """What takes turns: a call that writes or returns its output [B, Hq, L, D]."""
 
     name: str
     kind: str  # "packed", "f16" or "low-bit"
@@ -188,13 +192,13 @@ def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list
 
 
 def exact_output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention [Hq, 1, D] of one sequence's query [Hq, 1, D] over rows [Hkv, T, D] in float64, head by head."""
+    """Attention [Hq, L, D] of one sequence's query [Hq, L, D] over rows [Hkv, T, D] in float64."""
     group, found = query.shape[0] // keys.shape[0], []
-    for head in range(keys.shape[0]):
-        q = query[head * group : (head + 1) * group, 0].double()
-        weights = (q @ keys[head].double().T * keys.shape[2] ** -0.5).softmax(-1)
-        found.append(weights @ values[head].double())
-    return torch.cat(found)[:, None]
+    for head, (k, v) in enumerate(zip(keys, values, strict=True)):
+        rows = query[head * group : (head + 1) * group].double().flatten(0, 1)
+        k, v, scale = k.double().T, v.double(), keys.shape[2] ** -0.5
+        found += [(some @ k * scale).softmax(-1) @ v for some in rows.split(EXACT_QUERIES)]
+    return torch.cat(found).view(query.shape)
 
 
 def error_of(output: Tensor, exact: dict[int, Tensor]) -> float:
@@ -259,11 +263,12 @@ def _peer_contestants(
 
 
 def _row(
-    shape: Shape, contestant: Contestant, times: dict[str, Timing], fastest: str | None, copy: float
+    shape: Shape, queries: int, contestant: Contestant, times: dict[str, Timing], fastest: str | None, copy: float
 ) -> dict[str, Any]:
     timing = times[contestant.name]
     rate = contestant.packed_bytes / timing.median
     return asdict(shape) | {
+        "queries": queries,
         "contestant": contestant.name,
         "kind": contestant.kind,
         "milliseconds": timing.median * 1e3,
@@ -298,14 +303,14 @@ def _measure_attention(
     times = time_in_turns({x.name: x.call for x in contestants}, rounds=options.rounds, once=clock.once)
     right = [x.name for x in contestants if x.kind == "f16" and x.passed]
     fastest = min(right, key=lambda name: times[name].median, default=None)
-    measured = [_row(shape, x, times, fastest, clock.copy_bandwidth) for x in contestants]
+    measured = [_row(shape, options.queries, x, times, fastest, clock.copy_bandwidth) for x in contestants]
     for row, packed in zip(measured, found, strict=False):
         row["sdpa_error"] = packed.sdpa_errors.get(shape.num_attention_heads)
     return measured + skipped
 
 
 def _query(device: BenchDevice, options: CudaAttendOptions, shape: Shape, generator: torch.Generator) -> Tensor:
-    size = (shape.batch, shape.num_attention_heads, 1, shape.head_dim)
+    size = (shape.batch, shape.num_attention_heads, options.queries, shape.head_dim)
     return torch.randn(size, generator=generator, device=device.place).to(getattr(torch, options.dtype))
 
 
@@ -348,11 +353,12 @@ def misses(rows: list[dict[str, Any]]) -> list[str]:
             continue
         heads = f"{row['num_key_value_heads']}:{row['num_attention_heads']}"
         name = f"{row['contestant']}, {row['tokens']} tokens, batch {row['batch']}, heads {heads}"
-        if row["tokens"] >= FULL_CHIP_TOKENS and row["share_of_copy_bandwidth"] < SHARE_GOAL:
+        decodes = row["queries"] == 1
+        if decodes and row["tokens"] >= FULL_CHIP_TOKENS and row["share_of_copy_bandwidth"] < SHARE_GOAL:
             share = row["share_of_copy_bandwidth"]
             found.append(f"{name}: {share:.0%} of copy bandwidth, goal {SHARE_GOAL:.0%}")
         ratio, goal = row["times_faster_than_f16"], ratio_goal(row["tokens"])
-        if ratio is not None and ratio < goal:
+        if decodes and ratio is not None and ratio < goal:
             found.append(f"{name}: {ratio:.2f}x of f16, goal {goal:g}x")
         if row["error"] is not None and row.get("sdpa_error") and row["error"] > TIMES_SDPA * row["sdpa_error"]:
             found.append(f"{name}: error {row['error'] / row['sdpa_error']:.1f}x of torch's, goal {TIMES_SDPA:g}x")
@@ -391,7 +397,7 @@ def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> l
     for shape in shapes:
         rows += _measure_attention(clock, options, shape, found, None if isinstance(plain, str) else plain)
     del plain
-    for shape in shapes:
+    for shape in shapes if options.queries == 1 else ():
         generator = torch.Generator(device.place).manual_seed(3)
         query = _query(device, options, shape, generator)
         steps = {

@@ -4,7 +4,8 @@ KIVI in few bits.
 Is: for each, how it is called on given keys and values without copies that its kernel does not need, or why it cannot
 be. Is not: timed here, nor trusted: whoever times it compares its output first. Packages are imported when a benchmark
 asks for them; their interfaces are those of their own pages and tests, and a call that fails is a reason in the report.
-Shapes: query [B, Hq, 1, D]; keys and values [B, Hkv, T, D], f16, contiguous; output [B, Hq, 1, D].
+Shapes: query [B, Hq, L, D]; keys and values [B, Hkv, T, D], f16, contiguous; output [B, Hq, L, D]. Every query sees all
+tokens. L is 1 but for chunks of a prompt.
 """
 
 from __future__ import annotations
@@ -75,13 +76,12 @@ def _sdpa(backend: Any, *, as_positions: bool) -> Callable[[Tensor, Tensor, Tens
     def prepare(query: Tensor, keys: Tensor, values: Tensor) -> Call:
         from torch.nn.attention import sdpa_kernel
 
-        batch, heads, _, width = query.shape
-        folded = query.view(batch, keys.shape[1], heads // keys.shape[1], width) if as_positions else query
+        folded = query.view(query.shape[0], keys.shape[1], -1, query.shape[3]) if as_positions else query
 
         def call() -> Tensor:
             with sdpa_kernel(backend):
                 found = F.scaled_dot_product_attention(folded, keys, values, enable_gqa=not as_positions)
-            return found.view(batch, heads, 1, width)
+            return found.view(query.shape)
 
         return call
 
@@ -97,7 +97,12 @@ def _flash_attn(query: Tensor, keys: Tensor, values: Tensor) -> Call:
 def _flashinfer(tensor_cores: bool) -> Callable[[Tensor, Tensor, Tensor], Call]:
     def prepare(query: Tensor, keys: Tensor, values: Tensor) -> Call:
         package = importlib.import_module("flashinfer")
-        batch, heads, _, width = query.shape
+        batch, heads, length, width = query.shape
+        if batch == 1 and length > 1:
+            many = query[0].transpose(0, 1).contiguous(), keys[0], values[0]
+            call = package.single_prefill_with_kv_cache
+            return lambda: call(*many, causal=False, kv_layout="HND").transpose(0, 1)[None]
+        _one_query(query)
         if batch == 1:
             options = {"kv_layout": "HND", "use_tensor_cores": tensor_cores}
             one = query[0, :, 0], keys[0], values[0]
@@ -133,6 +138,7 @@ def flashinfer_pages(rows: Tensor) -> Tensor:
 def _bitdecoding(bits: int) -> Callable[[Tensor, Tensor, Tensor], Call]:
     def prepare(query: Tensor, keys: Tensor, values: Tensor) -> Call:
         package = importlib.import_module("bit_decode")
+        _one_query(query)
         group, tokens = _LOW_BITS[bits], _whole_groups(keys, 128)
         shapes = bitdecoding_shapes(keys.shape[0], tokens, keys.shape[1], keys.shape[3], bits, group)
         k_pack, k_params, v_pack, v_params = (
@@ -184,6 +190,11 @@ def _kivi(bits: int) -> Callable[[Tensor, Tensor, Tensor], Call]:
         return call
 
     return prepare
+
+
+def _one_query(query: Tensor) -> None:
+    if query.shape[2] != 1:
+        raise ValueError(f"{query.shape[2]} queries: expected one, for a decode step")
 
 
 def _whole_groups(rows: Tensor, size: int) -> int:
