@@ -2,8 +2,8 @@
 //
 // Is: Σ p x̂ = s ∘ Rᵀ π⁻¹ (Σ p ŷ) + (Σ p)·μ, or B·(Σ p ŷ) + (Σ p)·μ, once for each block of statistics. Is not: over rows.
 // Block: 128 threads, 16 for each of 8 queries. unfold's grid: states it makes × (kv heads · query tiles) × batch; merge's: (kv heads · query
-// tiles) × batch. With static statistics one unfolded state takes any number of splits; with blocks each costs a transform, so more of them run
-// at once when splits_per_state is small.
+// tiles) × batch, with four times the threads, each slice of which joins a quarter of the states. One unfolded state takes splits_per_state splits
+// one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
 #pragma once
 #include "state.cuh"
 #include "transform.cuh"
@@ -51,27 +51,53 @@ __global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ Un
     for (int k = 0; k < per_lane; ++k) to[state_head + lane + 16 * k] = output[k];
 }
 
+constexpr int merge_slices = 4, merge_threads = merge_slices * row_threads;
+
 /// Queries that see nothing get zeros, as torch's attention gives them.
 template <class T, int D>
-__global__ void __launch_bounds__(row_threads) merge(const __grid_constant__ MergeParams p) {
+__global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ MergeParams p) {
     constexpr int per_lane = D / 16;
+    __shared__ float slices[merge_slices - 1][query_tile][2 + D];
     const int head_tile = blockIdx.x, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
-    const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const int slice = threadIdx.x / row_threads, query = threadIdx.x % row_threads / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head_tile / p.query_tiles, p.group, p.length, head_tile % p.query_tiles * query_tile + query);
-    if (!place.exists) return;
+    const int count = place.exists ? p.state_count : 0;
     auto state = [&](int index) { return state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, index, D); };
 
-    const float sink = p.sink_logits ? reinterpret_cast<const float*>(p.sink_logits)[place.head] : -infinity();
+    const bool has_sink = p.sink_logits && slice == 0 && place.exists;
+    const float sink = has_sink ? reinterpret_cast<const float*>(p.sink_logits)[place.head] : -infinity();
     float largest = sink;
-    for (int index = 0; index < p.state_count; ++index) largest = fmaxf(largest, state(index)[0]);
+    for (int index = slice; index < count; index += merge_slices) largest = fmaxf(largest, state(index)[0]);
     float sum = state_factor(sink, 0.0f, largest), output[per_lane] = {};
-    for (int index = 0; index < p.state_count; ++index) {
+    for (int index = slice; index < count; index += merge_slices) {
         const float* from = state(index);
         const float factor = state_factor(from[0], from[1], largest);
         if (factor == 0.0f) continue;
         sum += factor * from[1];
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) output[k] += factor * from[state_head + lane + 16 * k];
+    }
+    if (slice > 0) {
+        float* own = slices[slice - 1][query];
+        if (lane == 0) own[0] = largest, own[1] = sum;
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) own[2 + lane + 16 * k] = output[k];
+    }
+    __syncthreads();
+    if (slice > 0 || !place.exists) return;
+    float joint = largest;
+    for (int other = 0; other < merge_slices - 1; ++other) joint = fmaxf(joint, slices[other][query][0]);
+    const float own_factor = state_factor(largest, sum, joint);
+    sum *= own_factor;
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) output[k] *= own_factor;
+    for (int other = 0; other < merge_slices - 1; ++other) {
+        const float* from = slices[other][query];
+        const float factor = state_factor(from[0], from[1], joint);
+        if (factor == 0.0f) continue;
+        sum += factor * from[1];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) output[k] += factor * from[2 + lane + 16 * k];
     }
     T* to = reinterpret_cast<T*>(p.output) + batch * p.output_batch_stride + place.head * p.output_head_stride +
             place.position * p.output_position_stride;

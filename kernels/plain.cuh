@@ -44,6 +44,9 @@ __device__ __forceinline__ const T* paged_row(const u64* pages, int row) {
     return reinterpret_cast<const T*>(pages[row / page_rows]) + row % page_rows * D;
 }
 
+/// Rows whose loads are on their way together: one at a time is all latency.
+constexpr int rows_at_once = 4;
+
 template <class T, int Dk, int Dv>
 __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ PlainParams p) {
     const int split = blockIdx.x, batch = blockIdx.z, head_tile = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
@@ -66,27 +69,38 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
     const u64* value_pages = p.value_table ? reinterpret_cast<const u64*>(p.value_table) + pages : nullptr;
 
     const int ring_first = p.ring_rows && p.ring_first < 0 ? lengths[3] : p.ring_first;
-    for (int row = first; row < end; ++row) {
-        const int place = p.ring_rows ? (ring_first + row) % p.ring_rows : row;
-        const T* key_row = key_pages ? paged_row<T, Dk>(key_pages, row) : key + place * p.key_row_stride;
-        const T* value_row = value_pages ? paged_row<T, Dv>(value_pages, row) : value + place * p.value_row_stride;
-        float score = 0.0f;
+    for (int next = first; next < end; next += rows_at_once) {
+        float scores[rows_at_once], values[rows_at_once][Dv / 16];
 #pragma unroll
-        for (int k = 0; k < Dk / 16; ++k) score += q[k] * widen(key_row[lane + 16 * k]);
-        score = add_lanes(score);
-        score = view.apply(p.mask, score, rows.token + row);
-        if (score == -infinity()) continue;
-        if (score > maximum) {
-            const float factor = maximum == -infinity() ? 0.0f : exp2_fast((maximum - score) * log2_e);
-            sum *= factor;
-            for (float& element : output) element *= factor;
-            maximum = score;
+        for (int i = 0; i < rows_at_once; ++i) {
+            const int row = min(next + i, end - 1), place = p.ring_rows ? (ring_first + row) % p.ring_rows : row;
+            const T* key_row = key_pages ? paged_row<T, Dk>(key_pages, row) : key + place * p.key_row_stride;
+            const T* value_row = value_pages ? paged_row<T, Dv>(value_pages, row) : value + place * p.value_row_stride;
+            scores[i] = 0.0f;
+#pragma unroll
+            for (int k = 0; k < Dk / 16; ++k) scores[i] += q[k] * widen(key_row[lane + 16 * k]);
+#pragma unroll
+            for (int k = 0; k < Dv / 16; ++k) values[i][k] = widen(value_row[lane + 16 * k]);
         }
-        // Only a NaN can leave the maximum at −∞, and stays one.
-        const float weight = exp2_fast((score - maximum) * log2_e);
-        sum += weight;
 #pragma unroll
-        for (int k = 0; k < Dv / 16; ++k) output[k] += weight * widen(value_row[lane + 16 * k]);
+        for (int i = 0; i < rows_at_once; ++i) {
+            const int row = next + i;
+            float score = add_lanes(scores[i]);
+            if (row >= end) continue;
+            score = view.apply(p.mask, score, rows.token + row);
+            if (score == -infinity()) continue;
+            if (score > maximum) {
+                const float factor = maximum == -infinity() ? 0.0f : exp2_fast((maximum - score) * log2_e);
+                sum *= factor;
+                for (float& element : output) element *= factor;
+                maximum = score;
+            }
+            // Only a NaN can leave the maximum at −∞, and stays one.
+            const float weight = exp2_fast((score - maximum) * log2_e);
+            sum += weight;
+#pragma unroll
+            for (int k = 0; k < Dv / 16; ++k) output[k] += weight * values[i][k];
+        }
     }
     float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, p.first_state + split, Dv);
     if (lane == 0) to[0] = maximum, to[1] = sum, to[2] = 0.0f, to[3] = 0.0f;

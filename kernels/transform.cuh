@@ -89,12 +89,17 @@ __device__ __forceinline__ void permute_back(float (&row)[D / 16], const i32* pe
 template <int D>
 __device__ __forceinline__ void multiply_matrix(float (&row)[D / 16], const float* matrix, float* buffer, int lane) {
     spill<D>(row, buffer, lane);
+    for (float& element : row) element = 0.0f;
+    // Sixteen bytes at a time, and sums side by side: one row alone is all latency.
+    for (int c = 0; c < D; c += 4) {
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-        const float* from = matrix + static_cast<i64>(lane + 16 * k) * D;
-        float sum = 0.0f;
-        for (int c = 0; c < D; ++c) sum = __fadd_rn(sum, __fmul_rn(from[c], buffer[c]));
-        row[k] = sum;
+        for (int k = 0; k < D / 16; ++k) {
+            const U32x4 four = *reinterpret_cast<const U32x4*>(matrix + static_cast<i64>(lane + 16 * k) * D + c);
+            row[k] = __fadd_rn(row[k], __fmul_rn(__uint_as_float(four.x), buffer[c]));
+            row[k] = __fadd_rn(row[k], __fmul_rn(__uint_as_float(four.y), buffer[c + 1]));
+            row[k] = __fadd_rn(row[k], __fmul_rn(__uint_as_float(four.z), buffer[c + 2]));
+            row[k] = __fadd_rn(row[k], __fmul_rn(__uint_as_float(four.w), buffer[c + 3]));
+        }
     }
 }
 /// row_j = Σ_c M[c][j]·row_c.
@@ -102,6 +107,7 @@ template <int D>
 __device__ __forceinline__ void multiply_transposed(float (&row)[D / 16], const float* matrix, float* buffer, int lane) {
     spill<D>(row, buffer, lane);
     for (float& element : row) element = 0.0f;
+#pragma unroll 4
     for (int c = 0; c < D; ++c) {
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) row[k] += matrix[static_cast<i64>(c) * D + lane + 16 * k] * buffer[c];

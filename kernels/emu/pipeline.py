@@ -21,6 +21,7 @@ HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "merge.cuh", "plain.cu
 QUERY_TILE = 8
 # Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
+MERGE_THREADS = 512
 
 
 @dataclass
@@ -366,5 +367,5 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     arguments = params(
         "MergeParams", states=states, output=output, sink_logits=sink_logits, state_count=state_count, **fields, **shape
     )
-    launch(f"merge<{call.element}, {width_v}>", (heads * tiles, batch), 128, arguments)
+    launch(f"merge<{call.element}, {width_v}>", (heads * tiles, batch), MERGE_THREADS, arguments)
     return output

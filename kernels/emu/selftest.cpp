@@ -180,7 +180,7 @@ double run() {
     MergeParams m{};
     m.states = u.states, m.output = address(output), m.output_head_stride = D, m.output_position_stride = D, m.state_count = state_count;
     m.kv_heads = kv_heads, m.group = group, m.length = 1, m.query_tiles = 1;
-    emulator::launch({head_tiles, 1, 1}, {row_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
+    emulator::launch({head_tiles, 1, 1}, {merge_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
 
     double worst = 0.0;
     for (int head = 0; head < kv_heads * group; ++head) {

@@ -220,9 +220,9 @@ class QuantizedDynamicCache(Cache):
     def capturing(self) -> Iterator[None]:
         """A step of one token inside, with a graph of torch's around it, is recorded and does not run.
 
-        The model must have made a step before, takes positions from a tensor, and no mask. Afterwards each replay adds
-        the token that lies in the step's input then; `replayed` tells the cache. Until `release_capture` it can be
-        neither cropped, reordered, copied nor reset.
+        The model must have made a step before and takes positions from a tensor. Masks are not read in the step:
+        padding is what `set_padding` says. Afterwards each replay adds the token that lies in the step's input then;
+        `replayed` tells the cache. Until `release_capture` it can be neither cropped, reordered, copied nor reset.
 
         Example:
             >>> cache.reserve(prompt.shape[1] + 1000)

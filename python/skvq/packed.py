@@ -129,6 +129,8 @@ class Snapshot:
         source = self.source
         if source.version != self.version:
             raise self._stale()
+        if source.counts.capturing:
+            mask = None  # transformers makes one, of the tokens at hand, where nothing may be read back
         if mask is not None and not source.counts.looked_for_padding:
             source.counts.looked_for_padding = True
             if not source.padding and _hides_first_token(mask):

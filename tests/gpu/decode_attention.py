@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
 from harness import PAGE_ROWS, Structure, level_table, params
 from machine import Machine, Statistics, instance_of, strides, transform_fields
-from pipeline import Call
+from pipeline import MERGE_THREADS, Call
 
 from skvq.reference import ReferenceCodec
 
@@ -246,3 +246,4 @@ class DecodeAttention:
             state_count=self.state_count,
             **self._shape,
         )
+        self.launches[-1].threads = MERGE_THREADS

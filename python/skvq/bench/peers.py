@@ -81,7 +81,7 @@ def _sdpa(backend: Any, *, as_positions: bool) -> Callable[[Tensor, Tensor, Tens
         def call() -> Tensor:
             with sdpa_kernel(backend):
                 found = F.scaled_dot_product_attention(folded, keys, values, enable_gqa=not as_positions)
-            return found.view(query.shape)
+            return found.reshape(query.shape)
 
         return call
 

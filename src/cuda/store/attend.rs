@@ -24,9 +24,10 @@ const MOST_TILES: usize = 2;
 const MANY_QUERIES: usize = 64;
 const MANY_TILES: usize = 16;
 /// Rows that a block of threads takes of the sinks or the window.
-pub(super) const PLAIN_ROWS: usize = 32;
-/// Splits that become one state where each has a transform to undo.
+pub(super) const PLAIN_ROWS: usize = 8;
+/// Splits that become one state: where each has a transform to undo, and where all share one.
 const SPLITS_PER_STATE: usize = 4;
+const STATIC_SPLITS_PER_STATE: usize = 8;
 /// Blocks of threads for each multiprocessor: how many fit at once.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
@@ -130,6 +131,16 @@ pub(super) struct Places {
     pub bytes: usize,
 }
 
+/// Splits of the past for which `others` blocks each fill the device, and its last turn too: one block more than fit costs a whole turn.
+fn even_splits(others: usize, resident: usize) -> usize {
+    let filled = |splits: usize| {
+        let blocks = others * splits;
+        blocks as f64 / blocks.next_multiple_of(resident) as f64
+    };
+    let fewest = (resident / others).max(1);
+    (fewest..=4 * fewest).find(|splits| filled(*splits) >= 0.95).unwrap_or(resident.div_ceil(others))
+}
+
 impl CudaLayer {
     fn shape(&self, query_heads: usize, length: usize, fresh: usize) -> Result<Shape> {
         // A step that is replayed has launches for all the rows that there may be, and reads on the device how many there are.
@@ -152,13 +163,13 @@ impl CudaLayer {
         let multiprocessors = self.shared.kernels.device().properties().multiprocessors.max(1) as usize;
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
         let resident = if many { 1 } else { BLOCKS_PER_MULTIPROCESSOR };
-        let wanted_splits = (resident * multiprocessors).div_ceil(others);
+        let wanted_splits = even_splits(others, resident * multiprocessors);
         let longest = pages.div_ceil(wanted_splits.max(1)).max(1);
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
         let pages_per_split = (1..=longest).rev().find(divides).unwrap_or(1);
         let splits = if is_packed { pages.div_ceil(pages_per_split) } else { 0 };
-        let splits_per_state = if block_pages == 0 { splits.max(1) } else { SPLITS_PER_STATE };
+        let splits_per_state = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
         let key_blocks = match spec.keys.block_rows() {
             0 => 1,
             rows => packed.div_ceil(rows).max(1),

@@ -14,6 +14,8 @@ use crate::transform::SPAN;
 
 /// Of a block.
 const THREADS: usize = 128;
+/// Of `merge`, a slice of whose threads joins some of the states.
+const MERGE_THREADS: usize = 512;
 
 /// What `plain` reads; as numbers those of `kernels/plain.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -301,6 +303,6 @@ impl Launches<'_> {
         };
         let [head_tiles, batch] = [self.grid(1)[1], self.held.batch as u32];
         // SAFETY: the caller's promise for the output; the states were written by the launches before.
-        unsafe { launch(&self.kernels.merge, [head_tiles, batch, 1], THREADS, &parameters, self.stream) }
+        unsafe { launch(&self.kernels.merge, [head_tiles, batch, 1], MERGE_THREADS, &parameters, self.stream) }
     }
 }
