@@ -6,14 +6,14 @@ order in which threads run.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernel_examples import BLOCKS, ERROR, codec, float_mask, parts, statics
+from attention_checks import check, check_order
+from kernel_examples import BLOCKS, codec, float_mask, parts, statics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
@@ -83,15 +83,6 @@ def kernels() -> harness.Kernels:
     return harness.Kernels([name for call in CALLS for name in call.instances()], pipeline.HEADERS)
 
 
-def check(call: Call, kernels: harness.Kernels) -> torch.Tensor:
-    rows = pipeline.make_rows(call)
-    found, exact = pipeline.run(call, rows, kernels), pipeline.expected(call, rows)
-    largest = max(1.0, float(exact.abs().max()))
-    error = float((found.double() - exact).abs().max()) / largest
-    assert error <= ERROR[call.dtype], f"error {error:.2e}"
-    return found
-
-
 @pytest.mark.parametrize("call", CALLS, ids=[call.name for call in CALLS])
 def test_attention_over_packed_rows(call: Call, kernels: harness.Kernels) -> None:
     found = check(call, kernels)
@@ -102,9 +93,7 @@ def test_attention_over_packed_rows(call: Call, kernels: harness.Kernels) -> Non
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])
 def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernels) -> None:
     for call in CALLS[:2]:
-        rows = pipeline.make_rows(call)
-        first = pipeline.run(call, rows, kernels)
-        assert torch.equal(first, pipeline.run(dataclasses.replace(call, schedule=schedule), rows, kernels))
+        check_order(call, schedule, kernels)
 
 
 def test_a_row_that_is_not_a_number_reaches_only_who_sees_it(kernels: harness.Kernels) -> None:

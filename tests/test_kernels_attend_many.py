@@ -6,7 +6,6 @@ order in which threads run.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernel_examples import BLOCKS, ERROR, codec, float_mask, parts, statics
+from attention_checks import check, check_order
+from kernel_examples import BLOCKS, codec, float_mask, parts, statics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
@@ -70,10 +70,7 @@ def kernels() -> harness.Kernels:
 
 @pytest.mark.parametrize("call", CALLS, ids=[call.name for call in CALLS])
 def test_attention_of_many_queries(call: Call, kernels: harness.Kernels) -> None:
-    rows = pipeline.make_rows(call)
-    found, exact = pipeline.run(call, rows, kernels), pipeline.expected(call, rows)
-    error = float((found.double() - exact).abs().max()) / max(1.0, float(exact.abs().max()))
-    assert error <= ERROR[call.dtype], f"error {error:.2e}"
+    found = check(call, kernels)
     if call.name == "nothing seen":
         assert not found.any()
 
@@ -81,9 +78,7 @@ def test_attention_of_many_queries(call: Call, kernels: harness.Kernels) -> None
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])
 def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernels) -> None:
     for call in (CALLS[0], next(call for call in CALLS if call.name == "192")):
-        rows = pipeline.make_rows(call)
-        first = pipeline.run(call, rows, kernels)
-        assert torch.equal(first, pipeline.run(dataclasses.replace(call, schedule=schedule), rows, kernels))
+        check_order(call, schedule, kernels)
 
 
 def test_a_row_that_is_not_a_number_reaches_only_who_sees_it(kernels: harness.Kernels) -> None:

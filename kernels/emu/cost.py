@@ -85,6 +85,11 @@ def sixteens_clocks(card: Card) -> dict[str, float]:
     }
 
 
+def listed(of: dict[str, float]) -> str:
+    """Clocks as cells of a table, what bounds them in bold."""
+    return " | ".join(f"**{time:.0f}**" if time == max(of.values()) else f"{time:.0f}" for time in of.values())
+
+
 def print_many() -> None:
     """The table of many queries: with all hidden behind the slowest, and with products that wait for all else."""
     columns = "bytes | issue | integers | products | products' share | of sixteen, bytes aside | in turn"
@@ -92,7 +97,7 @@ def print_many() -> None:
     for card in CARDS:
         of, sixteens = many_clocks(card), sixteens_clocks(card)
         slowest = max(of.values())
-        times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
+        times = listed(of)
         in_turn, sixteens_in_turn = (found["products"] + found["issue"] for found in (of, sixteens))
         del sixteens["bytes"]
         gains = f"{max(sixteens.values()) / slowest:.2f}x | {sixteens_in_turn / in_turn:.2f}x"
@@ -110,7 +115,7 @@ def main() -> None:
             of = clocks(card, formats)
             slowest = max(of.values())
             share = of["bytes"] / slowest
-            times = " | ".join(f"**{time:.0f}**" if time == slowest else f"{time:.0f}" for time in of.values())
+            times = listed(of)
             rate, gain = share * COPY * card.terabytes, share * F16_ROW_BYTES / row_bytes
             print(f"| {card.name} | {times} | {rate:.2f} | {share:.0%} | {gain:.1f}x |")
     print_many()
