@@ -91,6 +91,7 @@ __device__ __forceinline__ void multiply_matrix(float (&row)[D / 16], const floa
     spill<D>(row, buffer, lane);
     for (float& element : row) element = 0.0f;
     // Sixteen bytes at a time, and sums side by side: one row alone is all latency.
+#pragma unroll 1
     for (int c = 0; c < D; c += 4) {
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
