@@ -12,21 +12,20 @@
 // up to three row blocks ahead. Row blocks at the ends of the past, behind padding, or of a call with a mask, a bias or a softcap go through another.
 // Bytes of a row block at 2 bits, D = 128: 512 of codes and 16 of scales for each stream; a lane loads 16 + 16 bytes of codes.
 #pragma once
+#include "bytes.cuh"
 #include "fold.cuh"
-#include "planes.cuh"
 #include "running.cuh"
 
 namespace skvq {
 
-/// The queries of a warp: q' as fragments (in registers where there is room), and the extras of queries 2t, 2t + 1, for scores in units of log 2.
-template <class K, int Tiles>
+/// The queries of a warp: q' as fragments (in registers where there is room) or bytes, and the extras of queries 2t, 2t + 1, for scores in units of log 2.
+template <class K, int Tiles, bool Bytes>
 struct FoldedQueries {
-    static constexpr bool in_registers = K::tiles * Tiles <= 8;
+    static constexpr bool in_registers = K::tiles * Tiles <= 8 && !Bytes;
     const u32* fragments[Tiles];
     u32 kept[in_registers ? Tiles : 1][in_registers ? K::tiles : 1][2];
-    float unit[Tiles][2], shifted[Tiles][2], noise[Tiles][2];
-    PlaneLevels planes;
-    float lowest[Tiles][2];  // of bit planes: what a row of lowest levels has of a score, before its scale
+    ByteQueries<K> bytes[Bytes ? Tiles : 1];
+    float unit[Tiles][2], noise[Tiles][2];
     const float* extras[Tiles];
 
     __device__ __forceinline__ void load(const AttendParams& p, i64 first_tile, int lane) {
@@ -36,25 +35,15 @@ struct FoldedQueries {
             fragments[n] = reinterpret_cast<const u32*>(p.folded) + (first_tile + n) * width + 2 * lane;
             extras[n] = reinterpret_cast<const float*>(p.extras) + ((first_tile + n) * query_tile + 2 * (lane % 4)) * extras_width;
             for (int side = 0; side < 2; ++side) {
-                unit[n][side] = log2_e * extras[n][side * extras_width];
-                shifted[n][side] = log2_e * extras[n][side * extras_width + 1];
+                unit[n][side] = log2_e * extras[n][side * extras_width] * (Bytes ? p.key_levels.step : 1.0f);
                 noise[n][side] = log2_e * extras[n][side * extras_width + 2];
             }
-            if constexpr (in_registers) {
-                for_each<K::tiles>([&](auto tile) {
-                    const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
-                    kept[n][decltype(tile)::value][0] = pair.x;
-                    kept[n][decltype(tile)::value][1] = pair.y;
-                });
-            }
-            if constexpr (by_planes<K, Tiles>) {
-                planes = PlaneLevels(p.key_levels);
-                order_for_planes(kept[n]);
-                for (int side = 0; side < 2; ++side) {
-                    unit[n][side] *= planes.unit;
-                    lowest[n][side] = planes.lowest * group_sum<0>(n, side);
-                }
-            }
+            auto fragment = [&](auto tile, u32(&b)[2]) {
+                const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
+                b[0] = pair.x, b[1] = pair.y;
+            };
+            if constexpr (Bytes) bytes[n].take(fragment);
+            if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { fragment(tile, kept[n][decltype(tile)::value]); });
         });
     }
     template <int N, int Tile>
@@ -66,27 +55,29 @@ struct FoldedQueries {
             b[0] = pair.x, b[1] = pair.y;
         }
     }
+    /// What all scores of a query have.
+    __device__ __forceinline__ float shifted(int n, int side) const { return log2_e * extras[n][side * (extras_head + K::groups) + 1]; }
     template <int Group>
     __device__ __forceinline__ float group_sum(int n, int side) const {
         return log2_e * extras[n][side * (extras_head + K::groups) + extras_head + Group];
     }
 };
 
-/// scores[n][2·side + j] of row g + 8·side and query 2t + j, before softcap and masks, in units of log 2.
-template <class K, int Tiles>
-__device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const PairNumbers<K>& numbers, const FoldedQueries<K, Tiles>& queries,
-                                            const LevelTable& table, u64 wide_levels, float (&scores)[Tiles][4]) {
+/// scores[n][2·side + j] of row g + 8·side and query 2t + j, before softcap and masks, in units of log 2, on top of base[n][j].
+template <class K, int Tiles, bool Bytes>
+__device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const PairNumbers<K>& numbers, const FoldedQueries<K, Tiles, Bytes>& queries,
+                                            const LevelTable& table, u64 wide_levels, const float (&base)[Tiles][2], float (&scores)[Tiles][4]) {
     LaneDecoder<K> decoder(codes, table, wide_levels);
     for_each<Tiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
-        for (int i = 0; i < 4; ++i) scores[n][i] = queries.shifted[n][i % 2];
+        for (int i = 0; i < 4; ++i) scores[n][i] = base[n][i % 2];
     });
     constexpr int per_group = K::groups == 1 ? K::tiles : K::group_size / 16;
     for_each<K::groups>([&](auto group) {
         constexpr int g = decltype(group)::value;
         float sums[Tiles][4] = {}, scales[2], zeros[2] = {};
-        if constexpr (by_planes<K, Tiles>) {
-            plane_sums(codes, queries.planes, queries, sums);
+        if constexpr (Bytes) {
+            byte_sums(codes, table.integers, queries.bytes, sums);
         } else {
             for_each<per_group>([&](auto inner) {
                 constexpr int tile = g * per_group + decltype(inner)::value;
@@ -107,11 +98,7 @@ __device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const Pai
             for (int i = 0; i < 4; ++i) {
                 const int side = i / 2, j = i % 2;
                 float& score = scores[n][i];
-                if constexpr (by_planes<K, Tiles>) {
-                    score = fmaf(scales[side], fmaf(sums[n][i], queries.unit[n][j], queries.lowest[n][j]), score);
-                } else {
-                    score = fmaf(sums[n][i], scales[side] * queries.unit[n][j], score);
-                }
+                score = fmaf(sums[n][i] * scales[side], queries.unit[n][j], score);
                 if constexpr (!K::symmetric) score = fmaf(zeros[side], queries.template group_sum<g>(n, j), score);
                 // Noise has one group: rows of parts.
                 if constexpr (K::is_parts) score = fmaf(scales[side] * scales[side], -queries.noise[n][j], score);
@@ -154,46 +141,136 @@ struct RowLimits {
     }
 };
 
-/// Codes so narrow and heads so small that a warp's registers hold the rows of two pages: of one to compute, and of the next.
+/// Row blocks on their way from pages through shared memory: each warp has slots of its own, and needs no other warp.
+///
+/// A slot has `at_once` neighbouring row blocks of a page: codes of keys, of values, numbers of keys, of values, each as in the page.
 template <class K, class V>
-constexpr bool holds_two_pages = K::head_dim <= 128 && V::head_dim <= 128 && K::lane_words + V::lane_words <= 8;
+struct RowRing {
+    static constexpr int pair_bytes = 2 * (K::block_bytes + V::block_bytes + 8 * (K::pair_bytes + V::pair_bytes));
+    /// A warp's two row blocks of a page together, or one after the other where they are large.
+    static constexpr int at_once = attend_warps * pair_bytes > 20480 ? 1 : 2, turns = 2 / at_once;
+    static constexpr int slot_bytes = pair_bytes / turns, turn_bytes = attend_warps * slot_bytes;
+    static constexpr int most_bytes = 48 * 1024, most_slots = most_bytes / turn_bytes;
+    /// Where not two slots fit there is no ring.
+    static constexpr bool fits = most_slots >= 2;
+    static constexpr int slots = most_slots > 4 ? 4 : most_slots, bytes = fits ? slots * turn_bytes : 0;
+    static constexpr int key_codes = 0, value_codes = at_once * K::block_bytes, key_numbers = value_codes + at_once * V::block_bytes;
+    static constexpr int value_numbers = key_numbers + at_once * 8 * K::pair_bytes;
 
-/// Blocks that share a multiprocessor, which has 65536 registers. With ternary values 128 a thread are enough for the code of sm_90 and sm_100.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
-constexpr bool few_registers = false;
-#else
-constexpr bool few_registers = true;
-#endif
+    static constexpr int chunk = 32 * 16, chunks = (slot_bytes + chunk - 1) / chunk;
+
+    /// Bytes of one of the four, in a slot and in a page: where it begins, how far apart row blocks are.
+    struct Segment {
+        int begin, end, in_page, stride;
+        bool of_values;
+    };
+    static constexpr Segment segment(int which) {
+        if (which == 0) return {key_codes, value_codes, 0, K::block_bytes, false};
+        if (which == 1) return {value_codes, key_numbers, 0, V::block_bytes, true};
+        if (which == 2) return {key_numbers, value_numbers, K::page_code_bytes, 8 * K::pair_bytes, false};
+        return {value_numbers, slot_bytes, V::page_code_bytes, 8 * V::pair_bytes, true};
+    }
+    /// The segment that a whole chunk lies in, or −1.
+    static constexpr int segment_of(int index) {
+        for (int which = 0; which < 4; ++which) {
+            if (chunk * index >= segment(which).begin && chunk * (index + 1) <= segment(which).end) return which;
+        }
+        return -1;
+    }
+
+    const u8* own;
+    SharedPlace place;
+    int lane;
+    u32 warp_bytes[2];               // of keys and values: where this lane's copies of codes begin in a page
+    u32 mixed[chunks], steps[chunks];  // of chunks that lie in more than one segment: place in the page, and of the next row block
+    bool of_values[chunks];
+
+    __device__ __forceinline__ RowRing(u8* shared, int warp, int lane)
+        : own(shared + warp * slots * slot_bytes), place(shared_place(own) + 16 * lane), lane(lane) {
+        warp_bytes[0] = 2 * warp * K::block_bytes + 16 * lane;
+        warp_bytes[1] = 2 * warp * V::block_bytes + 16 * lane;
+        for_each<chunks>([&](auto index) {
+            constexpr int c = decltype(index)::value;
+            if constexpr (segment_of(c) != 0 && segment_of(c) != 1) {
+                const int at = chunk * c + 16 * lane;
+                for_each<4>([&](auto which) {
+                    constexpr Segment own_segment = segment(decltype(which)::value);
+                    if (at < own_segment.begin) return;
+                    mixed[c] = own_segment.in_page + 2 * warp * own_segment.stride + at - own_segment.begin;
+                    steps[c] = own_segment.stride;
+                    of_values[c] = own_segment.of_values;
+                });
+            }
+        });
+    }
+
+    /// Starts the copy of the row blocks of turn `inner` of a page to the slot at `slot_at`.
+    __device__ __forceinline__ void fetch(int slot_at, u64 key_page, u64 value_page, int inner) const {
+        const SharedPlace to = place + slot_at;
+        for_each<chunks>([&](auto index) {
+            constexpr int c = decltype(index)::value, which = segment_of(c);
+            if constexpr (which == 0 || which == 1) {
+                const u64 from = (which == 0 ? key_page : value_page) + warp_bytes[which] + (turns > 1 ? inner * segment(which).stride : 0);
+                copy_to_shared<chunk * c, chunk * c - segment(which).begin>(to, from);
+            } else if (chunk * (c + 1) <= slot_bytes || chunk * c + 16 * lane < slot_bytes) {
+                copy_to_shared<chunk * c, 0>(to, (of_values[c] ? value_page : key_page) + mixed[c] + (turns > 1 ? inner * steps[c] : 0));
+            }
+        });
+    }
+    template <int Block>
+    __device__ __forceinline__ void read_keys(int slot_at, LaneCodes<K>& codes, PairNumbers<K>& numbers) const {
+        const u8* from = own + slot_at;
+        codes.read(from + key_codes + Block * K::block_bytes, lane, FromShared());
+        numbers.read(from + key_numbers + Block * 8 * K::pair_bytes, lane / 4, FromShared());
+    }
+    template <int Block>
+    __device__ __forceinline__ void read_values(int slot_at, LaneCodes<V>& codes, PairNumbers<V>& numbers) const {
+        const u8* from = own + slot_at;
+        codes.read(from + value_codes + Block * V::block_bytes, lane, FromShared());
+        numbers.read(from + value_numbers + Block * 8 * V::pair_bytes, lane / 4, FromShared());
+    }
+};
+
+/// Blocks that share a multiprocessor, which has 65536 registers.
 template <class K, class V, int Tiles>
-constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 128              ? 2
-                                : holds_two_pages<K, V> && (few_registers || !has_remainders<V>) ? 4
-                                                                                                 : 3;
+constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 128 ? 2 : K::lane_words + V::lane_words <= 8 ? 4 : 3;
+
+template <class K, class V, int Tiles>
+constexpr int state_bytes = Tiles * query_tile * (state_head + V::head_dim + attend_warps) * 4;
+/// Of shared memory: rows on their way, then states.
+template <class K, class V, int Tiles>
+constexpr int attend_bytes = RowRing<K, V>::bytes > state_bytes<K, V, Tiles> ? RowRing<K, V>::bytes : state_bytes<K, V, Tiles>;
 
 /// A split of the past: all that a block does.
-template <class K, class V, int Tiles, bool Remainders>
-__device__ __forceinline__ void attend_split(const AttendParams& p, float* shared) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+template <class K, class V, int Tiles, bool Bytes, bool Remainders>
+__device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) {
+    const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = blockIdx.x, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int head_tile = blockIdx.y * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
-    // Ternary levels without symmetry are rare, rows of many words leave no registers: they have no loop of their own.
-    constexpr bool wholes = (Remainders || !has_remainders<V>) && K::lane_words + V::lane_words <= 48;
+    // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
+    constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V>::fits;
     const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes, K::is_parts);
 
     RunningState<V, Tiles, Remainders> state;
-    state.clear();
+    state.clear(p.weight_unit);
     if (first_page * page_rows < limits.end) {
         const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
         const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
         auto key_page = [&](int page) { return reinterpret_cast<const u64*>(p.key_pages)[first_entry + page]; };
         auto value_page = [&](int page) { return reinterpret_cast<const u64*>(p.value_pages)[first_entry + page]; };
         const int statistics = p.pages_per_key_block ? first_page / p.pages_per_key_block : 0;
-        FoldedQueries<K, Tiles> queries;
+        FoldedQueries<K, Tiles, Bytes> queries;
         queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
         using Rows = LaneRows<K, V>;
+        float shifted[Tiles][2];
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int j = 0; j < 2; ++j) shifted[n][j] = queries.shifted(n, j), state.offset[n][j] += shifted[n][j];
+        });
 
-        const LevelTable key_levels = kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
+        const LevelTable key_levels = kept_levels<K, Bytes>(p.key_levels), value_levels = kept_levels<V, false>(p.value_levels);
 
         // Of a mean that turns, which only rows of parts have. Queries that do not exist have a bias too: zeros or whatever is there.
         auto bias_of = [&](int n, int j) {
@@ -207,38 +284,61 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
             });
         };
 
-        // Whole pages, two row blocks of each for a warp. While some are computed the next are on their way.
-        static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
-        constexpr int ahead = holds_two_pages<K, V> ? 2 : 1;
-        Rows rows[ahead][2];
-        auto load_half = [&](u64 keys_at, u64 values_at, int half, Rows& to) { to.load(keys_at, values_at, warp + half * attend_warps, lane); };
-        auto load_page = [&](int page, Rows(&to)[2]) {
-            if (page >= limits.whole_end) return;
-            const u64 keys_at = key_page(page), values_at = value_page(page);
-            for_each<2>([&](auto half) { load_half(keys_at, values_at, decltype(half)::value, to[decltype(half)::value]); });
-        };
-        for_each<ahead>([&](auto index) { load_page(limits.whole_begin + decltype(index)::value, rows[decltype(index)::value]); });
-        for (int first = limits.whole_begin; wholes && first < limits.whole_end; first += ahead) {
-            for_each<ahead>([&](auto index) {
-                constexpr int i = decltype(index)::value;
-                if (first + i >= limits.whole_end) return;
-                for_each<2>([&](auto half) {
-                    Rows& own = rows[i][decltype(half)::value];
-                    float scores[Tiles][4];
-                    score_block<K, Tiles>(own.key_codes, own.key_numbers, queries, key_levels, p.key_wide_levels, scores);
+        if constexpr (wholes) {
+            // Whole pages, two row blocks of each for a warp. While they are computed those of later pages are on their way.
+            static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
+            using Ring = RowRing<K, V>;
+            const Ring ring(shared, warp, lane);
+            const int turns = (limits.whole_end - limits.whole_begin) * Ring::turns;
+            // Entries of the page tables that are read next.
+            const u64* key_entry = reinterpret_cast<const u64*>(p.key_pages) + first_entry + limits.whole_begin;
+            const u64* value_entry = reinterpret_cast<const u64*>(p.value_pages) + first_entry + limits.whole_begin;
+            u64 next_keys = 0, next_values = 0;
+            auto look_ahead = [&](int turn) {
+                if (turn >= turns) return;
+                next_keys = *key_entry, next_values = *value_entry;
+                if (turn % Ring::turns == Ring::turns - 1) ++key_entry, ++value_entry;
+            };
+            look_ahead(0);
+            for_each<Ring::slots - 1>([&](auto index) {
+                constexpr int turn = decltype(index)::value;
+                if (turn < turns) ring.fetch(turn * Ring::slot_bytes, next_keys, next_values, turn % Ring::turns);
+                look_ahead(turn + 1);
+                commit_copies();
+            });
+            int slot_at = 0, free_at = (Ring::slots - 1) * Ring::slot_bytes;
+            for (int turn = 0; turn < turns; ++turn) {
+                wait_for_copies<Ring::slots - 2>();
+                __syncwarp();
+                // The slot of the turn before is free: all lanes have come here.
+                if (turn + Ring::slots - 1 < turns) {
+                    ring.fetch(free_at, next_keys, next_values, (turn + Ring::slots - 1) % Ring::turns);
+                    look_ahead(turn + Ring::slots);
+                }
+                commit_copies();
+                float scores[Ring::at_once][Tiles][4], weights[Ring::at_once][Tiles][4];
+                for_each<Ring::at_once>([&](auto index) {
+                    constexpr int i = decltype(index)::value;
+                    LaneCodes<K> codes;
+                    PairNumbers<K> numbers;
+                    ring.template read_keys<i>(slot_at, codes, numbers);
+                    score_block<K, Tiles, Bytes>(codes, numbers, queries, key_levels, p.key_wide_levels, state.offset, scores[i]);
                     if constexpr (K::is_parts) {
-                        const int block = (first + i) * blocks_per_page + warp + decltype(half)::value * attend_warps;
-                        if (p.bias) add_bias(block * block_rows + g, scores);
-                    }
-                    state.soften(scores);
-                    state.template weigh<false>(own.value_codes, own.value_numbers, value_levels, p.value_wide_levels, scores, p.weight_unit);
-                    // Where only one page is held its first half makes room for that of the next.
-                    if (ahead == 1 && first + 1 < limits.whole_end) {
-                        load_half(key_page(first + 1), value_page(first + 1), decltype(half)::value, own);
+                        const int block = (limits.whole_begin + turn / Ring::turns) * blocks_per_page + 2 * warp + turn % Ring::turns + i;
+                        if (p.bias) add_bias(block * block_rows + g, scores[i]);
                     }
                 });
-                if constexpr (ahead > 1) load_page(first + i + ahead, rows[i]);
-            });
+                state.soften(scores, weights, turn == 0);
+                for_each<Ring::at_once>([&](auto index) {
+                    constexpr int i = decltype(index)::value;
+                    LaneCodes<V> codes;
+                    PairNumbers<V> numbers;
+                    ring.template read_values<i>(slot_at, codes, numbers);
+                    state.template weigh<false>(codes, numbers, value_levels, p.value_wide_levels, weights[i]);
+                });
+                free_at = slot_at;
+                slot_at = slot_at + Ring::slot_bytes == Ring::bytes / attend_warps ? 0 : slot_at + Ring::slot_bytes;
+            }
         }
 
         // The others. Blocks before the first visible row are not read: a sequence's padding may be most of it.
@@ -255,8 +355,9 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
         while (block <= last_block) {
             const int next_block = past_whole(block + attend_warps);
             if (next_block <= last_block) load_block(next_block, next);
-            float scores[Tiles][4];
-            score_block<K, Tiles>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, scores);
+            float scores[1][Tiles][4], weights[1][Tiles][4];
+            score_block<K, Tiles, Bytes>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, shifted, scores[0]);
+            bool begins = false;
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
                 for (int j = 0; j < 2; ++j) {
@@ -265,33 +366,41 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, float* share
                     const QueryView view(p.mask, batch, place, p.length, total);
                     for (int side = 0; side < 2; ++side) {
                         const int row = block * block_rows + g + 8 * side;
-                        float& score = scores[n][2 * side + j];
+                        float& score = scores[0][n][2 * side + j];
                         if (row < limits.first_visible || row >= limits.end) {
                             score = -infinity();
                             continue;
                         }
                         const float biased = score * log_2 + (p.bias ? bias_of(n, j)[row] : 0.0f);
-                        score = log2_e * view.apply(p.mask, biased, sinks + row);
+                        score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - shifted[n][j]);
+                        begins = begins || (state.reference[n][j] == no_reference && score > -infinity());
                     }
                 }
             });
-            state.soften(scores);
-            state.template weigh<true>(now.value_codes, now.value_numbers, value_levels, p.value_wide_levels, scores, p.weight_unit);
+            state.soften(scores, weights, begins);
+            state.template weigh<true>(now.value_codes, now.value_numbers, value_levels, p.value_wide_levels, weights[0]);
             block = next_block;
             now = next;
         }
     }
-    write_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split, shared);
+    __syncthreads();
+    write_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split, reinterpret_cast<float*>(shared));
 }
 
 template <class K, class V, int Tiles>
 __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend(const __grid_constant__ AttendParams p) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
-    __shared__ float shared[Tiles * query_tile * (state_head + V::head_dim + attend_warps)];
+    alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
+    constexpr bool bytes = by_bytes<K, Tiles>;
+    const bool integers = bytes && p.key_levels.step != 0.0f;
     if constexpr (has_remainders<V>) {
-        if (ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, true>(p, shared);
+        if (ternary_is_symmetric(p.value_levels)) {
+            return integers ? attend_split<K, V, Tiles, bytes, true>(p, shared) : attend_split<K, V, Tiles, false, true>(p, shared);
+        }
+    } else if (integers) {
+        return attend_split<K, V, Tiles, bytes, false>(p, shared);
     }
-    attend_split<K, V, Tiles, false>(p, shared);
+    attend_split<K, V, Tiles, false, false>(p, shared);
 }
 
 }  // namespace skvq

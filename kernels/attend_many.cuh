@@ -341,14 +341,14 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             if (warp >= many_blocks || which >= end) return;
             if (!ahead) load(key_rows, p.key_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            key_rows.unpack(kept_levels<K>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, 1.0f);
+            key_rows.unpack(kept_levels<K, false>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, 1.0f);
             if (ahead && which + 1 < end) load(key_rows, p.key_pages, which + 1);
         };
         auto unpack_values = [&](int which) {
             if (warp < many_blocks || which >= end) return;
             if (!ahead) load(value_rows, p.value_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            value_rows.unpack(kept_levels<V>(p.value_levels), p.value_wide_levels, to.value_levels, to.value_numbers, warp - many_blocks, lane,
+            value_rows.unpack(kept_levels<V, false>(p.value_levels), p.value_wide_levels, to.value_levels, to.value_numbers, warp - many_blocks, lane,
                               p.weight_unit);
             if (ahead && which + 1 < end) load(value_rows, p.value_pages, which + 1);
         };

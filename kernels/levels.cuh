@@ -61,11 +61,13 @@ __device__ __forceinline__ float level_of(const LevelTable& table, int code) {
     return float_of_half(static_cast<u16>((table.low[word] >> 8 * code & 255u) | (table.high[word] >> 8 * code & 255u) << 8));
 }
 
-/// The table of a stream of codes of up to three bits, ready for many look-ups.
-template <class L>
+/// The table of a stream of codes of up to three bits, or its integers, ready for many look-ups.
+template <class L, bool Integers>
 __device__ __forceinline__ LevelTable kept_levels(const LevelTable& table) {
     LevelTable kept = table;
-    if constexpr (!L::is_parts && L::part_bits(0) <= 3) {
+    if constexpr (Integers) {
+        kept.integers = keep_in_register(table.integers);
+    } else if constexpr (!L::is_parts && L::part_bits(0) <= 3) {
         constexpr int first = table_of(L::part_bits(0)), count = L::is_pairs ? 4 : L::part_bits(0) == 3 ? 2 : 1;
         for (int word = first; word < first + count; ++word) {
             kept.low[word] = keep_in_register(table.low[word]), kept.high[word] = keep_in_register(table.high[word]);
@@ -79,24 +81,27 @@ template <class L>
 struct LaneCodes {
     u32 words[L::lane_words];
 
-    __device__ __forceinline__ void load(const u8* page, int block, int lane) {
-        const u8* from = page + block * L::block_bytes;
+    __device__ __forceinline__ void load(const u8* page, int block, int lane) { read(page + block * L::block_bytes, lane, FromPage()); }
+
+    /// From a row block's bytes, by `load` of a pointer to a word of 16, 8, 4, 2 or 1.
+    template <class Load>
+    __device__ __forceinline__ void read(const u8* from, int lane, const Load& load) {
         constexpr int wide = L::lane_bytes / 16;
         for_each<wide>([&](auto index) {
             constexpr int i = decltype(index)::value;
-            const U32x4 loaded = load_streaming(reinterpret_cast<const U32x4*>(from) + 32 * i + lane);
+            const U32x4 loaded = load(reinterpret_cast<const U32x4*>(from) + 32 * i + lane);
             words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y, words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
         });
         constexpr int after16 = 16 * wide, after8 = after16 + (L::lane_bytes & 8), after4 = after8 + (L::lane_bytes & 4);
         constexpr int after2 = after4 + (L::lane_bytes & 2);
         if constexpr ((L::lane_bytes & 8) != 0) {
-            const U32x2 loaded = load_streaming(reinterpret_cast<const U32x2*>(from + 32 * after16) + lane);
+            const U32x2 loaded = load(reinterpret_cast<const U32x2*>(from + 32 * after16) + lane);
             words[after16 / 4] = loaded.x, words[after16 / 4 + 1] = loaded.y;
         }
-        if constexpr ((L::lane_bytes & 4) != 0) words[after8 / 4] = load_streaming(reinterpret_cast<const u32*>(from + 32 * after8) + lane);
-        if constexpr ((L::lane_bytes & 2) != 0) words[after4 / 4] = load_streaming(reinterpret_cast<const u16*>(from + 32 * after4) + lane);
+        if constexpr ((L::lane_bytes & 4) != 0) words[after8 / 4] = load(reinterpret_cast<const u32*>(from + 32 * after8) + lane);
+        if constexpr ((L::lane_bytes & 2) != 0) words[after4 / 4] = load(reinterpret_cast<const u16*>(from + 32 * after4) + lane);
         if constexpr ((L::lane_bytes & 1) != 0) {
-            const u32 byte = load_streaming(from + 32 * after2 + lane);
+            const u32 byte = load(from + 32 * after2 + lane);
             words[after2 / 4] = after2 % 4 ? words[after2 / 4] | byte << 16 : byte;
         }
     }

@@ -56,19 +56,25 @@ struct PairNumbers {
     u32 words[(bytes + 3) / 4];
 
     __device__ __forceinline__ void load(const u8* page, int block, int g) {
-        const u8* from = page + L::page_code_bytes + (block * 8 + g) * bytes;
+        read(page + L::page_code_bytes + block * 8 * bytes, g, FromPage());
+    }
+
+    /// From a row block's numbers, by `load` of a pointer to a word.
+    template <class Load>
+    __device__ __forceinline__ void read(const u8* of_block, int g, const Load& load) {
+        const u8* from = of_block + g * bytes;
         for_each<bytes / step>([&](auto index) {
             constexpr int i = decltype(index)::value;
             if constexpr (step == 16) {
-                const U32x4 loaded = load_streaming(reinterpret_cast<const U32x4*>(from) + i);
+                const U32x4 loaded = load(reinterpret_cast<const U32x4*>(from) + i);
                 words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y, words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
             } else if constexpr (step == 8) {
-                const U32x2 loaded = load_streaming(reinterpret_cast<const U32x2*>(from) + i);
+                const U32x2 loaded = load(reinterpret_cast<const U32x2*>(from) + i);
                 words[2 * i] = loaded.x, words[2 * i + 1] = loaded.y;
             } else if constexpr (step == 4) {
-                words[i] = load_streaming(reinterpret_cast<const u32*>(from) + i);
+                words[i] = load(reinterpret_cast<const u32*>(from) + i);
             } else {
-                const u32 loaded = load_streaming(reinterpret_cast<const u16*>(from) + i);
+                const u32 loaded = load(reinterpret_cast<const u16*>(from) + i);
                 words[i / 2] = i % 2 ? words[i / 2] | loaded << 16 : loaded;
             }
         });

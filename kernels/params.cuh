@@ -10,11 +10,14 @@
 namespace skvq {
 
 /// The levels of a stream as f16, bytes apart, as byte permutations look them up: `low` has their low, `high` their high bytes, four to a word.
+/// Four levels that are near integers of a byte, times a step, are in `integers` too, and `step` is not 0 (bytes.cuh).
 /// The table of a codebook of 2^b levels begins at word {b = 1: 0, 2: 1, 3: 2, 4: 4, 5: 8}; three levels have the place of four; the second
 /// coordinates of codewords of pairs follow the first ones, at word 4.
 struct LevelTable {
     u32 low[16];
     u32 high[16];
+    u32 integers;
+    float step;
 };
 
 /// repack.cuh. rows: code rows `[pages · 128, row_code_bytes]` and number rows `[pages · 128, row_number_bytes]`.
@@ -200,7 +203,7 @@ struct DecodeParams {
 };
 
 // Rust has the same sizes; none of the structs has room between its fields.
-static_assert(sizeof(LevelTable) == 128, "LevelTable");
+static_assert(sizeof(LevelTable) == 136, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
 static_assert(sizeof(FoldParams) == 168, "FoldParams");
@@ -248,7 +251,7 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 168, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 432, "AttendParams");
+static_assert(sizeof(AttendParams) == 448, "AttendParams");
 static_assert(sizeof(PlainParams) == 240, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");

@@ -73,6 +73,7 @@ __device__ __forceinline__ u32 narrow_to_halves(float low, float high) {
 __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     emulator::multiply_fragments(d, a, b);
 }
+__device__ __forceinline__ void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { emulator::multiply_bytes(d, a, b); }
 __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
 __device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
@@ -82,6 +83,18 @@ template <class T>
 __device__ __forceinline__ T load_streaming(const T* from) {
     if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
     return *from;
+}
+/// A place in shared memory as copies take it.
+using SharedPlace = u64;
+__device__ __forceinline__ SharedPlace shared_place(const void* at) { return reinterpret_cast<u64>(at); }
+template <int Offset, int FromOffset>
+__device__ __forceinline__ void copy_to_shared(SharedPlace to, u64 from) {
+    emulator::copy_in_background(to + Offset, from + FromOffset);
+}
+__device__ __forceinline__ void commit_copies() { emulator::commit_copies(); }
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+    emulator::wait_for_copies(Pending);
 }
 #define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::self().block->dynamic_shared)
 #else
@@ -134,6 +147,14 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// D[16 × 8] += A[16 × 32]·B[32 × 8], signed bytes in, 32-bit sums. Fragments of m16n8k32: A: rows g, g + 8, columns 4t … 4t + 3, 16 + 4t …;
+/// B: rows as A's columns, column g; D as of m16n8k16.
+__device__ __forceinline__ void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 /// Transposes an 8 × 8 matrix of 16-bit elements: lane 4·g + t gives row g, columns 2t, 2t + 1 and gets column g, rows 2t, 2t + 1.
@@ -191,11 +212,44 @@ __device__ __forceinline__ float load_here(const float* from) {
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(r) : "l"(from));
     return r;
 }
-extern __shared__ unsigned char skvq_dynamic_shared[];
+/// A place in shared memory as copies take it.
+using SharedPlace = u32;
+__device__ __forceinline__ SharedPlace shared_place(const void* at) {
+    u32 place;
+    asm("{\n.reg .u64 p;\ncvta.to.shared.u64 p, %1;\ncvt.u32.u64 %0, p;\n}" : "=r"(place) : "l"(at));
+    return place;
+}
+/// Sixteen bytes of global memory, past registers and the first-level cache, in the background: there when the group that they are
+/// committed with has been waited for. Offsets are in bytes.
+template <int Offset, int FromOffset>
+__device__ __forceinline__ void copy_to_shared(SharedPlace to, u64 from) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(Offset), "n"(FromOffset) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Until at most `Pending` of this thread's latest groups are on their way.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+alignas(16) extern __shared__ unsigned char skvq_dynamic_shared[];
 #define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(skvq_dynamic_shared)
 #endif
 
 constexpr u32 whole_warp = 0xffffffffu;
+
+/// How words are read: of pages, which are read once, or of shared memory.
+struct FromPage {
+    template <class T>
+    __device__ __forceinline__ T operator()(const T* from) const {
+        return load_streaming(from);
+    }
+};
+struct FromShared {
+    template <class T>
+    __device__ __forceinline__ T operator()(const T* from) const {
+        return *from;
+    }
+};
 
 /// Two E4M3FN numbers, bytes 0 and 1, as f16: all of them are f16 numbers.
 __device__ __forceinline__ u32 halves_of_e4m3(u32 bytes) {

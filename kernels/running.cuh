@@ -3,8 +3,9 @@
 // Is: scores of a row block to weights, O += V̂ᵀ·(a·P), the states of four warps to one. Is not: scores, masks, loads (attend.cuh).
 // Lane 4·g + t has the scores of rows g, g + 8 and queries 2t, 2t + 1 and the sums of channels g, g + 8 (+ 16·tile) and the same queries. So a
 // query's reference and factor are where its scores and its sums are, and only P changes hands, by one transposition.
-// Scores are in units of log 2. Weights are 2^(score − reference), at most 1. When a score is beyond the reference, it moves to `headroom` above the
-// largest score so far and the sums with it, so that it soon hardly ever moves again; f16 has the range for weights that much smaller.
+// Scores are in units of log 2, and come less a reference. Weights are `unit` times 2^(score − reference). When those of a query in a row block or two
+// sum to more than `unit`, the reference moves to `headroom` above the largest score so far and the sums with it, so that it soon hardly ever
+// moves again; f16 has the range for weights that much smaller.
 #pragma once
 #include "numbers.cuh"
 #include "state.cuh"
@@ -14,7 +15,7 @@ namespace skvq {
 
 constexpr int attend_warps = 4, attend_threads = 32 * attend_warps;
 constexpr float headroom = 4.0f;
-/// The reference of a query that has seen no row: finite, so that a hidden row's score less it is −∞ and no NaN.
+/// The reference of a query that has seen no row, whose scores come less 0.
 constexpr float no_reference = -1e38f;
 constexpr float log_2 = 0.69314718055994531f;
 
@@ -24,14 +25,20 @@ struct RunningState {
     static constexpr int zero_groups = V::symmetric ? 1 : V::groups;
     static constexpr int tiles = Remainders ? TernarySums<V>::tiles : V::tiles;
     float reference[Tiles][2], sums[Tiles][2], zeros[Tiles][zero_groups][2];
+    /// What turns the scores of a row into exponents of weights: the logarithm of the unit less the reference, and what all rows have.
+    float offset[Tiles][2];
     float output[Tiles][tiles][4];
+    float unit, exponent;
 
-    __device__ __forceinline__ void clear() {
+    /// `unit`: AttendParams::weight_unit.
+    __device__ __forceinline__ void clear(float weight_unit) {
+        unit = weight_unit, exponent = static_cast<float>(static_cast<int>(__float_as_uint(weight_unit) >> 23) - 127);
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
             for (int j = 0; j < 2; ++j) {
                 reference[n][j] = no_reference;
                 sums[n][j] = 0.0f;
+                offset[n][j] = exponent;
                 for (int g = 0; g < zero_groups; ++g) zeros[n][g][j] = 0.0f;
             }
             for (auto& tile : output[n])
@@ -49,40 +56,59 @@ struct RunningState {
         }
     }
 
-    /// Scores become weights; what came before is brought to a new reference if there is one.
-    __device__ __forceinline__ void soften(float (&scores)[Tiles][4]) {
-        bool grows = false;
+    template <int Blocks>
+    __device__ __forceinline__ void weights_of(const float (&scores)[Blocks][Tiles][4], float (&weights)[Blocks][Tiles][4], float (&partial)[Tiles][2]) {
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
-            for (int i = 0; i < 4; ++i) grows = grows || scores[n][i] - reference[n][i % 2] > 0.0f;
-        });
-        if (__any_sync(whole_warp, grows)) {
-            for_each<Tiles>([&](auto index) {
-                constexpr int n = decltype(index)::value;
-                for (int j = 0; j < 2; ++j) {
-                    float largest = fmaxf(scores[n][j], scores[n][2 + j]);
-                    for (int distance = 4; distance < 32; distance *= 2) {
-                        largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, distance));
-                    }
-                    const float moved = fmaxf(reference[n][j], largest + headroom);
-                    scale_by(n, j, exp2_fast(reference[n][j] - moved));
-                    reference[n][j] = moved;
+            for (int j = 0; j < 2; ++j) partial[n][j] = 0.0f;
+            for_each<Blocks>([&](auto inner) {
+                constexpr int block = decltype(inner)::value;
+                for (int i = 0; i < 4; ++i) {
+                    weights[block][n][i] = exp2_fast(scores[block][n][i]);
+                    partial[n][i % 2] += weights[block][n][i];
                 }
             });
-        }
-        for_each<Tiles>([&](auto index) {
-            constexpr int n = decltype(index)::value;
-            for (int i = 0; i < 4; ++i) {
-                scores[n][i] = exp2_fast(scores[n][i] - reference[n][i % 2]);
-                sums[n][i % 2] += scores[n][i];
-            }
         });
     }
 
-    /// O += V̂ᵀ·(a·P). With `Hides`, rows without weight may hold anything, a NaN scale too. `unit`: AttendParams::weight_unit.
+    /// Scores of some row blocks, with `offset`, to weights; what came before is brought to a new reference if there is one. `begins`: a
+    /// query may see its first row.
+    template <int Blocks>
+    __device__ __forceinline__ void soften(float (&scores)[Blocks][Tiles][4], float (&weights)[Blocks][Tiles][4], bool begins) {
+        float partial[Tiles][2];
+        weights_of(scores, weights, partial);
+        bool moves = begins;
+        for_each<2 * Tiles>([&](auto index) { moves = moves || partial[decltype(index)::value / 2][decltype(index)::value % 2] > unit; });
+        if (__any_sync(whole_warp, moves)) {
+            for_each<Tiles>([&](auto index) {
+                constexpr int n = decltype(index)::value;
+                for (int j = 0; j < 2; ++j) {
+                    float largest = -infinity();
+                    for (int block = 0; block < Blocks; ++block) largest = fmaxf(largest, fmaxf(scores[block][n][j], scores[block][n][2 + j]));
+                    for (int distance = 4; distance < 32; distance *= 2) {
+                        largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, distance));
+                    }
+                    const bool first = reference[n][j] == no_reference;
+                    if (largest == -infinity() || (!first && largest <= exponent - headroom)) continue;
+                    const float step = largest - (exponent - headroom);
+                    scale_by(n, j, first ? 1.0f : exp2_fast(-step));
+                    reference[n][j] = first ? step : reference[n][j] + step;
+                    offset[n][j] -= step;
+                    for (int block = 0; block < Blocks; ++block) scores[block][n][j] -= step, scores[block][n][2 + j] -= step;
+                }
+            });
+            weights_of(scores, weights, partial);
+        }
+        for_each<2 * Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value / 2, j = decltype(index)::value % 2;
+            sums[n][j] += partial[n][j];
+        });
+    }
+
+    /// O += V̂ᵀ·(a·P). With `Hides`, rows without weight may hold anything, a NaN scale too.
     template <bool Hides>
     __device__ __forceinline__ void weigh(const LaneCodes<V>& codes, const PairNumbers<V>& numbers, const LevelTable& table, u64 wide_levels,
-                                          const float (&weights)[Tiles][4], float unit) {
+                                          const float (&weights)[Tiles][4]) {
         LaneDecoder<V> decoder(codes, table, wide_levels);
         constexpr int per_group = V::groups == 1 ? V::tiles : V::group_size / 16;
         for_each<V::groups>([&](auto group) {
@@ -91,7 +117,6 @@ struct RunningState {
             float scales[2], zero[2] = {};
             numbers.template get<g>(scales);
             if constexpr (!V::symmetric) numbers.template get<V::groups + g>(zero);
-            for (float& scale : scales) scale *= unit;
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
                 for (int side = 0; side < 2; ++side) {
@@ -128,7 +153,7 @@ struct RunningState {
         });
     }
 
-    /// Σ weight·a·level of channel 8·Octet + g and query 2t + j, times the unit of `weigh`.
+    /// Σ weight·a·level of channel 8·Octet + g and query 2t + j.
     template <int N, int Octet>
     __device__ __forceinline__ float channel(int j, float step) const {
         if constexpr (Remainders) return TernarySums<V>::template channel<Octet>(output[N], j, step);
@@ -184,16 +209,16 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                     float* to = shared + query * width;
                     if (g == 0) {
                         to[0] = largest == no_reference ? -infinity() : largest * log_2;
-                        to[1] += factor * state.sums[n][j];
-                        to[2] += factor * state.sums[n][j];
+                        to[1] += factor * (state.sums[n][j] * per_unit);
+                        to[2] += factor * (state.sums[n][j] * per_unit);
                     }
                     for_each<V::tiles>([&](auto tile) {
                         constexpr int i = decltype(tile)::value;
                         for_each<2>([&](auto half) {
                             constexpr int side = decltype(half)::value;
-                            float value = state.template channel<n, 2 * i + side>(j, step) * per_unit;
+                            float value = state.template channel<n, 2 * i + side>(j, step);
                             if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
-                            to[state_head + 16 * i + g + 8 * side] += factor * value;
+                            to[state_head + 16 * i + g + 8 * side] += factor * (value * per_unit);
                         });
                     });
                 }

@@ -182,6 +182,8 @@ EMULATOR_UNSANITIZED void run_block(Block& block, std::vector<unsigned>& order, 
     }
     if (!block.error.empty()) throw Error(block.error);
 }
+/// When copies in the background are made.
+enum class Copies { at_once, late, either } copies = Copies::at_once;
 }  // namespace
 
 Fiber& self() { return *current; }
@@ -195,6 +197,7 @@ void launch(Index grid, Index block_size, size_t shared_bytes, const std::functi
     const std::string schedule = variable ? variable : "forward";
     std::vector<unsigned> order(block_size.x * block_size.y * block_size.z);
     std::iota(order.begin(), order.end(), 0u);
+    copies = schedule == "reverse" ? Copies::late : schedule == "forward" ? Copies::at_once : Copies::either;
     if (schedule == "reverse") std::reverse(order.begin(), order.end());
     std::unique_ptr<std::mt19937> random;
     if (schedule.rfind("random:", 0) == 0) random = std::make_unique<std::mt19937>(std::stoul(schedule.substr(7)));
@@ -260,6 +263,49 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
             }
         }
     });
+}
+
+void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    struct Operands {
+        int32_t* d;
+        const uint32_t *a, *b;
+    } mine{d, a, b};
+    meet_warp(all_lanes, "mma.m16n8k32", &mine, [](void** all) {
+        int8_t A[16][32], B[8][32];
+        for (int lane = 0; lane < 32; ++lane) {
+            const auto& from = *static_cast<Operands*>(all[lane]);
+            const int g = lane >> 2, t = (lane & 3) * 4;
+            for (int byte = 0; byte < 4; ++byte) {
+                for (int i = 0; i < 4; ++i) A[g + (i & 1) * 8][t + (i >> 1) * 16 + byte] = static_cast<int8_t>(from.a[i] >> 8 * byte);
+                for (int i = 0; i < 2; ++i) B[g][t + i * 16 + byte] = static_cast<int8_t>(from.b[i] >> 8 * byte);
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+            auto& to = *static_cast<Operands*>(all[lane]);
+            const int g = lane >> 2, t = (lane & 3) * 2;
+            for (int i = 0; i < 4; ++i) {
+                for (int k = 0; k < 32; ++k) to.d[i] += A[g + (i >> 1) * 8][k] * B[t + (i & 1)][k];
+            }
+        }
+    });
+}
+
+namespace {
+void make(const std::pair<uint64_t, uint64_t>& copy) {
+    std::memcpy(reinterpret_cast<void*>(copy.first), reinterpret_cast<const void*>(copy.second), 16);
+}
+}  // namespace
+
+void copy_in_background(uint64_t to, uint64_t from) {
+    if (to % 16 || from % 16) throw Error("cp.async: misaligned");
+    const bool late = copies == Copies::late || (copies == Copies::either && (to / 16 * 2654435761u >> 7 & 1));
+    if (late) self().copies.back().emplace_back(to, from);
+    else make({to, from});
+}
+void commit_copies() { self().copies.emplace_back(); }
+void wait_for_copies(size_t pending) {
+    auto& groups = self().copies;
+    for (; groups.size() > pending + 1; groups.pop_front()) std::for_each(groups.front().begin(), groups.front().end(), make);
 }
 
 uint32_t transpose_fragment(uint32_t pair) {

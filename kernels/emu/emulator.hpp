@@ -2,7 +2,8 @@
 //
 // Is: a launch that runs one block after the other, every thread of a block as a fiber; barriers and warp collectives as rendezvous that
 // report divergence and deadlock; the PTX wrappers of portable.cuh. Is not: a model of time, caches, or blocks that run at once.
-// * Order of fibers: EMULATOR_SCHEDULE = forward | reverse | random:SEED. A missing barrier changes results under some of them.
+// * Order of fibers: EMULATOR_SCHEDULE = forward | reverse | random:SEED. A missing barrier changes results under some of them; copies in the
+//   background are made at once, when they are waited for, or at random.
 // * Built with -fsanitize=thread, switching fibers orders nothing and only barriers do, so it finds races as a race checker does.
 //   Built with -fsanitize=address, shared arrays have red zones and every access of global memory is checked.
 // Shapes: of fragments as in the PTX manual: lane = 4·g + t holds rows g, g + 8 and columns 2t, 2t + 1 (A: also 2t + 8, 2t + 9).
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -70,6 +72,8 @@ struct Fiber {
     int vote = 0;
     void* fake_stack = nullptr;
     void* sanitizer = nullptr;
+    /// Copies in the background that have not been made yet, (to, from) of 16 bytes each: groups in order, the last one open.
+    std::deque<std::vector<std::pair<uint64_t, uint64_t>>> copies = {{}};
 };
 
 struct Block {
@@ -180,8 +184,15 @@ inline uint32_t bits_of_float(float value) {
 
 /// D[16 × 8] += A[16 × 16]·B[16 × 8], f16 in, f32 sums.
 void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+/// D[16 × 8] += A[16 × 32]·B[32 × 8] of signed bytes.
+void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 /// Transposes an 8 × 8 matrix of 16-bit elements that is spread over the warp.
 uint32_t transpose_fragment(uint32_t pair);
+
+/// Sixteen bytes that arrive at any time until their group is waited for: at once (forward), at the end (reverse), either (random).
+void copy_in_background(uint64_t to, uint64_t from);
+void commit_copies();
+void wait_for_copies(size_t pending);
 
 }  // namespace emulator
 

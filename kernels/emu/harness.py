@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -111,7 +112,23 @@ def level_table(codec: Any) -> Structure:
         put(4, coder.levels[:, 1])
     elif codec.format != "8":
         put({"4": 4, "3": 2, "2": 1, "1.6": 1}[codec.format], coder.levels)
+    if codec.format == "2":
+        table.integers, table.step = integers(coder.levels.double().tolist())
     return table
+
+
+def integers(levels: list[float]) -> tuple[int, float]:
+    """Four levels as bytes times a step, or step 0, as `integers` of src/cuda/pages.rs."""
+    largest = max(map(abs, levels))
+    best = (math.inf, [0] * 4, 0.0)
+    for top in range(1, 128):
+        found = [round(level / largest * top) for level in levels]
+        step = sum(a * b for a, b in zip(found, levels, strict=True)) / sum(a * a for a in found)
+        error = max(abs(a * step - b) for a, b in zip(found, levels, strict=True))
+        best = min(best, (error, found, step), key=lambda candidate: candidate[0])
+    if best[0] > largest / 2048:
+        return 0, 0.0
+    return int.from_bytes(bytes(a & 255 for a in best[1]), "little"), best[2]
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

@@ -155,7 +155,26 @@ pub fn level_table(codec: &Codec) -> LevelTable {
         (Format::Int4 | Format::Int3 | Format::Int2, _) => put(TABLE_WORDS[all.len().ilog2() as usize], &all),
         _ => {}
     }
+    if let (Format::Int2, Some((integers, step))) = (codec.layout.format, integers(&all)) {
+        (table.integers, table.step) = (u32::from_le_bytes(integers.map(|integer| integer as u8)), step);
+    }
     table
+}
+
+/// Four levels as integers of a byte, times a step: those with the least error, where it is no larger than that of f16 may be, 2⁻¹¹ of the largest
+/// level. Lloyd and Max's are near 3 and 10, uniform ones 1 and 3; other levels that are symmetric nearly always have some.
+fn integers(levels: &[f32]) -> Option<([i8; 4], f32)> {
+    let levels: [f64; 4] = <[f32; 4]>::try_from(levels).ok()?.map(f64::from);
+    let largest = levels.iter().fold(0.0, |largest: f64, level| largest.max(level.abs()));
+    let candidate = |top: i32| {
+        let integers = levels.map(|level| (level / largest * f64::from(top)).round());
+        let dot = |other: &[f64; 4]| integers.iter().zip(other).map(|(a, b)| a * b).sum::<f64>();
+        let step = dot(&levels) / dot(&integers);
+        let error = integers.iter().zip(levels).map(|(integer, level)| (integer * step - level).abs()).fold(0.0, f64::max);
+        (error, integers.map(|integer| integer as i8), step as f32)
+    };
+    let best = (1..=127).map(candidate).min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best.0 <= largest / 2048.0).then_some((best.1, best.2))
 }
 
 /// A power of two by which weights times value scales are multiplied before they become f16: large, so that little weights are not lost,

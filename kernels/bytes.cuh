@@ -1,0 +1,69 @@
+// Keys of two bits whose levels are small integers times a step: products of bytes, four codes a register.
+//
+// Is: the sums Σ q'·level of a row block, of levels that the host has found such integers for (LevelTable). Is not: scales; other levels.
+// A query's elements, integers below 2^15 after fold.cuh, are two bytes: 256·high + low. So a sum is two products of bytes, and exact.
+// A word of a lane's codes makes one tile of 16 rows × 32 channels, whose columns are those of its octets 4w, 4w + 2, 4w + 1, 4w + 3:
+//
+//   word, bytes 0, 2 and 1, 3 changed:  | rows g + 8: octets 4w + 3, 4w + 2, 4w + 1, 4w | rows g: likewise |     nibbles of two codes
+//   & 0x33333333, >> 2 & 0x33333333:    selectors of the octets 4w, 4w + 2, and 4w + 1, 4w + 3; of rows g in the low half, of rows g + 8 in the high
+#pragma once
+#include "levels.cuh"
+
+namespace skvq {
+
+template <class K, int Tiles>
+constexpr bool by_bytes = K::stream == keys && K::format == 2 && K::groups == 1 && K::head_dim % 32 == 0 && K::tiles * Tiles <= 16;
+
+/// The queries of a tile as B operands: of word w registers for the octets 4w, 4w + 2 and 4w + 1, 4w + 3.
+template <class K>
+struct ByteQueries {
+    static constexpr int words = K::tiles / 2;
+    u32 high[words][2], low[words][2];
+
+    /// From the fragments of fold.cuh: `fragment(Constant<tile>, u32 (&)[2])`.
+    template <class Fragment>
+    __device__ __forceinline__ void take(const Fragment& fragment) {
+        for_each<words>([&](auto index) {
+            constexpr int w = decltype(index)::value;
+            u32 pairs[2][2];
+            fragment(Constant<2 * w>{}, pairs[0]);
+            fragment(Constant<2 * w + 1>{}, pairs[1]);
+            for (int side = 0; side < 2; ++side) {
+                u32 lows[2], highs[2];
+                for (int octet = 0; octet < 2; ++octet) {
+                    float elements[2];
+                    widen_halves(pairs[octet][side], elements[0], elements[1]);
+                    // The last bits of 1.5·2^23 + x are x as an integer, to nearest even.
+                    const u32 first = __float_as_uint(__fadd_rn(elements[0], 12582912.0f)), second = __float_as_uint(__fadd_rn(elements[1], 12582912.0f));
+                    lows[octet] = permute_bytes(first, second, 0x0040);
+                    highs[octet] = permute_bytes(first + 128u, second + 128u, 0x0051);
+                }
+                low[w][side] = permute_bytes(lows[0], lows[1], 0x5410);
+                high[w][side] = permute_bytes(highs[0], highs[1], 0x5410);
+            }
+        });
+    }
+};
+
+/// sums[n][2·side + j] = Σ q'·level / step of row g + 8·side and query 2t + j. `levels`: the four integers.
+template <class K, int Tiles>
+__device__ __forceinline__ void byte_sums(const LaneCodes<K>& codes, u32 levels, const ByteQueries<K> (&queries)[Tiles], float (&sums)[Tiles][4]) {
+    i32 high[Tiles][4] = {}, low[Tiles][4] = {};
+    for_each<K::tiles / 2>([&](auto index) {
+        constexpr int w = decltype(index)::value;
+        const u32 word = permute_bytes(codes.words[w], 0, 0x3120), first = word & 0x33333333u, second = word >> 2 & 0x33333333u;
+        const u32 operand[4] = {permute_bytes(levels, 0, first), permute_bytes(levels, 0, first >> 16), permute_bytes(levels, 0, second),
+                                permute_bytes(levels, 0, second >> 16)};
+        for_each<Tiles>([&](auto n) {
+            const ByteQueries<K>& query = queries[decltype(n)::value];
+            multiply_bytes(high[decltype(n)::value], operand, query.high[w]);
+            multiply_bytes(low[decltype(n)::value], operand, query.low[w]);
+        });
+    });
+    for_each<Tiles>([&](auto index) {
+        constexpr int n = decltype(index)::value;
+        for (int i = 0; i < 4; ++i) sums[n][i] = static_cast<float>(256 * high[n][i] + low[n][i]);
+    });
+}
+
+}  // namespace skvq
