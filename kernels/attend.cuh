@@ -42,7 +42,7 @@ struct FoldedQueries {
                 const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
                 b[0] = pair.x, b[1] = pair.y;
             };
-            if constexpr (Bytes) bytes[n].take(fragment);
+            if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(p.folded) + (first_tile + n) * (width / 4), lane);
             if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { fragment(tile, kept[n][decltype(tile)::value]); });
         });
     }
@@ -236,7 +236,7 @@ template <class K, class V, int Tiles>
 constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 128 ? 2 : K::lane_words + V::lane_words <= 8 ? 4 : 3;
 
 template <class K, class V, int Tiles>
-constexpr int state_bytes = Tiles * query_tile * (state_head + V::head_dim + attend_warps) * 4;
+constexpr int state_bytes = StateExchange<V, Tiles>::bytes;
 /// Of shared memory: rows on their way, then states.
 template <class K, class V, int Tiles>
 constexpr int attend_bytes = RowRing<K, V>::bytes > state_bytes<K, V, Tiles> ? RowRing<K, V>::bytes : state_bytes<K, V, Tiles>;
@@ -290,20 +290,19 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             using Ring = RowRing<K, V>;
             const Ring ring(shared, warp, lane);
             const int turns = (limits.whole_end - limits.whole_begin) * Ring::turns;
-            // Entries of the page tables that are read next.
-            const u64* key_entry = reinterpret_cast<const u64*>(p.key_pages) + first_entry + limits.whole_begin;
-            const u64* value_entry = reinterpret_cast<const u64*>(p.value_pages) + first_entry + limits.whole_begin;
+            // Pages whose copies begin next: their addresses are read a turn before.
             u64 next_keys = 0, next_values = 0;
             auto look_ahead = [&](int turn) {
-                if (turn >= turns) return;
-                next_keys = *key_entry, next_values = *value_entry;
-                if (turn % Ring::turns == Ring::turns - 1) ++key_entry, ++value_entry;
+                const int page = limits.whole_begin + min(turn, turns - 1) / Ring::turns;
+                next_keys = key_page(page), next_values = value_page(page);
             };
-            look_ahead(0);
+            if (turns > 0) look_ahead(0);
             for_each<Ring::slots - 1>([&](auto index) {
                 constexpr int turn = decltype(index)::value;
-                if (turn < turns) ring.fetch(turn * Ring::slot_bytes, next_keys, next_values, turn % Ring::turns);
-                look_ahead(turn + 1);
+                if (turn < turns) {
+                    ring.fetch(turn * Ring::slot_bytes, next_keys, next_values, turn % Ring::turns);
+                    look_ahead(turn + 1);
+                }
                 commit_copies();
             });
             int slot_at = 0, free_at = (Ring::slots - 1) * Ring::slot_bytes;
@@ -392,15 +391,13 @@ __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) 
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
     constexpr bool bytes = by_bytes<K, Tiles>;
-    const bool integers = bytes && p.key_levels.step != 0.0f;
+    const bool integers = bytes && p.as_bytes;
     if constexpr (has_remainders<V>) {
         if (ternary_is_symmetric(p.value_levels)) {
             return integers ? attend_split<K, V, Tiles, bytes, true>(p, shared) : attend_split<K, V, Tiles, false, true>(p, shared);
         }
-    } else if (integers) {
-        return attend_split<K, V, Tiles, bytes, false>(p, shared);
     }
-    attend_split<K, V, Tiles, false, false>(p, shared);
+    integers ? attend_split<K, V, Tiles, bytes, false>(p, shared) : attend_split<K, V, Tiles, false, false>(p, shared);
 }
 
 }  // namespace skvq

@@ -14,33 +14,32 @@ namespace skvq {
 template <class K, int Tiles>
 constexpr bool by_bytes = K::stream == keys && K::format == 2 && K::groups == 1 && K::head_dim % 32 == 0 && K::tiles * Tiles <= 16;
 
+/// The last bits of 1.5·2^23 + x are x as an integer, to nearest even.
+constexpr float integer_magic = 12582912.0f;
+
+/// Register `which` of word `word` of lane `lane`: high bytes for the octets 4w, 4w + 2, then for 4w + 1, 4w + 3, then low bytes likewise.
+/// `row`: the elements of the lane's query.
+__device__ __forceinline__ u32 query_bytes(const float* row, int word, int lane, int which) {
+    const int channel = 32 * word + 8 * (which % 2) + 2 * (lane % 4);
+    u32 bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 integer = __float_as_uint(__fadd_rn(row[channel + i / 2 * 16 + i % 2], integer_magic));
+        bytes |= (which < 2 ? integer + 128u >> 8 & 255u : integer & 255u) << 8 * i;
+    }
+    return bytes;
+}
+
 /// The queries of a tile as B operands: of word w registers for the octets 4w, 4w + 2 and 4w + 1, 4w + 3.
 template <class K>
 struct ByteQueries {
     static constexpr int words = K::tiles / 2;
     u32 high[words][2], low[words][2];
 
-    /// From the fragments of fold.cuh: `fragment(Constant<tile>, u32 (&)[2])`.
-    template <class Fragment>
-    __device__ __forceinline__ void take(const Fragment& fragment) {
+    __device__ __forceinline__ void load(const U32x4* from, int lane) {
         for_each<words>([&](auto index) {
             constexpr int w = decltype(index)::value;
-            u32 pairs[2][2];
-            fragment(Constant<2 * w>{}, pairs[0]);
-            fragment(Constant<2 * w + 1>{}, pairs[1]);
-            for (int side = 0; side < 2; ++side) {
-                u32 lows[2], highs[2];
-                for (int octet = 0; octet < 2; ++octet) {
-                    float elements[2];
-                    widen_halves(pairs[octet][side], elements[0], elements[1]);
-                    // The last bits of 1.5·2^23 + x are x as an integer, to nearest even.
-                    const u32 first = __float_as_uint(__fadd_rn(elements[0], 12582912.0f)), second = __float_as_uint(__fadd_rn(elements[1], 12582912.0f));
-                    lows[octet] = permute_bytes(first, second, 0x0040);
-                    highs[octet] = permute_bytes(first + 128u, second + 128u, 0x0051);
-                }
-                low[w][side] = permute_bytes(lows[0], lows[1], 0x5410);
-                high[w][side] = permute_bytes(highs[0], highs[1], 0x5410);
-            }
+            const U32x4 four = from[32 * w + lane];
+            high[w][0] = four.x, high[w][1] = four.y, low[w][0] = four.z, low[w][1] = four.w;
         });
     }
 };

@@ -2,9 +2,10 @@
 //
 // Is: one launch before attend.cuh; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
-// by it. Every block of statistics has its own q', so a split of attention stays inside one block.
+// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh). Every block of statistics has its own q', so a split of attention stays inside one block.
 // Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries.
 #pragma once
+#include "bytes.cuh"
 #include "state.cuh"
 #include "transform.cuh"
 
@@ -68,7 +69,11 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
     constexpr int per_group = K::group_size / 16;
     for (int g = 0; g < K::groups; ++g) {
         float sum = 0.0f;
-        for (int k = 0; k < per_group; ++k) sum += float_of_half(static_cast<u16>(pack_halves(row[g * per_group + k], 0.0f)));
+        for (int k = 0; k < per_group; ++k) {
+            const float element = row[g * per_group + k];
+            sum += p.as_bytes ? __fsub_rn(__fadd_rn(element, integer_magic), integer_magic)
+                              : float_of_half(static_cast<u16>(pack_halves(element, 0.0f)));
+        }
         sum = add_lanes(sum) * unit;
         if (lane == 0) extras[extras_head + g] = sum;
     }
@@ -76,6 +81,11 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
     __syncthreads();
     u32* fragments = reinterpret_cast<u32*>(p.folded) + tile_index * (D / 16 * 64);
     for (int index = threadIdx.x; index < D / 16 * 64; index += row_threads) {
+        if (p.as_bytes) {
+            const int fragment_lane = index / 4 % 32;
+            fragments[index] = query_bytes(buffer + fragment_lane / 4 * D, index / 128, fragment_lane, index % 4);
+            continue;
+        }
         const int fragment_lane = index / 2 % 32, channel = index / 64 * 16 + fragment_lane % 4 * 2 + index % 2 * 8;
         const float* pair = buffer + fragment_lane / 4 * D + channel;
         fragments[index] = pack_halves(pair[0], pair[1]);

@@ -48,7 +48,7 @@ struct TransformParams {
 struct FoldParams {
     u64 query;  // [batch, heads, length, D]
     i64 query_batch_stride, query_head_stride, query_position_stride;
-    u64 folded;  // f16 [batch, kv heads, blocks, query tiles, D / 16, 32 lanes, 2 registers of 2], as fragments
+    u64 folded;  // f16 [batch, kv heads, blocks, query tiles, D / 16, 32 lanes, 2 registers of 2], as fragments; or bytes, see as_bytes
     u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, 0, sums over groups
     u64 noise;   // f32 [D] or 0
     u64 lengths;
@@ -56,7 +56,7 @@ struct FoldParams {
     float scale;  // softmax scale
     i32 kv_heads, group, length;
     i32 query_tiles;
-    i32 padding;
+    i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh)
 };
 
 /// turning.cuh: q·m(t) of every packed row.
@@ -99,6 +99,8 @@ struct AttendParams {
     i32 page_capacity, pages_per_split, splits;
     i32 pages_per_key_block, key_blocks;
     i32 kv_heads, group, length, query_tiles;
+    i32 as_bytes;  // as of fold.cuh
+    i32 padding;
 };
 
 /// plain.cuh. Grid: splits × (kv heads · query tiles) × batch; rows are sinks, window or fresh rows in the model's type.
@@ -251,7 +253,7 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 168, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 448, "AttendParams");
+static_assert(sizeof(AttendParams) == 456, "AttendParams");
 static_assert(sizeof(PlainParams) == 240, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");

@@ -178,15 +178,24 @@ struct RunningState {
     }
 };
 
+/// How the states of a block's warps meet in shared memory: of so many warps at once as there is room for.
+template <class V, int Tiles>
+struct StateExchange {
+    static constexpr int queries = Tiles * query_tile, width = state_head + V::head_dim, warp_floats = queries * width;
+    static constexpr int at_once = attend_warps * warp_floats * 4 <= 40 * 1024 ? attend_warps : 1;
+    static constexpr int bytes = (at_once * warp_floats + attend_warps * queries) * 4;
+};
+
 /// Brings the four warps' states together in shared memory and writes those of the block.
 template <class V, int Tiles, bool Remainders>
 __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
                                              int head_tiles, int split, float* shared) {
-    constexpr int queries = Tiles * query_tile, width = state_head + V::head_dim;
+    using Exchange = StateExchange<V, Tiles>;
+    constexpr int queries = Exchange::queries, width = Exchange::width;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const float per_unit = 1.0f / p.weight_unit;
     const float step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
-    float* references = shared + queries * width;  // [warps, queries]
+    float* references = shared + Exchange::at_once * Exchange::warp_floats;  // [warps, queries]
     state.finish();
     for_each<Tiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
@@ -194,10 +203,9 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
             if (g == 0) references[warp * queries + n * query_tile + 2 * t + j] = state.reference[n][j];
         }
     });
-    for (int i = threadIdx.x; i < queries * width; i += attend_threads) shared[i] = 0.0f;
     __syncthreads();
-    for (int turn = 0; turn < attend_warps; ++turn) {
-        if (warp == turn) {
+    for (int turn = 0; turn < attend_warps; turn += Exchange::at_once) {
+        if (Exchange::at_once == attend_warps || warp == turn) {
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
                 for (int j = 0; j < 2; ++j) {
@@ -205,12 +213,14 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                     float largest = no_reference;
                     for (int other = 0; other < attend_warps; ++other) largest = fmaxf(largest, references[other * queries + query]);
                     // A state that saw nothing has no weight and no sums, unless they are not numbers.
-                    const float factor = exp2_fast(state.reference[n][j] - largest);
-                    float* to = shared + query * width;
+                    const float factor = exp2_fast(state.reference[n][j] - largest) * per_unit;
+                    float* to = shared + (Exchange::at_once == attend_warps ? warp : 0) * Exchange::warp_floats + query * width;
+                    auto put = [&](int at, float value) { to[at] = Exchange::at_once == attend_warps || turn == 0 ? value : to[at] + value; };
                     if (g == 0) {
                         to[0] = largest == no_reference ? -infinity() : largest * log_2;
-                        to[1] += factor * (state.sums[n][j] * per_unit);
-                        to[2] += factor * (state.sums[n][j] * per_unit);
+                        put(1, factor * state.sums[n][j]);
+                        put(2, factor * state.sums[n][j]);
+                        put(3, 0.0f);
                     }
                     for_each<V::tiles>([&](auto tile) {
                         constexpr int i = decltype(tile)::value;
@@ -218,18 +228,23 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                             constexpr int side = decltype(half)::value;
                             float value = state.template channel<n, 2 * i + side>(j, step);
                             if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
-                            to[state_head + 16 * i + g + 8 * side] += factor * (value * per_unit);
+                            put(state_head + 16 * i + g + 8 * side, factor * value);
                         });
                     });
+                    // Channels without codes.
+                    for (int channel = V::tiles * 16 + g; channel < V::head_dim; channel += 8) put(state_head + channel, 0.0f);
                 }
             });
         }
         __syncthreads();
     }
     for (int i = threadIdx.x; i < queries * width; i += attend_threads) {
-        const int query = i / width;
-        state_at(p.states, batch, head_tile + query / query_tile, head_tiles, query % query_tile, p.splits, split, V::head_dim)[i % width] =
-            shared[i];
+        const int query = i / width, element = i % width;
+        float value = shared[i];
+        if (element != 0) {
+            for (int other = 1; other < Exchange::at_once; ++other) value += shared[other * Exchange::warp_floats + i];
+        }
+        state_at(p.states, batch, head_tile + query / query_tile, head_tiles, query % query_tile, p.splits, split, V::head_dim)[element] = value;
     }
 }
 

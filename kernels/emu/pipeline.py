@@ -69,6 +69,13 @@ class Call:
         k, v = (page_format.expression for page_format in self.formats)
         return f"attend_many<{k}, {v}>" if self.many else f"attend<{k}, {v}, {self.tiles}>"
 
+    @property
+    def as_bytes(self) -> bool:
+        """Whether queries are folded to bytes, as `takes_bytes` of src/cuda/constants.rs."""
+        keys = self.formats[0]
+        fits = keys.head_dim % 32 == 0 and keys.head_dim * self.tiles <= 256
+        return not self.many and keys.format == "2" and keys.group_size == keys.head_dim and fits and level_table(self.keys).step != 0
+
     def attend_launch(self, splits: int) -> tuple[tuple[int, int, int], int, int]:
         """Its grid, threads and bytes of shared memory."""
         if not self.many:
@@ -265,7 +272,8 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **strides, "lengths": lengths, **shape, "scale": scale}
-    arguments = params("FoldParams", **common, folded=folded, extras=extras, noise=noise, transform=key_transform)
+    fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
+    arguments = params("FoldParams", **common, **fields, transform=key_transform)
     launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), 128, arguments)
 
     bias, capacity = None, call.packed + 3
@@ -313,6 +321,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         key_levels=level_table(call.keys),
         value_levels=level_table(call.values),
         weight_unit=4.0,
+        as_bytes=int(call.as_bytes),
         page_capacity=key_table.shape[-1],
         pages_per_split=call.pages_per_split,
         splits=splits,

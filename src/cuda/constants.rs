@@ -11,6 +11,7 @@ use super::pages;
 use super::params::{LevelTable, TransformParams};
 use crate::codec::Codec;
 use crate::error::Result;
+use crate::format::{Format, RowLayout};
 use crate::transform::{Rotation, SPAN, Source};
 
 /// Numbers on their way to the device, each array at a multiple of [`ALIGNMENT`].
@@ -92,6 +93,12 @@ impl CodecConstants {
         let (levels, noise) = (at(Some(levels)), at(noise));
         let (table, weight_unit) = (pages::level_table(codec), pages::weight_unit(codec));
         Ok(Self { transform, levels, noise, table, weight_unit, _block: block })
+    }
+
+    /// Whether `tiles` query tiles of a warp meet these keys as bytes: `by_bytes` of `kernels/bytes.cuh`, and levels that are integers.
+    pub fn takes_bytes(&self, layout: &RowLayout, tiles: usize) -> bool {
+        let fits = layout.head_dim.is_multiple_of(32) && layout.head_dim * tiles <= 256;
+        layout.format == Format::Int2 && layout.groups() == 1 && fits && self.table.step != 0.0
     }
 }
 

@@ -141,6 +141,7 @@ class DecodeAttention:
         self._common = {"query": self.query, **strides(self.query, names), "lengths": self.lengths, **self._shape}
         self._common["scale"] = width**-0.5
         fields = {"folded": self.folded, "extras": self.extras, "noise": noise, "transform": transform}
+        fields["as_bytes"] = int(call.as_bytes)
         grid = (self._key_blocks, self._tiles, call.batch)
         self._add(f"fold<{call.element}, {keys.expression}>", grid, "FoldParams", **self._common, **fields)
         self.bias: Tensor | None = None
@@ -184,6 +185,7 @@ class DecodeAttention:
             key_levels=level_table(call.keys),
             value_levels=level_table(call.values),
             weight_unit=WEIGHT_UNIT,
+            as_bytes=int(call.as_bytes),
             page_capacity=self.past.key_table.shape[-1],
             pages_per_split=call.pages_per_split,
             splits=self.splits,

@@ -30,6 +30,10 @@ const SPLITS_PER_STATE: usize = 4;
 const STATIC_SPLITS_PER_STATE: usize = 8;
 /// Blocks of threads for each multiprocessor: how many fit at once.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
+/// Blocks that pass over so many pages and more make way for others, up to so many turns of the device: warps do not come to their end at once, and
+/// the last ones have a multiprocessor to themselves.
+const LONG_SPLIT: usize = 128;
+const MOST_TURNS: usize = 4;
 
 /// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +101,8 @@ pub(super) struct Shape {
     pub tiles: usize,
     /// The packed past is for the kernel of many queries.
     pub many: bool,
+    /// Queries are folded to bytes (`kernels/bytes.cuh`).
+    pub as_bytes: bool,
     pub key_blocks: usize,
     pub pages_per_split: usize,
     pub splits: usize,
@@ -159,11 +165,14 @@ impl CudaLayer {
         // Each warp of a block of many queries has two tiles; a block may have fewer warps with queries than it has warps.
         let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
         let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
+        let as_bytes = !many && self.shared.constants[Side::Keys as usize].takes_bytes(&spec.keys.layout, tiles);
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
         let multiprocessors = self.shared.kernels.device().properties().multiprocessors.max(1) as usize;
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
         let resident = if many { 1 } else { BLOCKS_PER_MULTIPROCESSOR };
-        let wanted_splits = even_splits(others, resident * multiprocessors);
+        let at_once = resident * multiprocessors;
+        let turns = (pages / even_splits(others, at_once).max(1) / LONG_SPLIT).clamp(1, MOST_TURNS);
+        let wanted_splits = even_splits(others, turns * at_once);
         let longest = pages.div_ceil(wanted_splits.max(1)).max(1);
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
@@ -186,6 +195,7 @@ impl CudaLayer {
             query_tiles,
             tiles,
             many,
+            as_bytes,
             key_blocks,
             pages_per_split,
             splits,

@@ -139,7 +139,7 @@ impl Launches<'_> {
             group,
             length,
             query_tiles: shape.query_tiles as i32,
-            padding: 0,
+            as_bytes: i32::from(shape.as_bytes),
         };
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
         unsafe { launch(&kernels.fold, self.grid(shape.key_blocks), THREADS, &fold, self.stream) }?;
@@ -189,6 +189,8 @@ impl Launches<'_> {
             group,
             length,
             query_tiles: shape.query_tiles as i32,
+            as_bytes: fold.as_bytes,
+            padding: 0,
         };
         let blocks = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
         let launched = Launch {
