@@ -170,7 +170,8 @@ fn integers(levels: &[f32]) -> Option<([i8; 4], f32)> {
         let integers = levels.map(|level| (level / largest * f64::from(top)).round());
         let dot = |other: &[f64; 4]| integers.iter().zip(other).map(|(a, b)| a * b).sum::<f64>();
         let step = dot(&levels) / dot(&integers);
-        let error = integers.iter().zip(levels).map(|(integer, level)| (integer * step - level).abs()).fold(0.0, f64::max);
+        let error =
+            integers.iter().zip(levels).map(|(integer, level)| (integer * step - level).abs()).fold(0.0, f64::max);
         (error, integers.map(|integer| integer as i8), step as f32)
     };
     let best = (1..=127).map(candidate).min_by(|a, b| a.0.total_cmp(&b.0))?;
