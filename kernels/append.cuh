@@ -120,7 +120,7 @@ __device__ __forceinline__ void append_to(const AppendParams& p, const AppendStr
     }
     const int team = thread / row_lanes, lane = thread % row_lanes, group = team < L::groups ? team : L::groups - 1;
     float scale = 0.0f, zero = 0.0f;
-    if (team < teams) {
+    if (__any_sync(whole_warp, team < teams)) {  // a vote, so that the compiler sees whole warps
         float elements[D / 16], own[Group::per_lane];
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) elements[k] = (L::is_parts ? product : row)[lane + 16 * k];

@@ -238,8 +238,9 @@ class DeviceCodec:
         codec, first = self.codec, 0
         refused = torch.zeros(1, dtype=torch.int32, device=self.machine.device)
         fields = self._common(table, statistics, origins)
-        fields |= {"clip": float(codec.clip), "rule": int(codec.rule == "range"), "refinements": codec.refinements}
-        fields |= {"unbiased": int(codec.unbiased), "uniform": int(self.uniform), "levels": self.levels}
+        packing = {"clip": float(codec.clip), "rule": int(codec.rule == "range"), "refinements": codec.refinements}
+        packing |= {"unbiased": int(codec.unbiased), "uniform": int(self.uniform), "levels": self.levels}
+        fields["codec"] = params("CodecParams", transform=fields.pop("transform"), **packing)
         kernel = f"skvq::encode<{DTYPES[rows.dtype]}, {self.format.expression}>"
         for count in portions:
             piece = rows[:, :, first : first + count]
