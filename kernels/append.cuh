@@ -12,13 +12,13 @@ namespace skvq {
 constexpr int append_threads = 256;
 
 /// y_j = Σ_c M[j][c]·u_c, from 0, in the order of c, by a block: a thread has one output and a slice of the columns, and adds to what the slice before
-/// has found. Elements of four runs of 16 columns are on their way meanwhile.
+/// has found. Elements of four runs of 16 columns are on their way meanwhile, those of `start` before anything else.
 template <int D>
 struct BlockProduct {
     static constexpr int run = 16, runs = D / run;
     static constexpr int slices = append_threads / D < runs ? append_threads / D : runs;
     /// Runs of a slice; the last slice may have fewer.
-    static constexpr int own = (runs + slices - 1) / slices, ahead = own < 4 ? own : 4;
+    static constexpr int own = (runs + slices - 1) / slices, ahead = own < 4 ? own : 4, early = (ahead + 1) / 2;
     const float* columns;  // of the slice, from the thread's output on
     int slice, output;
     float elements[ahead][run];
@@ -26,7 +26,10 @@ struct BlockProduct {
     __device__ __forceinline__ void start(const float* matrix) {
         slice = threadIdx.x / D, output = threadIdx.x % D;
         columns = matrix + slice * (own * run * D) + output;
-        for_each<ahead>([&](auto index) { load<decltype(index)::value>(); });
+        for_each<early>([&](auto index) { load<decltype(index)::value>(); });
+    }
+    __device__ __forceinline__ void go_on() {
+        for_each<ahead - early>([&](auto index) { load<early + decltype(index)::value>(); });
     }
     __device__ __forceinline__ bool has(int i) const { return slice < slices && slice * own + i < runs; }
     template <int I>
@@ -85,6 +88,12 @@ __device__ __forceinline__ void append_to(const AppendParams& p, const AppendStr
     __shared__ u8 codes[teams * Group::count];
     const int thread = threadIdx.x, head = blockIdx.y, batch = blockIdx.z, channel = thread < D ? thread : D - 1;
     const i64 sequence_head = static_cast<i64>(batch) * p.kv_heads + head;
+    // What needs no length first.
+    const TransformParams& transform = stream.codec.transform;
+    BlockProduct<D> matrix;
+    if constexpr (L::is_parts) matrix.start(reinterpret_cast<const float*>(transform.matrix) + static_cast<i64>(head) * D * D);
+    const float level = Levels<L>::load(stream.codec);
+    const int origin = p.origins ? reinterpret_cast<const i32*>(p.origins)[batch] : 0;
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int window = lengths[2], first = lengths[3], index = lengths[0] - 1;
     T* ring = reinterpret_cast<T*>(stream.ring) + sequence_head * p.ring_rows * D + channel;
@@ -95,25 +104,22 @@ __device__ __forceinline__ void append_to(const AppendParams& p, const AppendStr
         if (thread < D) *entering = arriving;
         return;
     }
-    const TransformParams& transform = stream.codec.transform;
-    const HeadTransform of_head(transform, D, batch, head, p.kv_heads, block_of_page(transform, index / page_rows));
-    BlockProduct<D> matrix;
-    if constexpr (L::is_parts) matrix.start(of_head.matrix);
+    const int block = L::is_parts ? 0 : block_of_page(transform, index / page_rows);
+    const HeadTransform of_head(transform, D, batch, head, p.kv_heads, block);
     u8* page = reinterpret_cast<u8*>(reinterpret_cast<const u64*>(stream.pages)[sequence_head * p.page_capacity + index / page_rows]);
     U32x4* page_block = reinterpret_cast<U32x4*>(page + index / block_rows % blocks_per_page * L::block_bytes);
     const float x = widen(ring[(out < p.ring_rows ? out : out - p.ring_rows) * D]);
-    if (thread < words) bytes[thread] = page_block[thread];
-    Levels<L>::copy(levels, stream.codec);
-    const int origin = p.origins ? reinterpret_cast<const i32*>(p.origins)[batch] : 0;
+    // The block's bytes are the last to come: by warps that do not encode, and kept until there is nothing else to do.
+    const int word = append_threads - 1 - thread;
+    U32x4 before{};
+    if (word < words) before = page_block[word];
+    if constexpr (L::is_parts) matrix.go_on();
     const Centering centering(transform, of_head, D, origin + index, channel);
-
-    // The ring's row has been read by all: its place may be the new one's.
-    bool finite = __syncthreads_and(is_finite(x)) != 0;
-    if (thread < D) {
-        *entering = arriving;
-        row[channel] = centering.of(finite ? x : 0.0f);
-    }
+    Levels<L>::store(levels, level);
+    if (thread < D) row[channel] = centering.of(x);
+    bool finite = is_finite(x);
     __syncthreads();
+    if (thread < D) *entering = arriving;  // the ring's row has been read by all: its place may be this one
     if constexpr (L::is_parts) {
         matrix.multiply(row, product);
         __syncthreads();
@@ -136,6 +142,7 @@ __device__ __forceinline__ void append_to(const AppendParams& p, const AppendStr
         finite = finite && encoder.finite();
         scale = encoder.scale, zero = encoder.zero;
     }
+    if (word < words) bytes[word] = before;
     finite = __syncthreads_and(finite) != 0;
     if (lane == 0 && team < L::groups) {
         if (!finite && team == 0) atomicAdd(reinterpret_cast<i32*>(p.refused), 1);
@@ -143,7 +150,7 @@ __device__ __forceinline__ void append_to(const AppendParams& p, const AppendStr
     }
     put_row<L>(reinterpret_cast<u8*>(bytes), index % block_rows, codes, finite);
     __syncthreads();
-    if (thread < words) page_block[thread] = bytes[thread];
+    if (word < words) page_block[word] = bytes[word];
 }
 
 template <class T, class K, class V>

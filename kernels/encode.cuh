@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__
     u8* page_block = page + block % blocks_per_page * L::block_bytes;
     u8* own_codes = codes + inner * L::codes;
     float* own_buffer = buffer + inner * D;
-    Levels<L>::copy(levels, p.codec);
+    Levels<L>::store(levels, Levels<L>::load(p.codec));
 
     float elements[D / 16];
     bool finite = true;

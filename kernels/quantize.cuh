@@ -14,9 +14,13 @@ template <class L>
 struct Levels {
     static constexpr int count = L::is_parts ? 62 : L::is_pairs ? 16 : L::is_ternary ? 3 : L::format == 8 ? 1 : 1 << L::format;
 
-    /// By the block's first threads; a barrier must follow.
-    static __device__ __forceinline__ void copy(float* to, const CodecParams& p) {
-        if (L::format != 8 && threadIdx.x < count) to[threadIdx.x] = reinterpret_cast<const float*>(p.levels)[threadIdx.x];
+    /// The one that this thread brings, if it brings one.
+    static __device__ __forceinline__ float load(const CodecParams& p) {
+        return L::format != 8 && threadIdx.x < count ? reinterpret_cast<const float*>(p.levels)[threadIdx.x] : 0.0f;
+    }
+    /// A barrier must follow.
+    static __device__ __forceinline__ void store(float* to, float level) {
+        if (L::format != 8 && threadIdx.x < count) to[threadIdx.x] = level;
     }
 };
 
