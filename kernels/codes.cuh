@@ -54,46 +54,55 @@ __device__ __forceinline__ int read_code(const u8* block, int row, int code) {
     return found;
 }
 
+/// Byte `byte` of a lane of a row block: field(row, code, drop, size, at) has bits drop … drop + size − 1 of a code, which lie at bit `at`
+/// of the byte; of a ternary byte a whole code, which is digit `at`.
+template <class L, class F>
+__device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
+    u32 bits = 0;
+    if constexpr (L::is_ternary) {
+        int digits[5];
+#pragma unroll
+        for (int n = 0; n < 5; ++n) {
+            const bool in_words = byte < 4 * L::ternary_words;
+            const int octet = in_words ? byte / 4 * 5 + n : byte + L::ternary_words;  // 5·words + (byte − 4·words)
+            const int i = in_words ? byte % 4 : n;
+            int row, code;
+            row_and_code<L>({lane, octet, i}, row, code);
+            digits[n] = octet < L::code_octets && i < 4 ? field(row, code, 0, 2, n) : 0;
+        }
+        bits = ternary_byte(digits);
+    } else {
+        for_each<L::parts>([&](auto part) {
+            constexpr int p = decltype(part)::value, octets = L::part_width(p) / 8;
+            int drop = 0;
+            for_each<4>([&](auto index) {
+                constexpr int size = 8 >> decltype(index)::value;
+                if constexpr (L::has_plane(p, size)) {
+                    const int first = 8 * (byte - L::plane_offset(p, size));
+                    if (first >= 0 && first < 8 * plane_bytes(size, octets)) {
+#pragma unroll
+                        for (int at = 0; at < 8; at += size) {
+                            int octet, i, row, code;
+                            plane_place(size, octets, first + at, octet, i);
+                            if (octet >= octets) continue;
+                            row_and_code<L>({lane, octet + L::part_first(p) / 8, i}, row, code);
+                            bits |= static_cast<u32>(field(row, code, drop, size, at)) << at;
+                        }
+                    }
+                    drop += size;
+                }
+            });
+        });
+    }
+    return static_cast<u8>(bits);
+}
+
 /// Writes the bytes of one lane of a row block.
 template <class L>
 __device__ void write_lane(u8* block, int lane, const u8* codes) {
     for (int byte = 0; byte < L::lane_bytes; ++byte) {
-        u32 bits = 0;
-        if constexpr (L::is_ternary) {
-            int digits[5];
-            for (int n = 0; n < 5; ++n) {
-                const bool in_words = byte < 4 * L::ternary_words;
-                const int octet = in_words ? byte / 4 * 5 + n : byte + L::ternary_words;  // 5·words + (byte − 4·words)
-                const int i = in_words ? byte % 4 : n;
-                int row, code;
-                row_and_code<L>({lane, octet, i}, row, code);
-                digits[n] = octet < L::code_octets && i < 4 ? codes[row * L::codes + code] : 0;
-            }
-            bits = ternary_byte(digits);
-        }
-        for_each<L::is_ternary ? 0 : L::parts>([&](auto part) {
-            constexpr int p = decltype(part)::value, octets = L::part_width(p) / 8;
-            int shift = 0;
-            for (int size = 8; size >= 1; size /= 2) {
-                if (!L::has_plane(p, size)) continue;
-                const int first = 8 * (byte - L::plane_offset(p, size));
-                if (first >= 0 && first < 8 * plane_bytes(size, octets)) {
-                    // The codes of a byte are of the four octets that share its 16 bits at most.
-                    const int from = size == 8 ? first / 32 : size == 4 ? first / 16 : size == 2 ? first / 16 * 2 : first / 16 * 4;
-                    for (int octet = from; octet < from + 4 && octet < octets; ++octet) {
-                        for (int i = 0; i < 4; ++i) {
-                            const int bit = plane_bit(size, octets, octet, i) - first;
-                            if (bit < 0 || bit >= 8) continue;
-                            int row, code;
-                            row_and_code<L>({lane, octet + L::part_first(p) / 8, i}, row, code);
-                            bits |= (codes[row * L::codes + code] >> shift & ((1u << size) - 1)) << bit;
-                        }
-                    }
-                }
-                shift += size;
-            }
-        });
-        block[lane_byte<L>(lane, byte)] = static_cast<u8>(bits);
+        block[lane_byte<L>(lane, byte)] = lane_byte_of<L>(
+            lane, byte, [&](int row, int code, int drop, int size, int) { return codes[row * L::codes + code] >> drop & ((1 << size) - 1); });
     }
 }
 

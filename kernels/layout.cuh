@@ -49,6 +49,23 @@ __device__ constexpr int plane_bit(int bits, int octets, int octet, int i) {
     return 16 * (octet / 4) + (spread ? 4 * i + octet % 4 : 4 * (octet % 4) + i);
 }
 
+/// The other way round: which code bit `bit` is of. Behind the last octet there is padding.
+__device__ __forceinline__ void plane_place(int bits, int octets, int bit, int& octet, int& i) {
+    if (bits == 8) {
+        octet = bit / 32, i = bit / 8 % 4;
+    } else if (bits == 4) {
+        octet = bit / 16, i = bit / 4 % 4;
+    } else if (bits == 2) {
+        const bool alone = octets % 2 != 0 && bit >= 8 * (octets - 1);
+        octet = alone ? octets - 1 : bit / 16 * 2 + bit / 2 % 2;
+        i = alone ? bit / 2 % 4 : bit / 4 % 4;
+    } else {
+        const bool spread = octets - bit / 16 * 4 >= 3;
+        octet = bit / 16 * 4 + (spread ? bit % 4 : bit / 4 % 4);
+        i = spread ? bit / 4 % 4 : bit % 4;
+    }
+}
+
 /// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits.
 template <int Stream, int HeadDim, int Format, int GroupSize, int Symmetric, int NumberBytes, u64 Parts = 0>
 struct Layout {

@@ -33,7 +33,7 @@ struct TransformParams {
     u64 shift;        // [heads, D], or statistics [batch, heads, blocks, D]
     u64 scale;        // [heads, D], or statistics [batch, heads, blocks, D]
     u64 permutation;  // [heads, D]
-    u64 matrix;       // [heads, D, D]: M of parts
+    u64 matrix;       // [heads, D, D]: M of parts, by columns
     u64 inverse;      // [heads, D, D]: B of parts
     u64 shift_sine;   // [heads, D]: ν of a mean that turns
     u64 spans;        // [span count, 2, D]: cosines, then sines of 256·i·θ, i from first_span on
@@ -141,21 +141,44 @@ struct MergeParams {
     i32 padding;
 };
 
+/// quantize.cuh: a stream's codec.
+struct CodecParams {
+    u64 levels;  // f32 [level count], or pairs [8, 2], or for parts [62]: 2^b levels from 2^b − 2 on
+    TransformParams transform;
+    float clip;
+    i32 rule;  // 0: norm, 1: range
+    i32 refinements, unbiased;
+    i32 uniform;  // levels are code − (n − 1) / 2
+    i32 padding;
+};
+
 /// encode.cuh. Rows first_row … first_row + rows − 1 of the packed past. Grid: row blocks × kv heads × batch.
 struct EncodeParams {
     u64 rows;  // [batch, heads, rows, D], row 0 is the packed row first_row
     i64 batch_stride, head_stride, row_stride;
     u64 pages;    // u64 [batch, kv heads, page capacity]
-    u64 levels;   // f32 [level count], or pairs [8, 2], or for parts [62]: 2^b levels from 2^b − 2 on
     u64 origins;  // i32 [batch] or 0: position of packed row 0, for a mean that turns
     u64 refused;  // i32: rows that could not be encoded are counted here, and stored as NaN
-    u64 lengths;  // or 0; of a step that is replayed: the last packed row is the one that has just left a ring of `ring_rows` rows at `rows`
-    TransformParams transform;
-    float clip;
-    i32 rule;  // 0: norm, 1: range
-    i32 refinements, unbiased, uniform;
-    i32 first_row, row_count, page_capacity, kv_heads;
-    i32 ring_rows;
+    CodecParams codec;
+    i32 first_row, row_count;
+    i32 page_capacity, kv_heads;
+};
+
+/// append.cuh: one stream of a new token.
+struct AppendStream {
+    u64 row;  // [batch, heads, D]
+    i64 batch_stride, head_stride;
+    u64 ring;   // [batch, heads, ring rows, D]
+    u64 pages;  // u64 [batch, kv heads, page capacity]
+    CodecParams codec;
+};
+/// append.cuh. Grid: 2 streams × kv heads × batch.
+struct AppendParams {
+    AppendStream keys, values;
+    u64 origins, refused;  // of EncodeParams
+    u64 lengths;           // those with the new token, and where the window begins with it
+    i32 leaves;            // the window was full: the row in front of it becomes the last packed one
+    i32 ring_rows, page_capacity, kv_heads;
 };
 
 /// statistics.cuh. Grid: blocks × kv heads × batch.
@@ -216,7 +239,6 @@ struct CopyParams {
     u64 source_table, target_table;  // u64 [batch, heads, table_pages] or 0
     u64 sequences;  // i32 [batch] or 0: which sequence of the source each one of the target is
     u64 shifts;     // i32 [batch] or 0
-    u64 lengths;    // or 0; of a step that is replayed: the rows become the last ones of the window in the target's ring
     i64 source_batch_stride, source_head_stride, source_row_stride;
     i64 target_batch_stride, target_head_stride, target_row_stride;
     i32 row_words;  // words of a row
@@ -247,7 +269,7 @@ struct StepParams {
     i32 most_packed;  // packed rows that there are pages for
 };
 
-static_assert(sizeof(CopyParams) == 144, "CopyParams");
+static_assert(sizeof(CopyParams) == 136, "CopyParams");
 static_assert(sizeof(StepParams) == 24, "StepParams");
 static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
@@ -257,7 +279,10 @@ static_assert(sizeof(AttendParams) == 456, "AttendParams");
 static_assert(sizeof(PlainParams) == 240, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
-static_assert(sizeof(EncodeParams) == 192, "EncodeParams");
+static_assert(sizeof(CodecParams) == 112, "CodecParams");
+static_assert(sizeof(EncodeParams) == 184, "EncodeParams");
+static_assert(sizeof(AppendStream) == 152, "AppendStream");
+static_assert(sizeof(AppendParams) == 344, "AppendParams");
 static_assert(sizeof(StatisticsParams) == 104, "StatisticsParams");
 static_assert(sizeof(QueryParams) == 72, "QueryParams");
 static_assert(sizeof(FactorParams) == 64, "FactorParams");

@@ -24,9 +24,7 @@ __global__ void __launch_bounds__(copy_threads) copy_rows(const __grid_constant_
     const int from = row + p.source_shift + (p.shifts ? reinterpret_cast<const i32*>(p.shifts)[batch] : 0);
     if (row >= p.rows || from < 0 || from >= p.source_rows) return;
     const int source_row = p.source_ring ? (p.source_first + from) % p.source_ring : p.source_first + from;
-    const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
-    const int target_first = lengths ? lengths[3] + lengths[2] - p.rows : p.target_first;
-    const int target_row = p.target_ring ? (target_first + row) % p.target_ring : target_first + row;
+    const int target_row = p.target_ring ? (p.target_first + row) % p.target_ring : p.target_first + row;
     const u64 source = p.source_table ? paged_row(p.source_table, sequence, head, p.table_pages, source_row, p.source_row_stride)
                                       : p.source + sequence * p.source_batch_stride + head * p.source_head_stride + source_row * p.source_row_stride;
     const u64 target = p.target_table ? paged_row(p.target_table, batch, head, p.table_pages, target_row, p.target_row_stride)

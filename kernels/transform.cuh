@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply_matrix(float (&row)[D / 16], const floa
         }
     }
 }
-/// row_j = Σ_c M[c][j]·row_c.
+/// row_j = Σ_c M[c][j]·row_c, likewise.
 template <int D>
 __device__ __forceinline__ void multiply_transposed(float (&row)[D / 16], const float* matrix, float* buffer, int lane) {
     spill<D>(row, buffer, lane);
@@ -111,7 +111,7 @@ __device__ __forceinline__ void multiply_transposed(float (&row)[D / 16], const 
 #pragma unroll 4
     for (int c = 0; c < D; ++c) {
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k) row[k] += matrix[static_cast<i64>(c) * D + lane + 16 * k] * buffer[c];
+        for (int k = 0; k < D / 16; ++k) row[k] = __fadd_rn(row[k], __fmul_rn(matrix[static_cast<i64>(c) * D + lane + 16 * k], buffer[c]));
     }
 }
 
@@ -152,6 +152,23 @@ __device__ __forceinline__ float mean_of(const TransformParams& p, const HeadTra
     float cosine, sine;
     turn(p, head_dim, position, channel, cosine, sine);
     return __fadd_rn(__fmul_rn(head.shift[channel], cosine), __fmul_rn(head.shift_sine[channel], sine));
+}
+
+/// Step 1 for one channel: what is taken off, and what the rest is multiplied by. Neither 0 nor 1 changes a number.
+struct Centering {
+    float mean, inverse;
+
+    __device__ __forceinline__ Centering(const TransformParams& p, const HeadTransform& head, int head_dim, int position, int channel)
+        : mean(mean_of(p, head, head_dim, position, channel)), inverse(head.scale ? __fdiv_rn(1.0f, head.scale[channel]) : 1.0f) {}
+
+    __device__ __forceinline__ float of(float x) const { return __fmul_rn(__fsub_rn(x, mean), inverse); }
+};
+
+/// Steps 2 and 3.
+template <int D>
+__device__ __forceinline__ void turn_forward(float (&row)[D / 16], const TransformParams& p, const HeadTransform& head, float* buffer, int lane) {
+    if (p.rotation) hadamard<D>(row, lane);
+    if (head.permutation) permute<D>(row, head.permutation, buffer, lane);
 }
 
 /// ŷ to x̂: inverse permutation, rotation, scale and shift, or B and the mean. `weight` multiplies the shift.

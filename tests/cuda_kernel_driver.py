@@ -21,6 +21,7 @@ import harness
 
 HEADERS = [
     "rows.cuh",
+    "append.cuh",
     "encode.cuh",
     "decode.cuh",
     "statistics.cuh",
@@ -53,7 +54,8 @@ def instances(case: cases.Case) -> list[str]:
         takes_many = case.many and max(width_k, width_v) <= 192
         lengths = (1, 2, 3) if takes_many or not case.many else (1, 2, 3, -(-case.many // case.group))
         tiles = sorted({min(2, -(-case.group * length // 8)) for length in lengths})
-        names += [f"fold<{element}, {packed[0]}>", *(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
+        names += [f"append_row<{element}, {', '.join(packed)}>", f"fold<{element}, {packed[0]}>"]
+        names += [*(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
         names += [f"attend_many<{', '.join(packed)}>"] if takes_many else []
         names += [f"unfold<{width_v}>", *([f"turning<{element}, {width_k}>"] if "shift_sine" in case.keys else [])]
     return [

@@ -66,7 +66,7 @@ def test_kernels_are_right_in_the_emulated_driver(environment: dict[str, str], t
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["machine"]["card"]["name"].startswith("Emulated")
     done = [check for check in found["checks"] if "skipped" not in check]
-    assert {check["kind"] for check in done} == {"encode", "decode", "repack", "statistics", "attention"}
+    assert {check["kind"] for check in done} == {"encode", "append", "decode", "repack", "statistics", "attention"}
     assert all(check["passed"] for check in done)
     skipped = [check for check in found["checks"] if "skipped" in check]
     assert {(check["kind"], check["skipped"]) for check in skipped} == {

@@ -1,6 +1,7 @@
 """Encoding and decoding kernels in the host emulator: bytes equal those of skvq.reference, decoded rows too.
 
-Rows arrive in ragged portions, so that row blocks are read, completed and written again.
+Rows arrive in ragged portions, so that row blocks are read, completed and written again; and one by one through a ring,
+by the kernel of a single row, whose pages are those of encode.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def instances(case: Case) -> list[str]:
     layout, element = case.page_format.expression, harness.DTYPES[case.dtype]
     names = [
         f"encode<{element}, {layout}>",
+        f"append_row<{element}, {layout}, {layout}>",
         f"decode<float, {layout}>",
         f"decode<{element}, {layout}>",
         f"page_to_rows<{layout}>",
@@ -90,7 +92,7 @@ def instances(case: Case) -> list[str]:
 
 @pytest.fixture(scope="module")
 def kernels() -> harness.Kernels:
-    headers = ["encode.cuh", "decode.cuh", "statistics.cuh", "repack.cuh"]
+    headers = ["append.cuh", "encode.cuh", "decode.cuh", "statistics.cuh", "repack.cuh"]
     return harness.Kernels([name for case in CASES for name in instances(case)], headers, ("-O0",))
 
 
@@ -104,15 +106,18 @@ def flat_levels(codec: ReferenceCodec) -> Tensor:
     return levels
 
 
-def call_fields(case: Case, statistics: tuple[Tensor, Tensor] | None, table: Tensor, origins: Tensor) -> dict[str, Any]:
-    return {
-        "pages": table,
-        "levels": flat_levels(case.codec),
-        "origins": origins,
-        "transform": transform_of(case.codec, statistics, case),  # type: ignore[arg-type]
-        "page_capacity": table.shape[-1],
-        "kv_heads": case.kv_heads,
-    }
+def codec_params(case: Case, statistics: tuple[Tensor, Tensor] | None = None) -> harness.Structure:
+    codec = case.codec
+    return harness.params(
+        "CodecParams",
+        levels=flat_levels(codec),
+        transform=transform_of(codec, statistics, case),  # type: ignore[arg-type]
+        clip=float(codec.clip),
+        rule=int(codec.rule == "range"),
+        refinements=codec.refinements,
+        unbiased=int(codec.unbiased),
+        uniform=int(codec.format != "parts" and codec.coder.uniform),
+    )
 
 
 def strides(rows: Tensor) -> dict[str, int]:
@@ -124,32 +129,128 @@ def encode(
 ) -> tuple[Any, Tensor, int]:
     """Rows [B, H, n, D] to pages, in portions. Returns the pages, their table and the number of refused rows."""
     pages, table = harness.new_pages(case.page_format, rows.shape[2], *rows.shape[:2])
-    refused, first, codec = torch.zeros(1, dtype=torch.int32), 0, case.codec
-    fields = call_fields(case, more.get("statistics"), table, more["origins"])
-    fields |= {"clip": float(codec.clip), "rule": int(codec.rule == "range"), "refinements": codec.refinements}
-    fields |= {"unbiased": int(codec.unbiased), "uniform": int(codec.format != "parts" and codec.coder.uniform)}
+    refused, first = torch.zeros(1, dtype=torch.int32), 0
     for count in portions:
-        piece = rows[:, :, first : first + count]
-        arguments = harness.params(
-            "EncodeParams", rows=piece, **strides(piece), **fields, refused=refused, first_row=first, row_count=count
-        )
-        blocks = (first + count - 1) // 16 - first // 16 + 1
-        name = f"skvq::encode<{harness.DTYPES[case.dtype]}, {case.page_format.expression}>"
-        kernels.launch(
-            name, (blocks, case.kv_heads, rows.shape[0]), 256, arguments, schedule=more.get("schedule", "forward")
-        )
+        encode_some(case, kernels, rows, table, refused, (first, count), **more)
         first += count
     return pages, table, int(refused)
+
+
+def encode_some(
+    case: Case,
+    kernels: harness.Kernels,
+    rows: Tensor,
+    table: Tensor,
+    refused: Tensor,
+    part: tuple[int, int],
+    **more: Any,
+) -> None:
+    """The rows first … first + count − 1 of `rows` to the pages of a table."""
+    first, count = part
+    piece = rows[:, :, first : first + count]
+    arguments = harness.params(
+        "EncodeParams",
+        rows=piece,
+        **strides(piece),
+        pages=table,
+        origins=more["origins"],
+        refused=refused,
+        codec=codec_params(case, more.get("statistics")),
+        first_row=first,
+        row_count=count,
+        page_capacity=table.shape[-1],
+        kv_heads=case.kv_heads,
+    )
+    grid = ((first + count - 1) // 16 - first // 16 + 1, case.kv_heads, rows.shape[0])
+    name = f"skvq::encode<{harness.DTYPES[case.dtype]}, {case.page_format.expression}>"
+    kernels.launch(name, grid, 256, arguments, schedule=more.get("schedule", "forward"))
+
+
+@dataclass
+class Ring:
+    """A window of rows [B, H, n, D] of two streams of one codec, whose oldest row is packed when a new one comes."""
+
+    case: Case
+    kernels: harness.Kernels
+    streams: tuple[Tensor, Tensor]
+    window: int
+    room: int
+    more: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        batch, heads, count, width = self.streams[0].shape
+        self.pages = [harness.new_pages(self.case.page_format, count, batch, heads) for _ in self.streams]
+        self.rings = [torch.full((batch, heads, self.room, width), math.nan, dtype=self.case.dtype) for _ in range(2)]
+        self.refused = torch.zeros(1, dtype=torch.int32)
+        self.lengths = torch.zeros(4, dtype=torch.int32)
+
+    def fill(self, packed: int, window: int) -> None:
+        """The rows behind the `packed` first ones, by the host."""
+        for rows, ring in zip(self.streams, self.rings, strict=True):
+            for row in range(packed, packed + window):
+                ring[:, :, row % self.room] = rows[:, :, row]
+        self.lengths.copy_(torch.tensor([packed, 3, window, packed % self.room]))
+
+    def encode(self, first: int, count: int) -> None:
+        """More rows at once, as a longer append does."""
+        for rows, (_, table) in zip(self.streams, self.pages, strict=True):
+            encode_some(self.case, self.kernels, rows, table, self.refused, (first, count), **self.more)
+        self.fill(first + count, self.window)
+
+    def append(self) -> None:
+        """One more token, by the kernel."""
+        packed, _, window, first = self.lengths.tolist()
+        leaves, new = int(window == self.window), packed + window
+        self.lengths[0] += leaves
+        self.lengths[2] += 1 - leaves
+        self.lengths[3] = (first + leaves) % self.room
+        codec, places = codec_params(self.case, self.more.get("statistics")), []
+        for rows, ring, (_, table) in zip(self.streams, self.rings, self.pages, strict=True):
+            row = rows[:, :, new]
+            own = dict(zip(("batch_stride", "head_stride"), row.stride()[:2], strict=True))
+            places.append(harness.params("AppendStream", row=row, **own, ring=ring, pages=table, codec=codec))
+        batch, heads = self.streams[0].shape[:2]
+        arguments = harness.params(
+            "AppendParams",
+            keys=places[0],
+            values=places[1],
+            origins=self.more["origins"],
+            refused=self.refused,
+            lengths=self.lengths,
+            leaves=leaves,
+            ring_rows=self.room,
+            page_capacity=self.pages[0][1].shape[-1],
+            kv_heads=heads,
+        )
+        layout = self.case.page_format.expression
+        name = f"skvq::append_row<{harness.DTYPES[self.case.dtype]}, {layout}, {layout}>"
+        self.kernels.launch(name, (2, heads, batch), 256, arguments, schedule=self.more.get("schedule", "forward"))
+
+    def check_window(self) -> None:
+        packed, _, window, first = self.lengths.tolist()
+        for rows, ring in zip(self.streams, self.rings, strict=True):
+            for index in range(window):
+                found, expected = ring[:, :, (first + index) % self.room], rows[:, :, packed + index]
+                assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 def decode(case: Case, kernels: harness.Kernels, table: Tensor, rows: Tensor, first: int, **more: Any) -> Tensor:
     """Packed rows from `first` on into a tensor like `rows`."""
     found = torch.full_like(rows, math.nan)
-    fields = call_fields(case, more.get("statistics"), table, more["origins"])
-    if case.codec.format != "parts" and case.codec.coder.uniform:
-        fields["levels"] = None
-    count = rows.shape[2]
-    arguments = harness.params("DecodeParams", rows=found, **strides(found), **fields, first_row=first, row_count=count)
+    count, uniform = rows.shape[2], case.codec.format != "parts" and case.codec.coder.uniform
+    arguments = harness.params(
+        "DecodeParams",
+        pages=table,
+        rows=found,
+        **strides(found),
+        levels=None if uniform else flat_levels(case.codec),
+        origins=more["origins"],
+        transform=transform_of(case.codec, more.get("statistics"), case),  # type: ignore[arg-type]
+        first_row=first,
+        row_count=count,
+        page_capacity=table.shape[-1],
+        kv_heads=case.kv_heads,
+    )
     blocks = (first + count - 1) // 16 - first // 16 + 1
     name = f"skvq::decode<{harness.DTYPES[rows.dtype]}, {case.page_format.expression}>"
     kernels.launch(name, (blocks, case.kv_heads, rows.shape[0]), 256, arguments)
@@ -240,4 +341,71 @@ def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernel
             sizes = case.codec.code_bytes, case.codec.row_bytes
             found.append(harness.unpack(kernels, case.page_format, table[0, 0], 40, *sizes))
             assert pages is not None
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_single_rows_are_packed_as_by_encode(case: Case, kernels: harness.Kernels) -> None:
+    batch, window = 2, 4
+    rows = random_rows(case, batch, 256)
+    rows[0, 0, 20, 7], rows[1, 1, 130, 0], rows[0, 1, 134, 1] = math.nan, math.inf, math.nan
+    more: dict[str, Any] = {"statistics": None, "origins": torch.tensor([5, -300], dtype=torch.int32)}
+    if case.codec.block:
+        more["statistics"] = statistics_by_kernel(case, kernels, rows, 2)
+    streams = rows[:, :, :150].contiguous(), rows[:, :, 3:153].contiguous()
+    # A ring with more room than rows, as one has that grows, and a full one.
+    for room, once in ((window + 2, (0, 10, 27)), (window, (97, 25, 15))):
+        first, count, single = once
+        ring = Ring(case, kernels, streams, window, room, more)
+        ring.fill(first, window)
+        if first:
+            ring.encode(0, first)
+        ring.encode(first, count)
+        for _ in range(single):
+            ring.append()
+        ring.check_window()
+        packed, refused = first + count + single, 0
+        for rows_of, (pages, _) in zip(streams, ring.pages, strict=True):
+            portions = [part for part in (first, count) if part] + [1] * single
+            expected, _, one = encode(case, kernels, rows_of, portions, **more)
+            refused += one
+            assert torch.equal(pages, expected)
+        assert int(ring.refused) == refused
+        assert int(ring.lengths[0]) == packed
+
+
+def test_a_row_after_a_crop_leaves_nothing_of_those_that_were_there(kernels: harness.Kernels) -> None:
+    for case in (CASES[0], CASES[1], CASES[3]):
+        rows, origins = random_rows(case, 1, 60), torch.zeros(1, dtype=torch.int32)
+        ring = Ring(case, kernels, (rows, rows), 4, 4, {"origins": origins})
+        ring.encode(0, 30)
+        ring.fill(19, 4)
+        ring.append()
+        pages, table, _ = encode(case, kernels, rows, [30], origins=origins)
+        encode_some(case, kernels, rows, table, torch.zeros(1, dtype=torch.int32), (19, 1), origins=origins)
+        assert torch.equal(ring.pages[1][0], pages)
+
+
+def test_a_window_fills_before_rows_leave_it(kernels: harness.Kernels) -> None:
+    case = CASES[0]
+    rows = random_rows(case, 1, 20)
+    ring = Ring(case, kernels, (rows, rows.flip(2)), 4, 5, {"origins": torch.zeros(1, dtype=torch.int32)})
+    for packed in (0, 0, 0, 0, 1, 2):
+        ring.append()
+        assert int(ring.lengths[0]) == packed
+        ring.check_window()
+    assert ring.pages[0][0].float().std() > 0
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "random:5"])
+def test_order_of_threads_changes_no_single_row(schedule: str, kernels: harness.Kernels) -> None:
+    for case in (CASES[2], CASES[5], CASES[8]):
+        rows, found = random_rows(case, 1, 40), []
+        for order in ("forward", schedule):
+            more = {"origins": torch.zeros(1, dtype=torch.int32), "schedule": order}
+            ring = Ring(case, kernels, (rows, rows), 4, 4, more)
+            ring.encode(0, 13)
+            for _ in range(5):
+                ring.append()
+            found.append(ring.pages[0][0])
         assert torch.equal(*found)

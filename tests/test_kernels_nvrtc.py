@@ -49,7 +49,13 @@ ATTEND = {
     f"skvq::attend<{K4}, {V3}, 1>": THREE_BLOCKS,
     f"skvq::attend<{layout('keys', '1.5')}, {layout('values', '8')}, 1>": TWO_BLOCKS,
 }
+WIDE = layout("keys", "4", 256, group_size=32, symmetric=False)
+WIDE_PARTS = parts("values", 256, (5, 64), (3, 64), (1, 128))
 OTHERS = {
+    f"skvq::append_row<skvq::Half, {K2}, {V16}>": 64,
+    f"skvq::append_row<skvq::Half, {KP}, {VP}>": 128,
+    f"skvq::append_row<float, {WIDE}, {WIDE_PARTS}>": 128,
+    f"skvq::append_row<skvq::BFloat, {layout('keys', '1.5')}, {layout('values', '8')}>": 96,
     f"skvq::fold<skvq::BFloat, {K2}>": 64,
     f"skvq::encode<skvq::Half, {KP}>": 96,
     f"skvq::encode<skvq::BFloat, {V16}>": 96,
@@ -80,6 +86,7 @@ HEADERS = [
     "merge.cuh",
     "plain.cuh",
     "turning.cuh",
+    "append.cuh",
     "encode.cuh",
     "decode.cuh",
     "repack.cuh",
@@ -93,6 +100,7 @@ JOBS = [
     for expression in (ATTEND if arch == "sm_90a" else list(ATTEND)[: 2 if arch == "sm_80" else 1])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
+JOBS += [("sm_90a", expression) for expression in OTHERS if "append_row" in expression]
 JOBS += [(arch, next(iter(ATTEND_MANY))) for arch in ARCHITECTURES if arch != "sm_90a"]
 JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
 

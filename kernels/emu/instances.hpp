@@ -2,6 +2,7 @@
 //
 // A line each, as NVRTC's name expressions are written. What is not here is CUDA_ERROR_NOT_FOUND when a module is asked for it.
 #pragma once
+#include "append.cuh"
 #include "attend_many.cuh"
 #include "decode.cuh"
 #include "encode.cuh"
@@ -34,6 +35,9 @@ SKVQ_STREAM_INSTANCES(float, Values2)
 SKVQ_STREAM_INSTANCES(float, ValuesTernary)
 SKVQ_STREAM_INSTANCES(float, KeysParts)
 SKVQ_STREAM_INSTANCES(float, ValuesParts)
+INSTANCE(skvq::append_row<float, skvq::Keys2, skvq::Values2>)
+INSTANCE(skvq::append_row<float, skvq::Keys2, skvq::ValuesTernary>)
+INSTANCE(skvq::append_row<float, skvq::KeysParts, skvq::ValuesParts>)
 INSTANCE(skvq::attend<skvq::Keys2, skvq::Values2, 1>)
 INSTANCE(skvq::attend<skvq::Keys2, skvq::ValuesTernary, 1>)
 INSTANCE(skvq::attend<skvq::KeysParts, skvq::ValuesParts, 1>)

@@ -223,7 +223,7 @@ def transform_of(codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None
     if statistics is not None:
         fields |= {"pages_per_block": codec.block // PAGE_ROWS, "block_count": shift.shape[2]}
     if codec.map is not None:
-        fields |= {"matrix": codec.map.matrix.contiguous(), "inverse": codec.map.inverse.contiguous()}
+        fields |= {"matrix": codec.map.matrix.mT.contiguous(), "inverse": codec.map.inverse.contiguous()}
         shift = codec.map.shift
         if codec.map.shift_sine is not None:
             theta, first = codec.map.frequencies.double(), -4

@@ -114,6 +114,7 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("queries.cuh", "skvq::query_squares", (element, width)))
         found.append(KernelInstance("queries.cuh", "skvq::query_factors", (width,)))
     if len(layouts) == 2:
+        found.append(KernelInstance("append.cuh", "skvq::append_row", (element, *layouts.values())))
         least = min(_MOST_TILES, -(-shape.queries_per_head // _QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         for tiles in range(least, _MOST_TILES + 1):

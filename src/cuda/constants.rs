@@ -114,7 +114,6 @@ struct TransformOffsets {
 }
 
 fn transform_offsets(codec: &Codec, heads: usize, upload: &mut Upload) -> TransformOffsets {
-    let width = codec.layout.head_dim;
     let mut offsets = TransformOffsets::default();
     if let Source::Static(affines) = &codec.source {
         let affine = |head: usize| &affines[if affines.len() == 1 { 0 } else { head }];
@@ -139,11 +138,8 @@ fn transform_offsets(codec: &Codec, heads: usize, upload: &mut Upload) -> Transf
     }
     if !codec.matrices.is_empty() {
         let matrices = || (0..heads).filter_map(|head| codec.matrix(head));
-        // M is kept by columns.
-        let transposed = move |columns: &[f32]| -> Vec<f32> {
-            (0..width * width).map(|i| columns[i % width * width + i / width]).collect()
-        };
-        offsets.matrix = Some(upload.floats(matrices().flat_map(|matrix| transposed(matrix.forward()))));
+        // By columns, as it is kept.
+        offsets.matrix = Some(upload.floats(matrices().flat_map(|matrix| matrix.forward().iter().copied())));
         offsets.inverse = Some(upload.floats(matrices().flat_map(|matrix| matrix.inverse().iter().copied())));
     }
     offsets

@@ -35,6 +35,8 @@ pub struct Kernels {
     names: Names,
     /// None for raw rows.
     encode: [Option<Arc<Function>>; 2],
+    /// None where one stream is raw.
+    append_row: Option<Arc<Function>>,
     copy: [Arc<Function>; 3],
     clear: Arc<Function>,
     poke: [Arc<Function>; 2],
@@ -99,6 +101,10 @@ impl Kernels {
             let arguments = [names.element, names.layouts[side as usize].as_str()];
             (!codecs[side as usize].is_raw()).then(|| load("encode.cuh", "encode", &arguments)).transpose()
         };
+        let append_row = || {
+            let [keys, values] = &names.layouts;
+            load("append.cuh", "append_row", &[names.element, keys, values])
+        };
         let statistics = |side: Side| {
             let takes = codecs[side as usize].block_rows() > 0;
             let arguments = [names.element, names.widths[side as usize].as_str()];
@@ -113,6 +119,7 @@ impl Kernels {
         let poke = |words: &str| load("rows.cuh", "poke", &[words]);
         Ok(Self {
             encode: [encode(Side::Keys)?, encode(Side::Values)?],
+            append_row: names.packed.then(append_row).transpose()?,
             copy: [copy(0)?, copy(1)?, copy(2)?],
             clear: load("rows.cuh", "clear_rows", &["skvq::u16"])?,
             poke: [poke("skvq::FewWords")?, poke("skvq::ManyWords")?],
@@ -133,6 +140,11 @@ impl Kernels {
 
     pub fn encode(&self, side: Side) -> Option<&Function> {
         self.encode[side as usize].as_deref()
+    }
+
+    /// The kernel of one token, of keys and values.
+    pub fn append_row(&self) -> Option<&Function> {
+        self.append_row.as_deref()
     }
 
     pub fn statistics(&self, side: Side) -> Option<&Function> {

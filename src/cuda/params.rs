@@ -100,11 +100,24 @@ parameters! {
         sink_logits: u64, state_count: i32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    EncodeParams: 192 {
+    CodecParams: 112 {
+        levels: u64, transform: TransformParams,
+        clip: f32, rule: i32, refinements: i32, unbiased: i32, uniform: i32, padding: i32,
+    }
+
+    EncodeParams: 184 {
         rows: u64, batch_stride: i64, head_stride: i64, row_stride: i64,
-        pages: u64, levels: u64, origins: u64, refused: u64, lengths: u64, transform: TransformParams,
-        clip: f32, rule: i32, refinements: i32, unbiased: i32, uniform: i32,
-        first_row: i32, row_count: i32, page_capacity: i32, kv_heads: i32, ring_rows: i32,
+        pages: u64, origins: u64, refused: u64, codec: CodecParams,
+        first_row: i32, row_count: i32, page_capacity: i32, kv_heads: i32,
+    }
+
+    AppendStream: 152 {
+        row: u64, batch_stride: i64, head_stride: i64, ring: u64, pages: u64, codec: CodecParams,
+    }
+
+    AppendParams: 344 {
+        keys: AppendStream, values: AppendStream, origins: u64, refused: u64, lengths: u64,
+        leaves: i32, ring_rows: i32, page_capacity: i32, kv_heads: i32,
     }
 
     StatisticsParams: 104 {
@@ -131,8 +144,8 @@ parameters! {
 
     StepParams: 24 { lengths: u64, overflow: u64, ring_rows: i32, most_packed: i32 }
 
-    CopyParams: 144 {
-        source: u64, target: u64, source_table: u64, target_table: u64, sequences: u64, shifts: u64, lengths: u64,
+    CopyParams: 136 {
+        source: u64, target: u64, source_table: u64, target_table: u64, sequences: u64, shifts: u64,
         source_batch_stride: i64, source_head_stride: i64, source_row_stride: i64,
         target_batch_stride: i64, target_head_stride: i64, target_row_stride: i64,
         row_words: i32, rows: i32, source_rows: i32, source_shift: i32,

@@ -1,8 +1,9 @@
 """Correctness of every CUDA kernel on a device: bytes and rows against skvq.reference, attention against float64.
 
-Is: encode, decode, repack and block statistics on ragged portions of rows; attention over packed rows of several
-formats, head sizes and group ratios, with masks, padding, blocks and means that turn, its error beside that of torch's
-attention in the model's type over the same decoded rows; another stream; two streams at once; a captured graph.
+Is: encode, decode, repack and block statistics on ragged portions of rows, append_row on single ones; attention over
+packed rows of several formats, head sizes and group ratios, with masks, padding, blocks and means that turn, its error
+beside that of torch's attention in the model's type over the same decoded rows; another stream; two streams at once; a
+captured graph.
 Is not: timed (that is `skvq bench attend --device cuda`). `--small` is for compute-sanitizer; `--device cpu` for the
 fake driver of kernels/emu.
 """
@@ -167,23 +168,33 @@ def check_codec(machine: Machine, case: CodecCase, results: Results) -> None:
         pairs = zip(statistics, expected, strict=True)
         step = max(float(((a.cpu() - b).abs() / b.abs().clamp(min=1e-6)).max()) for a, b in pairs)
         results.add("statistics", case.name, step <= FP16_STEP, f"largest relative difference {step:.1e}", error=step)
+    ring = machine.put(rows.contiguous())
     rows = rows[:, :, :count].contiguous()
     origins = torch.tensor([5, -300], dtype=torch.int32)
     pool, table, _ = device.new_pages(batch, count)
     refused = device.encode(machine.put(rows), table, [3, 1, 1, 30, 93, 9], statistics, machine.put(origins))
     read = device.decode(table, batch, 2, count - 2, statistics, machine.put(origins)).cpu()
     copy_pool, copy_table, _ = device.new_pages(batch, count, seed=1)
-    wrong_codes = wrong_rows = wrong_repacked = 0
+    single_pools, single_tables = zip(*[device.new_pages(batch, count, seed=seed)[:2] for seed in (2, 3)], strict=True)
+    for own_table in single_tables:
+        device.encode(machine.put(rows[:, :, :9]), own_table, [9], statistics, machine.put(origins))
+    refused_singles = device.append(ring, single_tables, (9, count - 9), statistics, machine.put(origins))
+    wrong_singles = wrong_codes = wrong_rows = wrong_repacked = 0
     for b in range(batch):
         for h in range(HEADS):
             packed, expected_rows = by_reference(reference, rows[b, h], h, b, statistics, int(origins[b]))
             found = device.to_rows(table[b, h].contiguous(), count).cpu()
             device.from_rows(packed, copy_table[b, h].contiguous())
             wrong_codes += int((found != packed).any(1).sum())
+            for own_table in single_tables:
+                single = device.to_rows(own_table[b, h].contiguous(), count).cpu()
+                wrong_singles += int((single != packed).any(1).sum())
             wrong_repacked += int((device.to_rows(copy_table[b, h].contiguous(), count).cpu() != packed).any(1).sum())
             wrong_rows += int((read[b, h].nan_to_num(1e9) != expected_rows[2:].nan_to_num(1e9)).any(1).sum())
-    del pool, copy_pool
+    del pool, copy_pool, single_pools
     results.add("encode", case.name, wrong_codes == 0 and refused == 2, f"{wrong_codes} rows differ, {refused} refused")
+    text = f"{wrong_singles} rows differ, {refused_singles} refused"
+    results.add("append", case.name, wrong_singles == 0 and refused_singles == 4, text)
     results.add("decode", case.name, wrong_rows == 0, f"{wrong_rows} rows differ")
     results.add("repack", case.name, wrong_repacked == 0, f"{wrong_repacked} rows differ")
 

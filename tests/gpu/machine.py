@@ -29,6 +29,7 @@ FILES = {
     "rows_to_page": "repack.cuh",
     "page_to_rows": "repack.cuh",
     "encode": "encode.cuh",
+    "append_row": "append.cuh",
     "decode": "decode.cuh",
     "block_statistics": "statistics.cuh",
     "fold": "attend.cuh",  # as `skvq warmup` names it, so that both find one file on disk
@@ -170,7 +171,7 @@ def codec_instances(stream: str, codec: ReferenceCodec, dtype: torch.dtype) -> l
     """What `DeviceCodec` launches."""
     layout, element = PageFormat.of(stream, codec).expression, DTYPES[dtype]
     names = [f"encode<{element}, {layout}>", f"decode<float, {layout}>"]
-    names += [f"rows_to_page<{layout}>", f"page_to_rows<{layout}>"]
+    names += [f"append_row<{element}, {layout}, {layout}>", f"rows_to_page<{layout}>", f"page_to_rows<{layout}>"]
     names += [f"block_statistics<{element}, {codec.head_dim}>"] if codec.block else []
     return [f"skvq::{name}" for name in names]
 
@@ -226,6 +227,12 @@ class DeviceCodec:
         common = {"pages": table, "transform": params("TransformParams", **fields), "origins": origins}
         return common | {"page_capacity": table.shape[-1], "kv_heads": self.kv_heads}
 
+    def _packing(self, transform: Structure) -> Structure:
+        codec = self.codec
+        fields = {"clip": float(codec.clip), "rule": int(codec.rule == "range"), "refinements": codec.refinements}
+        fields |= {"unbiased": int(codec.unbiased), "uniform": int(self.uniform), "levels": self.levels}
+        return params("CodecParams", transform=transform, **fields)
+
     def encode(
         self,
         rows: Tensor,
@@ -235,11 +242,10 @@ class DeviceCodec:
         origins: Tensor | None = None,
     ) -> int:
         """Rows [B, H, n, D] into pages, some at a time. Returns how many were refused."""
-        codec, first = self.codec, 0
+        first = 0
         refused = torch.zeros(1, dtype=torch.int32, device=self.machine.device)
         fields = self._common(table, statistics, origins)
-        fields |= {"clip": float(codec.clip), "rule": int(codec.rule == "range"), "refinements": codec.refinements}
-        fields |= {"unbiased": int(codec.unbiased), "uniform": int(self.uniform), "levels": self.levels}
+        fields["codec"] = self._packing(fields.pop("transform"))
         kernel = f"skvq::encode<{DTYPES[rows.dtype]}, {self.format.expression}>"
         for count in portions:
             piece = rows[:, :, first : first + count]
@@ -249,6 +255,35 @@ class DeviceCodec:
             self.machine.launch(kernel, grid, 256, params("EncodeParams", **strides(piece), **fields))
             first += count
         self.machine.synchronize()  # the arguments' tensors live until here
+        return int(refused)
+
+    def append(
+        self,
+        rows: Tensor,
+        tables: tuple[Tensor, Tensor],
+        portion: tuple[int, int],
+        statistics: Statistics | None = None,
+        origins: Tensor | None = None,
+    ) -> int:
+        """Of rows [B, H, n, D], which are their own ring, those of a portion (first, count) one by one into the pages
+        of both tables, as one launch does with keys and values. Returns how many were refused."""
+        (first, count), (batch, heads, room, _), window = portion, rows.shape, 4
+        refused = torch.zeros(1, dtype=torch.int32, device=self.machine.device)
+        fields = self._common(tables[0], statistics, origins)
+        codec = self._packing(fields.pop("transform"))
+        del fields["pages"]
+        kernel = f"skvq::append_row<{DTYPES[rows.dtype]}, {self.format.expression}, {self.format.expression}>"
+        for row in range(first, first + count):
+            new = rows[:, :, row + window].clone()
+            strides_of = dict(zip(("batch_stride", "head_stride"), new.stride()[:2], strict=True))
+            keys, values = (
+                params("AppendStream", row=new, **strides_of, ring=rows, pages=table, codec=codec) for table in tables
+            )
+            lengths = self.machine.put(torch.tensor([row + 1, 0, window, row + 1], dtype=torch.int32))
+            more = {"keys": keys, "values": values, "refused": refused, "lengths": lengths}
+            arguments = params("AppendParams", **more, leaves=1, ring_rows=room, **fields)
+            self.machine.launch(kernel, (2, heads, batch), 256, arguments)
+            self.machine.synchronize()  # the arguments' tensors live until here
         return int(refused)
 
     def decode(

@@ -97,5 +97,5 @@ def _kernel_shares(
         return {"kernels": None, "encode_share": None, "no_kernels_because": reason}
     kernels = {name: {k: 1e6 * s for k, s in one.items()} for name, one in parts.items() if isinstance(one, dict)}
     whole = sum(sum(one.values()) for one in kernels.values())
-    packing = sum(kernels["append"].get(name, 0.0) for name in ("encode", "block_statistics"))
+    packing = sum(kernels["append"].get(name, 0.0) for name in ("append_row", "encode", "block_statistics"))
     return {"kernels": kernels, "encode_share": packing / whole}

@@ -1,12 +1,12 @@
 //! One append: room first, then launches that move rows to the sinks, take statistics, encode what leaves the window, and fill the ring.
 //!
 //! Everything that can be refused is refused before the first launch. Launches are in the order of the stream: encoding reads rows of the
-//! ring before new rows take their places.
+//! ring before new rows take their places. A decode step, which does no more than that, has one launch for it.
 
 use super::super::kernels::launch;
-use super::super::launch::Stream;
+use super::super::launch::{Function, Stream};
 use super::super::pages::{BLOCK_ROWS, Side};
-use super::super::params::{CopyParams, EncodeParams, StatisticsParams};
+use super::super::params::{AppendParams, AppendStream, CodecParams, CopyParams, EncodeParams, StatisticsParams};
 use super::{CudaLayer, DeviceTensor, Held, State, address, length_words, whole_rows};
 use crate::codebook::Codebook;
 use crate::codec::Rule;
@@ -151,7 +151,6 @@ impl CudaLayer {
         stream: Stream,
     ) -> Result<()> {
         let shared = &*self.shared;
-        let (heads, element) = (shared.spec.num_key_value_heads, shared.spec.dtype.size());
         let observation = self.prepare_queries(held, query, plan.stored + plan.rows)?;
         // SAFETY: the caller's promise, for all of these.
         unsafe {
@@ -166,6 +165,67 @@ impl CudaLayer {
             shared.kernels.poke(&words, stream)?;
             self.note_queries(held, observation.as_ref(), plan.blocks > self.blocks, stream)?;
         }
+        // SAFETY: the lengths on the device are those with the new rows, and all places have room now; the caller's promise.
+        unsafe {
+            match shared.kernels.append_row().filter(|_| self.is_step(plan)) {
+                Some(function) => self.append_row(function, held, tensors, plan.to_pack > 0, stream),
+                None => self.append_rows(held, tensors, plan, stream),
+            }
+        }?;
+        held.ring_first = (held.ring_first + plan.from_window) % held.ring_rows.max(1);
+        Ok(())
+    }
+
+    /// Whether an append does no more than to pack the window's first row, if it is full, and to put the new one behind its last.
+    fn is_step(&self, plan: Plan) -> bool {
+        plan.rows == 1
+            && plan.passing() == 0
+            && plan.to_pack <= 1
+            && plan.blocks == self.blocks
+            && !self.brings_sinks(plan)
+    }
+
+    /// # Safety
+    /// As [`Self::append`], for what runs on the stream: the lengths there are those with the new row, and both streams have room for it and a page for
+    /// the row that leaves.
+    pub(super) unsafe fn append_row(
+        &self,
+        function: &Function,
+        held: &Held,
+        tensors: [&DeviceTensor; 2],
+        leaves: bool,
+        stream: Stream,
+    ) -> Result<()> {
+        let heads = self.spec().num_key_value_heads;
+        let [keys, values] = Side::BOTH.map(|side| {
+            let (tensor, rows) = (tensors[side as usize], held.side(side));
+            AppendStream {
+                row: tensor.address,
+                batch_stride: tensor.strides[0],
+                head_stride: tensor.strides[1],
+                ring: address(rows.ring.as_ref()),
+                pages: address(rows.table.as_ref()),
+                codec: self.codec_parameters(held, side),
+            }
+        });
+        let parameters = AppendParams {
+            keys,
+            values,
+            origins: held.origins(),
+            refused: held.state.address() + State::REFUSED,
+            lengths: held.lengths(),
+            leaves: i32::from(leaves),
+            ring_rows: held.ring_rows as i32,
+            page_capacity: held.table_pages as i32,
+            kv_heads: heads as i32,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { launch(function, [2, heads as u32, held.batch as u32], 256, &parameters, stream) }
+    }
+
+    unsafe fn append_rows(&self, held: &Held, tensors: [&DeviceTensor; 2], plan: Plan, stream: Stream) -> Result<()> {
+        let shared = &*self.shared;
+        let (heads, element) = (shared.spec.num_key_value_heads, shared.spec.dtype.size());
         for side in Side::BOTH {
             let tensor = tensors[side as usize];
             let [batch_stride, head_stride, row_stride, _] = tensor.strides;
@@ -191,12 +251,11 @@ impl CudaLayer {
                 shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream)?;
             }
         }
-        held.ring_first = (held.ring_first + plan.from_window) % held.ring_rows.max(1);
         Ok(())
     }
 
     /// Rows to an array of `room` rows a head of this layer.
-    pub(super) fn rows_to(&self, side: Side, rows: Rows, target: u64, room: usize) -> CopyParams {
+    fn rows_to(&self, side: Side, rows: Rows, target: u64, room: usize) -> CopyParams {
         let element = self.spec().dtype.size() as i64;
         let [batch, head, row] = rows.strides;
         CopyParams {
@@ -214,15 +273,16 @@ impl CudaLayer {
         }
     }
 
-    /// The sinks of a sequence are its first tokens behind the padding.
+    /// Whether a new row is a sink: those of a sequence are its first tokens behind the padding.
+    fn brings_sinks(&self, plan: Plan) -> bool {
+        let (sinks, end) = (self.spec().sinks, plan.stored + plan.rows);
+        let brings = |padding: usize| padding.max(plan.stored) < (padding + sinks).min(end);
+        if self.padding.is_empty() { brings(0) } else { self.padding.iter().copied().any(brings) }
+    }
+
     unsafe fn keep_sinks(&self, held: &Held, side: Side, new: Rows, plan: Plan, stream: Stream) -> Result<()> {
         let (shared, sinks) = (&*self.shared, self.spec().sinks);
-        let end = plan.stored + plan.rows;
-        let brings = |batch: usize| {
-            let padding = self.padding(batch);
-            padding.max(plan.stored) < (padding + sinks).min(end)
-        };
-        if !(0..held.batch).any(brings) {
+        if !self.brings_sinks(plan) {
             return Ok(());
         }
         let target = address(held.side(side).sinks.as_ref());
@@ -239,7 +299,7 @@ impl CudaLayer {
     }
 
     /// All rows of the ring, as they lie.
-    pub(super) fn whole_ring(&self, held: &Held, side: Side) -> Rows {
+    fn whole_ring(&self, held: &Held, side: Side) -> Rows {
         let width = self.shared.codec(side).layout.head_dim as i64;
         let (heads, room) = (self.spec().num_key_value_heads as i64, held.ring_rows);
         let strides = [heads * room as i64 * width, room as i64 * width, width];
@@ -274,37 +334,39 @@ impl CudaLayer {
             // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
             return unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream) };
         };
-        let parameters = self.encode_parameters(held, side, rows, first_row);
+        let [batch_stride, head_stride, row_stride] = rows.strides;
+        let parameters = EncodeParams {
+            rows: rows.address,
+            batch_stride,
+            head_stride,
+            row_stride,
+            pages: address(held.side(side).table.as_ref()),
+            origins: held.origins(),
+            refused: held.state.address() + State::REFUSED,
+            codec: self.codec_parameters(held, side),
+            first_row: first_row as i32,
+            row_count: rows.count as i32,
+            page_capacity: held.table_pages as i32,
+            kv_heads: heads as i32,
+        };
         let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
         let grid = [blocks as u32, heads as u32, held.batch as u32];
         // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
         unsafe { launch(function, grid, 256, &parameters, stream) }
     }
 
-    pub(super) fn encode_parameters(&self, held: &Held, side: Side, rows: Rows, first_row: usize) -> EncodeParams {
-        let (shared, codec) = (&*self.shared, self.shared.codec(side));
-        let [batch_stride, head_stride, row_stride] = rows.strides;
-        EncodeParams {
-            rows: rows.address,
-            batch_stride,
-            head_stride,
-            row_stride,
-            pages: address(held.side(side).table.as_ref()),
-            levels: shared.constants[side as usize].levels,
-            origins: held.origins(),
-            refused: held.state.address() + State::REFUSED,
-            lengths: 0,
+    /// What a stream is packed with.
+    fn codec_parameters(&self, held: &Held, side: Side) -> CodecParams {
+        let codec = self.shared.codec(side);
+        CodecParams {
+            levels: self.shared.constants[side as usize].levels,
             transform: self.transform(held, side),
             clip: codec.clip,
             rule: i32::from(codec.rule == Rule::Range),
             refinements: codec.refinements as i32,
             unbiased: i32::from(codec.unbiased),
             uniform: i32::from(!codec.is_of_parts() && matches!(codec.codebook, Codebook::Uniform { .. })),
-            first_row: first_row as i32,
-            row_count: rows.count as i32,
-            page_capacity: held.table_pages as i32,
-            kv_heads: shared.spec.num_key_value_heads as i32,
-            ring_rows: 0,
+            padding: 0,
         }
     }
 

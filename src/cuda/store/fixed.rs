@@ -1,7 +1,7 @@
 //! Steps that are captured once and replayed: a layer with pages for a fixed number of tokens, whose lengths a launch advances on the device.
 //!
 //! What it is: pages and tables for so many tokens, taken at once (`reserve`); the launches of a captured append: `advance` counts the token,
-//! the row that has left the ring is encoded, the new one takes its place in it; attention with launches for all those tokens, which reads on
+//! `append_row` packs the row that has left the ring and puts the new one in its place; attention with launches for all those tokens, which reads on
 //! the device how many there are. The host's lengths follow by being told how often a step was replayed. What it is not: the capture, which is
 //! torch's; nor for layers with statistics of blocks or with raw rows, whose steps are not all alike. Appends and attention outside a capture
 //! are those of any other layer, and take reserved pages as they grow.
@@ -12,8 +12,8 @@ use super::super::kernels::launch;
 use super::super::launch::Stream;
 use super::super::memory::Page;
 use super::super::pages::Side;
-use super::super::params::{CopyParams, EncodeParams, StepParams};
-use super::append::{Plan, Rows};
+use super::super::params::StepParams;
+use super::append::Plan;
 use super::attend::AttendCall;
 use super::{CudaLayer, DeviceTensor, Held, State, address, length_words};
 use crate::error::{Error, Result};
@@ -288,38 +288,18 @@ impl CudaLayer {
     }
 
     unsafe fn launch_step(&self, held: &Held, tensors: [&DeviceTensor; 2], stream: Stream) -> Result<()> {
-        let (shared, heads) = (&*self.shared, self.spec().num_key_value_heads);
+        let kernels = &self.shared.kernels;
+        let Some(append_row) = kernels.append_row() else { return Ok(()) };
         let step = StepParams {
             lengths: held.lengths(),
             overflow: held.state.address() + State::OVERFLOW,
             ring_rows: held.ring_rows as i32,
             most_packed: held.reserved.as_ref().map_or(0, |reserved| reserved.packed) as i32,
         };
-        // SAFETY: the layer's state; the caller's promise for the stream.
-        unsafe { launch(&*shared.kernels.advance()?, [1, 1, 1], 32, &step, stream) }?;
-        for side in Side::BOTH {
-            let ring = self.whole_ring(held, side);
-            let leaving = EncodeParams {
-                lengths: held.lengths(),
-                ring_rows: held.ring_rows as i32,
-                ..self.encode_parameters(held, side, Rows { count: 1, ..ring }, 0)
-            };
-            if let Some(function) = shared.kernels.encode(side) {
-                let grid = [1, heads as u32, held.batch as u32];
-                // SAFETY: `advance` counts no row without a page of ours; the ring has the row that left it until the next launch.
-                unsafe { launch(function, grid, 256, &leaving, stream) }?;
-            }
-            let tensor = tensors[side as usize];
-            let [batch_stride, head_stride, row_stride, _] = tensor.strides;
-            let new = Rows { address: tensor.address, strides: [batch_stride, head_stride, row_stride], count: 1 };
-            let entering = CopyParams {
-                lengths: held.lengths(),
-                target_ring: held.ring_rows as i32,
-                ..self.rows_to(side, new, ring.address, held.ring_rows)
-            };
-            // SAFETY: a row of the ring; the caller's promise for the new one.
-            unsafe { shared.kernels.copy_rows(&entering, heads, held.batch, shared.row_bytes(side), stream) }?;
+        // SAFETY: the layer's state, which `advance` moves to no row without a page of ours; the caller's promise for the new row and the stream.
+        unsafe {
+            launch(&*kernels.advance()?, [1, 1, 1], 32, &step, stream)?;
+            self.append_row(append_row, held, tensors, true, stream)
         }
-        Ok(())
     }
 }

@@ -1,0 +1,162 @@
+// The append of one token: the row in front of the window becomes the last packed one, and the new row takes its place in the ring.
+//
+// Is: one row of each sequence, kv head and stream, by a whole block, for its latency: everything that memory has is asked for at once, and
+// codes go into the row block's bytes as these lie. Bytes and codes are those of encode.cuh. Is not: for rows that are not packed, nor for the
+// steps at which statistics of a block come due.
+// Grid: 2 streams × kv heads × batch; block: 256 threads.
+#pragma once
+#include "quantize.cuh"
+
+namespace skvq {
+
+constexpr int append_threads = 256;
+
+/// y_j = Σ_c M[j][c]·u_c, from 0, in the order of c, by a block: a thread has one output and a slice of the columns, and adds to what the slice before
+/// has found. Elements of four runs of 16 columns are on their way meanwhile, those of `start` before anything else.
+template <int D>
+struct BlockProduct {
+    static constexpr int run = 16, runs = D / run;
+    static constexpr int slices = append_threads / D < runs ? append_threads / D : runs;
+    /// Runs of a slice; the last slice may have fewer.
+    static constexpr int own = (runs + slices - 1) / slices, ahead = own < 4 ? own : 4, early = (ahead + 1) / 2;
+    const float* columns;  // of the slice, from the thread's output on
+    int slice, output;
+    float elements[ahead][run];
+
+    __device__ __forceinline__ void start(const float* matrix) {
+        slice = threadIdx.x / D, output = threadIdx.x % D;
+        columns = matrix + slice * (own * run * D) + output;
+        for_each<early>([&](auto index) { load<decltype(index)::value>(); });
+    }
+    __device__ __forceinline__ void go_on() {
+        for_each<ahead - early>([&](auto index) { load<early + decltype(index)::value>(); });
+    }
+    __device__ __forceinline__ bool has(int i) const { return slice < slices && slice * own + i < runs; }
+    template <int I>
+    __device__ __forceinline__ void load() {
+        if (!has(I)) return;
+#pragma unroll
+        for (int c = 0; c < run; ++c) elements[I % ahead][c] = load_here(columns + (I * run + c) * D);
+    }
+    /// u, y: [D] in shared memory, u behind a barrier; a barrier must follow.
+    __device__ __forceinline__ void multiply(const float* u, float* y) {
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int turn = 0; turn < slices; ++turn) {
+            if (turn) __syncthreads();
+            if (slice != turn) continue;
+            if (turn) sum = y[output];
+            for_each<own>([&](auto index) {
+                constexpr int i = decltype(index)::value;
+                if (has(i)) {
+#pragma unroll
+                    for (int c = 0; c < run; ++c) sum = __fadd_rn(sum, __fmul_rn(elements[i % ahead][c], u[(turn * own + i) * run + c]));
+                }
+                if constexpr (i + ahead < own) load<i + ahead>();
+            });
+            y[output] = sum;
+        }
+    }
+};
+
+/// The bytes of a row block with the codes of row `row` (0 … 15): earlier rows keep theirs, later ones do not exist and have code 0.
+template <class L>
+__device__ __forceinline__ void put_row(u8* bytes, int row, const u8* codes, bool finite) {
+    for (int index = threadIdx.x; index < L::block_bytes; index += append_threads) {
+        const int lane = index % 32, byte = index / 32;
+        u8& here = bytes[lane_byte<L>(lane, byte)];
+        const int old = here;
+        here = lane_byte_of<L>(lane, byte, [&](int other, int code, int drop, int size, int at) {
+            if (other > row) return 0;
+            const int mask = (1 << size) - 1;
+            if (other == row) return finite ? codes[code] >> drop & mask : 0;
+            return L::is_ternary ? ternary_digit(old, at) : old >> at & mask;
+        });
+    }
+}
+
+template <class T, class L>
+__device__ __forceinline__ void append_to(const AppendParams& p, const AppendStream& stream) {
+    constexpr int D = L::head_dim, words = L::block_bytes / 16;
+    using Group = GroupEncoder<L>;
+    // A team of 16 lanes for each group; warps are whole, so the last team may be another one of the last group.
+    constexpr int teams = (L::groups + 1) / 2 * 2;
+    static_assert(D <= append_threads && words <= append_threads && teams * row_lanes <= append_threads, "one element, word or team for each thread");
+    __shared__ U32x4 bytes[words];
+    alignas(16) __shared__ float row[D];
+    __shared__ float product[L::is_parts ? D : 1], buffer[L::is_parts ? 1 : teams * D], levels[Levels<L>::count];
+    __shared__ u8 codes[teams * Group::count];
+    const int thread = threadIdx.x, head = blockIdx.y, batch = blockIdx.z, channel = thread < D ? thread : D - 1;
+    const i64 sequence_head = static_cast<i64>(batch) * p.kv_heads + head;
+    // What needs no length first.
+    const TransformParams& transform = stream.codec.transform;
+    BlockProduct<D> matrix;
+    if constexpr (L::is_parts) matrix.start(reinterpret_cast<const float*>(transform.matrix) + static_cast<i64>(head) * D * D);
+    const float level = Levels<L>::load(stream.codec);
+    const int origin = p.origins ? reinterpret_cast<const i32*>(p.origins)[batch] : 0;
+    const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
+    const int window = lengths[2], first = lengths[3], index = lengths[0] - 1;
+    T* ring = reinterpret_cast<T*>(stream.ring) + sequence_head * p.ring_rows * D + channel;
+    const int in = first + window - 1, out = first + p.ring_rows - 1;  // modulo ring_rows
+    T* entering = ring + (in < p.ring_rows ? in : in - p.ring_rows) * D;
+    const T arriving = (reinterpret_cast<const T*>(stream.row) + batch * stream.batch_stride + head * stream.head_stride)[channel];
+    if (!p.leaves) {
+        if (thread < D) *entering = arriving;
+        return;
+    }
+    const int block = L::is_parts ? 0 : block_of_page(transform, index / page_rows);
+    const HeadTransform of_head(transform, D, batch, head, p.kv_heads, block);
+    u8* page = reinterpret_cast<u8*>(reinterpret_cast<const u64*>(stream.pages)[sequence_head * p.page_capacity + index / page_rows]);
+    U32x4* page_block = reinterpret_cast<U32x4*>(page + index / block_rows % blocks_per_page * L::block_bytes);
+    const float x = widen(ring[(out < p.ring_rows ? out : out - p.ring_rows) * D]);
+    // The block's bytes are the last to come: by warps that do not encode, and kept until there is nothing else to do.
+    const int word = append_threads - 1 - thread;
+    U32x4 before{};
+    if (word < words) before = page_block[word];
+    if constexpr (L::is_parts) matrix.go_on();
+    const Centering centering(transform, of_head, D, origin + index, channel);
+    Levels<L>::store(levels, level);
+    if (thread < D) row[channel] = centering.of(x);
+    bool finite = is_finite(x);
+    __syncthreads();
+    if (thread < D) *entering = arriving;  // the ring's row has been read by all: its place may be this one
+    if constexpr (L::is_parts) {
+        matrix.multiply(row, product);
+        __syncthreads();
+    }
+    const int team = thread / row_lanes, lane = thread % row_lanes, group = team < L::groups ? team : L::groups - 1;
+    float scale = 0.0f, zero = 0.0f;
+    if (__any_sync(whole_warp, team < teams)) {  // a vote, so that the compiler sees whole warps
+        float elements[D / 16], own[Group::per_lane];
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) elements[k] = (L::is_parts ? product : row)[lane + 16 * k];
+        float* own_buffer = buffer + (L::is_parts ? 0 : team * D);
+        if constexpr (!L::is_parts) turn_forward<D>(elements, transform, of_head, own_buffer, lane);
+        for_each<L::groups>([&](auto which) {
+            constexpr int g = decltype(which)::value;
+#pragma unroll
+            for (int k = 0; k < Group::per_lane; ++k) own[k] = g == 0 || group == g ? elements[g * Group::per_lane + k] : own[k];
+        });
+        Group encoder(stream.codec, levels, codes + team * Group::count, own_buffer, lane, own);
+        encoder.run();
+        finite = finite && encoder.finite();
+        scale = encoder.scale, zero = encoder.zero;
+    }
+    if (word < words) bytes[word] = before;
+    finite = __syncthreads_and(finite) != 0;
+    if (lane == 0 && team < L::groups) {
+        if (!finite && team == 0) atomicAdd(reinterpret_cast<i32*>(p.refused), 1);
+        write_numbers<L>(page, index % page_rows, group, scale, zero, finite);
+    }
+    put_row<L>(reinterpret_cast<u8*>(bytes), index % block_rows, codes, finite);
+    __syncthreads();
+    if (word < words) page_block[word] = bytes[word];
+}
+
+template <class T, class K, class V>
+__global__ void __launch_bounds__(append_threads) append_row(const __grid_constant__ AppendParams p) {
+    if (blockIdx.x == keys) append_to<T, K>(p, p.keys);
+    else append_to<T, V>(p, p.values);
+}
+
+}  // namespace skvq
