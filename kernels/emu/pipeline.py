@@ -246,7 +246,7 @@ def plain_region(kind: int, keys: Tensor, values: Tensor, splits: int, **fields:
     for name, x in (("key", keys), ("value", values)):
         b, h, r, _ = x.stride()
         fields |= {f"{name}_batch_stride": b, f"{name}_head_stride": h, f"{name}_row_stride": r}
-    fields |= {"kind": kind, "splits": splits, "rows_per_split": -(-max(1, keys.shape[2]) // splits)}
+    fields |= {"kind": kind, "splits": splits, "rows_per_split": -(-max(1, keys.shape[2]) // max(1, splits))}
     return params("PlainRegion", key_rows=keys, value_rows=values, **fields)
 
 
