@@ -104,15 +104,12 @@ struct LaneRow {
 template <class T, int D>
 struct RowPlaces {
     const T* rows;
-    const u64* pages;
+    const u64* pages;  // or null
     i64 stride;
 
     __device__ __forceinline__ RowPlaces(u64 rows, i64 offset, i64 stride, u64 table, i64 pages)
         : rows(reinterpret_cast<const T*>(rows) + offset), pages(table ? reinterpret_cast<const u64*>(table) + pages : nullptr), stride(stride) {}
-    /// `place` in the ring, of row `row`.
-    __device__ __forceinline__ const T* at(int row, int place) const {
-        return pages ? reinterpret_cast<const T*>(pages[row / page_rows]) + row % page_rows * D : rows + place * stride;
-    }
+    __device__ __forceinline__ const T* in_page(int row) const { return reinterpret_cast<const T*>(pages[row / page_rows]) + row % page_rows * D; }
 };
 
 /// Whether all rows lie at multiples of 16 bytes. Pages do.
@@ -235,20 +232,22 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
     const int slot = warp / parts * Shape::warp_slots + threadIdx.x % 32 / Shape::lanes;
     const int own_score = lane / Shape::apart, own_query = own_score % Shape::queries;
     Queries own;
-    const QueryPlace place = query_at(head, p.group, p.length, first_query + part * Shape::queries + own_query);
-    own.view = QueryView(p.mask, batch, place, p.length, total);
     own.maximum = -infinity(), own.sum = 0.0f;
     const T* query_rows[Shape::queries];
     const bool query_wide = lies_wide<T>(p.query, p.query_batch_stride, p.query_head_stride, p.query_position_stride);
+    // In place of one that does not exist the last one, but it sees nothing.
+    QueryPlace place = query_at(head, p.group, p.length, first_query + min(part * Shape::queries, count - 1)), own_place = place;
 #pragma unroll
     for (int q = 0; q < Shape::queries; ++q) {
-        // In place of one that does not exist the last one.
-        const QueryPlace from = query_at(head, p.group, p.length, first_query + min(part * Shape::queries + q, count - 1));
-        query_rows[q] = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + from.head * p.query_head_stride +
-                        from.position * p.query_position_stride;
+        query_rows[q] = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
+                        place.position * p.query_position_stride;
+        if (q == own_query) own_place = place;
+        if (part * Shape::queries + q + 1 < count && ++place.position == p.length) place.position = 0, ++place.head;
 #pragma unroll
         for (float& element : own.output[q]) element = 0.0f;
     }
+    own_place.exists = part * Shape::queries + own_query < count;
+    own.view = QueryView(p.mask, batch, own_place, p.length, total);
     typename Queries::KeyRow query_loads[Shape::queries];
     auto load_queries = [&](bool wide) {
 #pragma unroll
@@ -270,20 +269,21 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
                                   region.value_row_stride, region.value_table, pages);
     const bool wide = lies_wide<T>(region.key_rows, region.key_batch_stride, region.key_head_stride, region.key_row_stride) &&
                       lies_wide<T>(region.value_rows, region.value_batch_stride, region.value_head_stride, region.value_row_stride);
-#pragma unroll
-    for (int q = 0; q < Shape::queries; ++q) {
-        query_loads[q].widen_to(own.query[q]);
-#pragma unroll
-        for (float& element : own.query[q]) element *= p.scale;
-    }
     for (int next = first; next < end; next += slots * Shape::rows) {
         const T *key_rows[Shape::rows], *value_rows[Shape::rows];
 #pragma unroll
         for (int i = 0; i < Shape::rows; ++i) {
-            const int row = min(next + slot + slots * i, end - 1);
-            int ring_place = ring_first + row;
+            int ring_place = ring_first + min(next + slot + slots * i, end - 1);
             if (region.ring_rows && ring_place >= region.ring_rows) ring_place -= region.ring_rows;
-            key_rows[i] = keys.at(row, ring_place), value_rows[i] = values.at(row, ring_place);
+            key_rows[i] = keys.rows + ring_place * keys.stride, value_rows[i] = values.rows + ring_place * values.stride;
+        }
+        if (keys.pages || values.pages) {
+#pragma unroll
+            for (int i = 0; i < Shape::rows; ++i) {
+                const int row = min(next + slot + slots * i, end - 1);
+                if (keys.pages) key_rows[i] = keys.in_page(row);
+                if (values.pages) value_rows[i] = values.in_page(row);
+            }
         }
         typename Queries::KeyRow key_loads[Shape::rows];
         typename Queries::ValueRow value_loads[Shape::rows];
@@ -296,6 +296,15 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
         // Each kind without jumps between its loads.
         if (wide) load(true);
         else load(false);
+        if (next == first) {
+            // Not before the first rows are on their way: queries may still be.
+#pragma unroll
+            for (int q = 0; q < Shape::queries; ++q) {
+                query_loads[q].widen_to(own.query[q]);
+#pragma unroll
+                for (float& element : own.query[q]) element *= p.scale;
+            }
+        }
         own.take(key_loads, value_loads, p.mask, next + slot + slots * (own_score / Shape::queries), end, rows.token, lane);
     }
 
