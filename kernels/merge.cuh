@@ -1,9 +1,9 @@
 // Partial states to an output row: `unfold` brings packed states to the model's space, `merge` joins all states of a query.
 //
 // Is: Σ p x̂ = s ∘ Rᵀ π⁻¹ (Σ p ŷ) + (Σ p)·μ, or B·(Σ p ŷ) + (Σ p)·μ, once for each block of statistics. Is not: over rows.
-// Block: 128 threads, 16 for each of 8 queries. unfold's grid: states it makes × (kv heads · query tiles) × batch; merge's: (kv heads · query
-// tiles) × batch, with four times the threads, each slice of which joins a quarter of the states. One unfolded state takes splits_per_state splits
-// one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
+// Block of unfold: 128 threads, 16 for each of 8 queries; grid: states it makes × (kv heads · query tiles) × batch. One unfolded state takes
+// splits_per_state splits one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
+// Block of merge: one query, 128 threads, eight slices of 16 each of which joins every eighth state, four at once; grid: query heads · length × batch.
 #pragma once
 #include "state.cuh"
 #include "transform.cuh"
@@ -51,58 +51,84 @@ __global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ Un
     for (int k = 0; k < per_lane; ++k) to[state_head + lane + 16 * k] = output[k];
 }
 
-constexpr int merge_slices = 4, merge_threads = merge_slices * row_threads;
+constexpr int merge_slices = row_threads / row_lanes, merge_threads = row_threads, merged_at_once = 4;
 
 /// Queries that see nothing get zeros, as torch's attention gives them.
 template <class T, int D>
 __global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ MergeParams p) {
-    constexpr int per_lane = D / 16;
-    __shared__ float slices[merge_slices - 1][query_tile][2 + D];
-    const int head_tile = blockIdx.x, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
-    const int slice = threadIdx.x / row_threads, query = threadIdx.x % row_threads / row_lanes, lane = threadIdx.x % row_lanes;
-    const QueryPlace place = query_at(head_tile / p.query_tiles, p.group, p.length, head_tile % p.query_tiles * query_tile + query);
-    const int count = place.exists ? p.state_count : 0;
-    auto state = [&](int index) { return state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, index, D); };
+    constexpr int loads = (D / 4 + row_lanes - 1) / row_lanes;  // of 16 bytes a lane
+    __shared__ U32x4 slices[merge_slices][1 + D / 4];
+    const int batch = blockIdx.y, queries = p.group * p.length, kv_head = blockIdx.x / queries, query = blockIdx.x % queries;
+    const int slice = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const QueryPlace place = query_at(kv_head, p.group, p.length, query);
+    const U32x4* states = reinterpret_cast<const U32x4*>(state_at(p.states, batch, kv_head * p.query_tiles + query / query_tile,
+                                                                  p.kv_heads * p.query_tiles, query % query_tile, p.state_count, 0, D));
 
-    const bool has_sink = p.sink_logits && slice == 0 && place.exists;
-    const float sink = has_sink ? reinterpret_cast<const float*>(p.sink_logits)[place.head] : -infinity();
-    float largest = sink;
-    for (int index = slice; index < count; index += merge_slices) largest = fmaxf(largest, state(index)[0]);
-    float sum = state_factor(sink, 0.0f, largest), output[per_lane] = {};
-    for (int index = slice; index < count; index += merge_slices) {
-        const float* from = state(index);
-        const float factor = state_factor(from[0], from[1], largest);
-        if (factor == 0.0f) continue;
-        sum += factor * from[1];
+    // The sink's logit is a state without an output.
+    const float sink = p.sink_logits && slice == 0 ? reinterpret_cast<const float*>(p.sink_logits)[place.head] : -infinity();
+    float largest = sink, sum = sink == -infinity() ? 0.0f : 1.0f, output[4 * loads] = {};
+    for (int next = slice; next < p.state_count; next += merge_slices * merged_at_once) {
+        U32x4 heads[merged_at_once], rows[merged_at_once][loads];
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) output[k] += factor * from[state_head + lane + 16 * k];
+        for (int i = 0; i < merged_at_once; ++i) {
+            const U32x4* from = states + static_cast<i64>(min(next + i * merge_slices, p.state_count - 1)) * (1 + D / 4);
+            heads[i] = from[0];
+#pragma unroll
+            for (int k = 0; k < loads; ++k) {
+                if (lane + row_lanes * k < D / 4) rows[i][k] = from[1 + lane + row_lanes * k];
+            }
+        }
+        float joint = largest;
+#pragma unroll
+        for (int i = 0; i < merged_at_once; ++i) {
+            if (next + i * merge_slices < p.state_count) joint = fmaxf(joint, __uint_as_float(heads[i].x));
+        }
+        const float moved = state_factor(largest, sum, joint);
+        largest = joint;
+        sum *= moved;
+#pragma unroll
+        for (float& element : output) element *= moved;
+#pragma unroll
+        for (int i = 0; i < merged_at_once; ++i) {
+            const float factor = state_factor(__uint_as_float(heads[i].x), __uint_as_float(heads[i].y), joint);
+            if (next + i * merge_slices >= p.state_count || factor == 0.0f) continue;
+            sum += factor * __uint_as_float(heads[i].y);
+#pragma unroll
+            for (int k = 0; k < loads; ++k) {
+                output[4 * k] += factor * __uint_as_float(rows[i][k].x);
+                output[4 * k + 1] += factor * __uint_as_float(rows[i][k].y);
+                output[4 * k + 2] += factor * __uint_as_float(rows[i][k].z);
+                output[4 * k + 3] += factor * __uint_as_float(rows[i][k].w);
+            }
+        }
     }
-    if (slice > 0) {
-        float* own = slices[slice - 1][query];
-        if (lane == 0) own[0] = largest, own[1] = sum;
+    if (lane == 0) slices[slice][0] = {__float_as_uint(largest), __float_as_uint(sum), 0, 0};
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) own[2 + lane + 16 * k] = output[k];
+    for (int k = 0; k < loads; ++k) {
+        if (lane + row_lanes * k < D / 4)
+            slices[slice][1 + lane + row_lanes * k] = {__float_as_uint(output[4 * k]), __float_as_uint(output[4 * k + 1]),
+                                                       __float_as_uint(output[4 * k + 2]), __float_as_uint(output[4 * k + 3])};
     }
     __syncthreads();
-    if (slice > 0 || !place.exists) return;
-    float joint = largest;
-    for (int other = 0; other < merge_slices - 1; ++other) joint = fmaxf(joint, slices[other][query][0]);
-    const float own_factor = state_factor(largest, sum, joint);
-    sum *= own_factor;
+    auto number = [&](int slice, int i) { return reinterpret_cast<const float*>(slices[slice])[i]; };
+    float joint = -infinity(), factors[merge_slices], total = 0.0f;
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) output[k] *= own_factor;
-    for (int other = 0; other < merge_slices - 1; ++other) {
-        const float* from = slices[other][query];
-        const float factor = state_factor(from[0], from[1], joint);
-        if (factor == 0.0f) continue;
-        sum += factor * from[1];
+    for (int i = 0; i < merge_slices; ++i) joint = fmaxf(joint, number(i, 0));
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) output[k] += factor * from[2 + lane + 16 * k];
+    for (int i = 0; i < merge_slices; ++i) {
+        factors[i] = state_factor(number(i, 0), number(i, 1), joint);
+        if (factors[i] != 0.0f) total += factors[i] * number(i, 1);
     }
     T* to = reinterpret_cast<T*>(p.output) + batch * p.output_batch_stride + place.head * p.output_head_stride +
             place.position * p.output_position_stride;
+    for (int channel = threadIdx.x; channel < D; channel += merge_threads) {
+        float joined = 0.0f;
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) to[lane + 16 * k] = Narrow<T>::from(sum == 0.0f ? 0.0f : output[k] / sum);
+        for (int i = 0; i < merge_slices; ++i) {
+            if (factors[i] != 0.0f) joined += factors[i] * number(i, state_head + channel);
+        }
+        to[channel] = Narrow<T>::from(total == 0.0f ? 0.0f : joined / total);
+    }
 }
 
 }  // namespace skvq

@@ -103,23 +103,30 @@ struct AttendParams {
     i32 padding;
 };
 
-/// plain.cuh. Grid: splits × (kv heads · query tiles) × batch; rows are sinks, window or fresh rows in the model's type.
-struct PlainParams {
-    u64 query;
-    i64 query_batch_stride, query_head_stride, query_position_stride;
+/// Rows in the model's type that a call attends to, and how many blocks of threads take them.
+struct PlainRegion {
     u64 key_rows, value_rows;
     u64 key_table, value_table;  // of the past: u64 [batch, kv heads, table_pages] in place of the rows, or 0
     i64 key_batch_stride, key_head_stride, key_row_stride;
     i64 value_batch_stride, value_head_stride, value_row_stride;
-    u64 states;  // as of attend.cuh, of `state_count` states a query; this launch's begin at `first_state`
+    i32 kind;  // 0: sinks, 1: window, 2: fresh rows, 3: the past
+    i32 splits, rows_per_split;
+    i32 ring_first, ring_rows;  // row r lies at (ring_first + r) mod ring_rows; ring_rows 0: at r; ring_first −1: the one behind the lengths
+    i32 table_pages;
+};
+
+/// plain.cuh. Grid: splits of all regions, one region behind the other × (kv heads · query tiles) × batch.
+struct PlainParams {
+    u64 query;
+    i64 query_batch_stride, query_head_stride, query_position_stride;
+    u64 states;  // as of attend.cuh, of `state_count` states a query, of which block x makes number x
     u64 lengths;
     MaskParams mask;
+    PlainRegion regions[4];  // behind the last one that has splits: anything
     float scale;
-    i32 region;  // 0: sinks, 1: window, 2: fresh rows, 3: the past
-    i32 fresh_rows, rows_per_split, first_state, state_count;
+    i32 fresh_rows, state_count;
     i32 kv_heads, group, length, query_tiles;
-    i32 ring_first, ring_rows;  // row r lies at (ring_first + r) mod ring_rows; ring_rows 0: at r; ring_first −1: the one behind the lengths
-    i32 table_pages, padding;
+    i32 padding;
 };
 
 /// merge.cuh, unfold: packed states of some splits become one state in the model's space.
@@ -131,7 +138,7 @@ struct UnfoldParams {
     i32 pages_per_split, kv_heads, query_tiles, padding;
 };
 
-/// merge.cuh, merge: states of a query become its output row.
+/// merge.cuh, merge: states of a query become its output row. Grid: query heads · length × batch.
 struct MergeParams {
     u64 states;
     u64 output;  // [batch, heads, length, D]
@@ -276,7 +283,8 @@ static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 168, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 456, "AttendParams");
-static_assert(sizeof(PlainParams) == 240, "PlainParams");
+static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
+static_assert(sizeof(PlainParams) == 552, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

@@ -62,7 +62,7 @@ OTHERS = {
     f"skvq::decode<skvq::Half, {VP}>": 64,
     "skvq::unfold<128>": 96,
     "skvq::merge<skvq::Half, 128>": 64,
-    "skvq::plain<skvq::BFloat, 128, 128>": 96,
+    "skvq::plain<skvq::BFloat, 128, 128>": THREE_BLOCKS,
     "skvq::turning<skvq::Half, 128>": 96,
     f"skvq::rows_to_page<{V16}>": 64,
     "skvq::block_statistics<skvq::Half, 128>": 64,

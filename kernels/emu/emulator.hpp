@@ -169,6 +169,23 @@ T shuffle_xor(uint32_t mask, T value, int distance) {
     return mine.out;
 }
 
+template <class T>
+T shuffle_from(uint32_t mask, T value, int source) {
+    struct Operands {
+        T in, out;
+        int source;
+    } mine{value, value, source};
+    meet_warp(mask, "shfl.idx", &mine, [mask](void** all) {
+        for (int lane = 0; lane < 32; ++lane) {
+            if (!(mask >> lane & 1)) continue;
+            auto& me = *static_cast<Operands*>(all[lane]);
+            if (!(mask >> me.source & 1)) throw Error("shfl.idx reads a lane outside the mask");
+            me.out = static_cast<Operands*>(all[me.source])->in;
+        }
+    });
+    return mine.out;
+}
+
 float float_of_half(uint16_t bits);
 uint16_t half_of_float(float value);
 inline float float_of_bits(uint32_t bits) {
@@ -211,6 +228,11 @@ inline void __syncwarp(uint32_t mask = emulator::all_lanes) {
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int distance) {
     return emulator::shuffle_xor(mask, value, distance);
+}
+/// Of lane `source` of the `width` lanes that this one is among.
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
+    return emulator::shuffle_from(mask, value, static_cast<int>(emulator::self().thread % 32) / width * width + source % width);
 }
 inline int __any_sync(uint32_t mask, int predicate) {
     struct Operands {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from harness import DTYPES, PAGE_ROWS, Kernels, PageFormat, Structure, aligned, level_table, params, repack
+from harness import DTYPES, PAGE_ROWS, PARAMS, Kernels, PageFormat, Structure, aligned, level_table, params, repack
 from torch import Tensor
 
 from skvq.reference import ReferenceCodec
@@ -21,7 +21,6 @@ HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "merge.cuh", "plain.cu
 QUERY_TILE = 8
 # Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
-MERGE_THREADS = 512
 
 
 @dataclass
@@ -249,6 +248,20 @@ def pages_of(kernels: Kernels, page_format: PageFormat, codec: ReferenceCodec, p
     return [pages for pages, _ in made], table  # type: ignore[return-value]
 
 
+def plain_region(kind: int, keys: Tensor, values: Tensor, splits: int, **fields: Any) -> Structure:
+    """A PlainRegion of rows [B, H, n, D] as they lie."""
+    for name, x in (("key", keys), ("value", values)):
+        b, h, r, _ = x.stride()
+        fields |= {f"{name}_batch_stride": b, f"{name}_head_stride": h, f"{name}_row_stride": r}
+    fields |= {"kind": kind, "splits": splits, "rows_per_split": -(-max(1, keys.shape[2]) // max(1, splits))}
+    return params("PlainRegion", key_rows=keys, value_rows=values, **fields)
+
+
+def plain_regions(regions: list[Structure]) -> Any:
+    """The array in PlainParams."""
+    return (PARAMS["PlainRegion"] * 4)(*regions)
+
+
 def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     """The call by kernels [B, H·group, L, Dv]."""
     k, v = call.formats
@@ -348,26 +361,19 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     )
     launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), 128, arguments)
 
-    window = slice(call.sinks + call.packed, call.total)
-    for region, part, first_state, splits_of_region in ((0, slice(0, call.sinks), 0, 1), (1, window, 1, 2)):
-        k_rows, v_rows = rows.keys[:, :, part].contiguous(), rows.values[:, :, part].contiguous()
-        count = max(1, k_rows.shape[2])
-        fields = {"key_rows": k_rows, "value_rows": v_rows}
-        for name, x in (("key", k_rows), ("value", v_rows)):
-            b, h, r, _ = x.stride()
-            fields |= {f"{name}_batch_stride": b, f"{name}_head_stride": h, f"{name}_row_stride": r}
-        arguments = params(
-            "PlainParams",
-            **common,
-            **fields,
-            states=states,
-            mask=mask,
-            region=region,
-            rows_per_split=-(-count // splits_of_region),
-            first_state=first_state,
-            state_count=state_count,
-        )
-        launch(f"plain<{call.element}, {width_k}, {width_v}>", (splits_of_region, heads * tiles, batch), 128, arguments)
+    past = slice(0, call.sinks), slice(call.sinks + call.packed, call.total)
+    parts = [(rows.keys[:, :, part].contiguous(), rows.values[:, :, part].contiguous()) for part in past]
+    regions = [plain_region(0, *parts[0], 1), plain_region(1, *parts[1], 2)]
+    arguments = params(
+        "PlainParams",
+        **common,
+        states=states,
+        mask=mask,
+        regions=plain_regions(regions),
+        state_count=state_count,
+    )
+    launch(f"plain<{call.element}, {width_k}, {width_v}>", (3, heads * tiles, batch), 128, arguments)
+    del parts  # alive until here
 
     output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
     out_strides = ("output_batch_stride", "output_head_stride", "output_position_stride")
@@ -376,5 +382,5 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     arguments = params(
         "MergeParams", states=states, output=output, sink_logits=sink_logits, state_count=state_count, **fields, **shape
     )
-    launch(f"merge<{call.element}, {width_v}>", (heads * tiles, batch), MERGE_THREADS, arguments)
+    launch(f"merge<{call.element}, {width_v}>", (heads * call.group * call.length, batch), 128, arguments)
     return output

@@ -200,18 +200,19 @@ double run() {
 
     PlainParams p{};
     p.query = f.query, p.query_head_stride = D, p.query_position_stride = D, p.states = u.states, p.lengths = a.lengths, p.scale = f.scale;
-    p.key_head_stride = p.value_head_stride = (sinks + window) * D, p.key_row_stride = p.value_row_stride = D, p.state_count = state_count;
-    p.kv_heads = kv_heads, p.group = group, p.length = 1, p.query_tiles = 1;
-    for (int region : {region_sinks, region_window}) {
-        p.region = region, p.first_state = region, p.rows_per_split = 3;
-        p.key_rows = address(key_rows) + (region ? 4 * sinks * D : 0), p.value_rows = address(value_rows) + (region ? 4 * sinks * D : 0);
-        emulator::launch({region ? 2u : 1u, head_tiles, 1}, {row_threads, 1, 1}, 0, [&] { plain<float, D, D>(p); });
+    p.state_count = state_count, p.kv_heads = kv_heads, p.group = group, p.length = 1, p.query_tiles = 1;
+    for (int kind : {region_sinks, region_window}) {
+        PlainRegion& region = p.regions[kind];
+        region.kind = kind, region.splits = kind ? 2 : 1, region.rows_per_split = 3;
+        region.key_rows = address(key_rows) + (kind ? 4 * sinks * D : 0), region.value_rows = address(value_rows) + (kind ? 4 * sinks * D : 0);
+        region.key_head_stride = region.value_head_stride = (sinks + window) * D, region.key_row_stride = region.value_row_stride = D;
     }
+    emulator::launch({3, head_tiles, 1}, {row_threads, 1, 1}, 0, [&] { plain<float, D, D>(p); });
 
     MergeParams m{};
     m.states = u.states, m.output = address(output), m.output_head_stride = D, m.output_position_stride = D, m.state_count = state_count;
     m.kv_heads = kv_heads, m.group = group, m.length = 1, m.query_tiles = 1;
-    emulator::launch({head_tiles, 1, 1}, {merge_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
+    emulator::launch({kv_heads * group, 1, 1}, {merge_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
 
     double worst = 0.0;
     for (int head = 0; head < kv_heads * group; ++head) {

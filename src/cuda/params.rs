@@ -79,14 +79,18 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32, padding: i32,
     }
 
-    PlainParams: 240 {
-        query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
+    PlainRegion: 104 {
         key_rows: u64, value_rows: u64, key_table: u64, value_table: u64,
         key_batch_stride: i64, key_head_stride: i64, key_row_stride: i64,
         value_batch_stride: i64, value_head_stride: i64, value_row_stride: i64,
-        states: u64, lengths: u64, mask: MaskParams,
-        scale: f32, region: i32, fresh_rows: i32, rows_per_split: i32, first_state: i32, state_count: i32,
-        kv_heads: i32, group: i32, length: i32, query_tiles: i32, ring_first: i32, ring_rows: i32, table_pages: i32, padding: i32,
+        kind: i32, splits: i32, rows_per_split: i32, ring_first: i32, ring_rows: i32, table_pages: i32,
+    }
+
+    PlainParams: 552 {
+        query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
+        states: u64, lengths: u64, mask: MaskParams, regions: [PlainRegion; 4],
+        scale: f32, fresh_rows: i32, state_count: i32,
+        kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
     UnfoldParams: 128 {

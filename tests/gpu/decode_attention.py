@@ -18,11 +18,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
 from harness import PAGE_ROWS, Structure, level_table, params
 from machine import Machine, Statistics, instance_of, strides, transform_fields
-from pipeline import MERGE_THREADS, Call
+from pipeline import Call, plain_region, plain_regions
 
 from skvq.reference import ReferenceCodec
 
-WINDOW_ROWS_PER_SPLIT = 16
+WINDOW_ROWS_PER_SPLIT = 32
 WEIGHT_UNIT = 4.0
 
 
@@ -215,31 +215,23 @@ class DecodeAttention:
 
     def _prepare_plain(self) -> None:
         call = self.call
-        kernel = f"plain<{call.element}, {call.keys.head_dim}, {call.values.head_dim}>"
-        regions = ((0, self.past.sinks, 0, 1), (1, self.past.window, 1, self._window_splits))
-        for region, (keys, values), first_state, splits in regions:
-            self._add(
-                kernel,
-                (splits, self._tiles, call.batch),
-                "PlainParams",
-                **self._common,
-                key_rows=keys,
-                value_rows=values,
-                **strides(keys, "key_batch_stride key_head_stride key_row_stride"),
-                **strides(values, "value_batch_stride value_head_stride value_row_stride"),
-                states=self.states,
-                mask=self._mask,
-                region=region,
-                rows_per_split=-(-max(1, keys.shape[2]) // splits),
-                first_state=first_state,
-                state_count=self.state_count,
-            )
+        regions = [plain_region(0, *self.past.sinks, 1), plain_region(1, *self.past.window, self._window_splits)]
+        self._add(
+            f"plain<{call.element}, {call.keys.head_dim}, {call.values.head_dim}>",
+            (1 + self._window_splits, self._tiles, call.batch),
+            "PlainParams",
+            **self._common,
+            states=self.states,
+            mask=self._mask,
+            regions=plain_regions(regions),
+            state_count=self.state_count,
+        )
 
     def _prepare_merge(self) -> None:
         call = self.call
         self._add(
             f"merge<{call.element}, {call.values.head_dim}>",
-            (self._tiles, call.batch),
+            (call.kv_heads * call.group * call.length, call.batch),
             "MergeParams",
             states=self.states,
             output=self.output,
@@ -248,4 +240,3 @@ class DecodeAttention:
             state_count=self.state_count,
             **self._shape,
         )
-        self.launches[-1].threads = MERGE_THREADS

@@ -9,7 +9,7 @@ use super::super::launch::Stream;
 use super::super::memory::ALIGNMENT;
 use super::super::pages::Side;
 use super::super::params::MaskParams;
-use super::launches::{Launches, Region};
+use super::launches::Launches;
 use super::{CudaLayer, DeviceTensor, Held};
 use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
@@ -23,8 +23,8 @@ const MOST_TILES: usize = 2;
 /// Queries of a kv head from which the packed past goes to `kernels/attend_many.cuh`, whose blocks have 128 of them.
 const MANY_QUERIES: usize = 64;
 const MANY_TILES: usize = 16;
-/// Rows that a block of threads takes of the sinks or the window.
-pub(super) const PLAIN_ROWS: usize = 8;
+/// Rows in the model's type that a block of threads takes at least: up to so many are on their way at once.
+const PLAIN_ROWS: usize = 32;
 /// Splits that become one state: where each has a transform to undo, and where all share one.
 const SPLITS_PER_STATE: usize = 4;
 const STATIC_SPLITS_PER_STATE: usize = 8;
@@ -107,11 +107,9 @@ pub(super) struct Shape {
     pub pages_per_split: usize,
     pub splits: usize,
     pub splits_per_state: usize,
-    pub sink_states: usize,
-    pub window_states: usize,
-    pub fresh_states: usize,
-    /// Rows of a past that is read row by row, of a block of threads.
-    pub past_rows: usize,
+    /// Splits of the regions that are read row by row, in the order of `kernels/plain.cuh`.
+    pub plain: [PlainSplits; 4],
+    pub plain_states: usize,
     pub state_count: usize,
     pub places: Places,
 }
@@ -120,6 +118,21 @@ impl Shape {
     /// What its kernels are made for.
     fn queries(&self) -> Queries {
         if self.many { Queries::Many } else { Queries::Tiles(self.tiles) }
+    }
+}
+
+/// How the rows of a region are cut.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PlainSplits {
+    pub splits: usize,
+    pub rows: usize,
+}
+
+impl PlainSplits {
+    /// At most `wanted` splits of rows, each for a block of threads.
+    fn of(rows: usize, wanted: usize) -> Self {
+        let each = rows.div_ceil(wanted.max(1)).max(PLAIN_ROWS);
+        Self { splits: rows.div_ceil(each), rows: each }
     }
 }
 
@@ -183,10 +196,12 @@ impl CudaLayer {
             0 => 1,
             rows => packed.div_ceil(rows).max(1),
         };
-        let [sink_states, window_states, fresh_states] = [sinks, window, fresh].map(|rows| rows.div_ceil(PLAIN_ROWS));
-        let past_rows = packed.div_ceil(wanted_splits.max(1)).max(PLAIN_ROWS);
-        let past_states = if is_packed { splits.div_ceil(splits_per_state) } else { packed.div_ceil(past_rows) };
-        let state_count = sink_states + window_states + fresh_states + past_states;
+        let plain_others = (batch * heads * query_tiles).max(1);
+        let plain_wanted = even_splits(plain_others, BLOCKS_PER_MULTIPROCESSOR * multiprocessors);
+        let past = if is_packed { 0 } else { packed };
+        let plain = [sinks, window, fresh, past].map(|rows| PlainSplits::of(rows, plain_wanted));
+        let plain_states = plain.iter().map(|region| region.splits).sum();
+        let state_count = plain_states + splits.div_ceil(splits_per_state);
         let mut shape = Shape {
             regions,
             packed: is_packed,
@@ -200,10 +215,8 @@ impl CudaLayer {
             pages_per_split,
             splits,
             splits_per_state,
-            sink_states,
-            window_states,
-            fresh_states,
-            past_rows,
+            plain,
+            plain_states,
             state_count,
             places: Places::default(),
         };
@@ -292,9 +305,7 @@ impl CudaLayer {
         unsafe {
             launches.lengths()?;
             launches.past()?;
-            launches.plain(Region::Sinks)?;
-            launches.plain(Region::Window)?;
-            launches.plain(Region::Fresh)?;
+            launches.plain()?;
             launches.merge()
         }
     }

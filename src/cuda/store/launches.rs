@@ -4,9 +4,9 @@ use super::super::kernels::{AttentionKernels, PackedKernels, launch};
 use super::super::launch::{Launch, Stream};
 use super::super::pages::Side;
 use super::super::params::{
-    AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, TurningParams, UnfoldParams,
+    AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, PlainRegion, TurningParams, UnfoldParams,
 };
-use super::attend::{AttendCall, PLAIN_ROWS, Shape};
+use super::attend::{AttendCall, PlainSplits, Shape};
 use super::decode::Target;
 use super::{CudaLayer, Held, address, length_words};
 use crate::error::Result;
@@ -14,32 +14,18 @@ use crate::transform::SPAN;
 
 /// Of a block.
 const THREADS: usize = 128;
-/// Of `merge`, a slice of whose threads joins some of the states.
-const MERGE_THREADS: usize = 512;
 
 /// What `plain` reads; as numbers those of `kernels/plain.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Region {
+enum Region {
     Sinks,
     Window,
     Fresh,
     Past,
 }
 
-impl Shape {
-    fn states(&self, region: Region) -> usize {
-        match region {
-            Region::Sinks => self.sink_states,
-            Region::Window => self.window_states,
-            Region::Fresh => self.fresh_states,
-            Region::Past => self.regions.packed.div_ceil(self.past_rows),
-        }
-    }
-
-    /// States of the regions lie one behind the other.
-    fn first_state(&self, region: Region) -> usize {
-        [self.sink_states, self.window_states, self.fresh_states].iter().take(region as usize).sum()
-    }
+impl Region {
+    const ALL: [Self; 4] = [Self::Sinks, Self::Window, Self::Fresh, Self::Past];
 }
 
 /// The launches of one call.
@@ -87,7 +73,7 @@ impl Launches<'_> {
         unsafe { self.layer.shared.kernels.poke(&words, self.stream) }
     }
 
-    /// States of the rows between sinks and window.
+    /// States of packed rows between sinks and window, or these rows decoded where only one side is packed.
     pub unsafe fn past(&self) -> Result<()> {
         match &self.kernels.packed {
             _ if self.shape.regions.packed == 0 => Ok(()),
@@ -100,8 +86,7 @@ impl Launches<'_> {
                     // SAFETY: a place in the workspace with room for these rows.
                     unsafe { self.layer.decode_past(self.held, side, self.shape.regions.packed, target, self.stream) }?;
                 }
-                // SAFETY: the caller's promise.
-                unsafe { self.plain(Region::Past) }
+                Ok(())
             }
         }
     }
@@ -207,7 +192,7 @@ impl Launches<'_> {
             transform: layer.transform(held, Side::Values),
             splits: shape.splits as i32,
             splits_per_state: shape.splits_per_state as i32,
-            first_state: shape.first_state(Region::Past) as i32,
+            first_state: shape.plain_states as i32,
             state_count: shape.state_count as i32,
             pages_per_split: shape.pages_per_split as i32,
             kv_heads,
@@ -219,11 +204,9 @@ impl Launches<'_> {
         unsafe { launch(&kernels.unfold, self.grid(made), THREADS, &unfold, self.stream) }
     }
 
-    /// States of rows in the model's type.
-    pub unsafe fn plain(&self, region: Region) -> Result<()> {
+    /// The rows of a region, for `plain`.
+    fn region(&self, region: Region, splits: PlainSplits) -> PlainRegion {
         let Self { layer, held, call, shape, .. } = self;
-        let states = shape.states(region);
-        let ring = region == Region::Window;
         let mut rows = [0; 2];
         let mut tables = [0; 2];
         let mut strides = [[0; 3]; 2];
@@ -236,7 +219,7 @@ impl Launches<'_> {
                     let [batch, head, row, _] = fresh[index].strides;
                     (fresh[index].address, [batch, head, row])
                 }
-                (Region::Fresh, None) => return Ok(()),
+                (Region::Fresh, None) => (0, [0; 3]),
                 (Region::Past, _) if layer.shared.codec(side).is_raw() => {
                     tables[index] = address(own.table.as_ref());
                     (0, [0; 3])
@@ -244,47 +227,54 @@ impl Launches<'_> {
                 (Region::Past, _) => (self.decoded(side), self.strides(side, shape.regions.packed)),
             };
         }
-        let [key_rows, value_rows] = rows;
-        let [key_table, value_table] = tables;
-        let [
-            [key_batch_stride, key_head_stride, key_row_stride],
-            [value_batch_stride, value_head_stride, value_row_stride],
-        ] = strides;
+        let ring = region == Region::Window;
+        PlainRegion {
+            key_rows: rows[0],
+            value_rows: rows[1],
+            key_table: tables[0],
+            value_table: tables[1],
+            key_batch_stride: strides[0][0],
+            key_head_stride: strides[0][1],
+            key_row_stride: strides[0][2],
+            value_batch_stride: strides[1][0],
+            value_head_stride: strides[1][1],
+            value_row_stride: strides[1][2],
+            kind: region as i32,
+            splits: splits.splits as i32,
+            rows_per_split: splits.rows as i32,
+            ring_first: if ring { layer.ring_first(held) } else { 0 },
+            ring_rows: if ring { held.ring_rows as i32 } else { 0 },
+            table_pages: held.table_pages as i32,
+        }
+    }
+
+    /// States of rows in the model's type.
+    pub unsafe fn plain(&self) -> Result<()> {
+        let Self { call, shape, .. } = self;
+        if shape.plain_states == 0 {
+            return Ok(());
+        }
         let parameters = PlainParams {
             query: call.query.address,
             query_batch_stride: call.query.strides[0],
             query_head_stride: call.query.strides[1],
             query_position_stride: call.query.strides[2],
-            key_rows,
-            value_rows,
-            key_table,
-            value_table,
-            key_batch_stride,
-            key_head_stride,
-            key_row_stride,
-            value_batch_stride,
-            value_head_stride,
-            value_row_stride,
             states: self.place(shape.places.states),
             lengths: self.lengths_read(),
             mask: self.mask,
+            regions: Region::ALL.map(|region| self.region(region, shape.plain[region as usize])),
             scale: call.scale,
-            region: region as i32,
             fresh_rows: call.fresh_rows() as i32,
-            rows_per_split: if region == Region::Past { shape.past_rows } else { PLAIN_ROWS } as i32,
-            first_state: shape.first_state(region) as i32,
             state_count: shape.state_count as i32,
             kv_heads: self.heads(),
             group: shape.group as i32,
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
-            ring_first: if ring { layer.ring_first(held) } else { 0 },
-            ring_rows: if ring { held.ring_rows as i32 } else { 0 },
-            table_pages: held.table_pages as i32,
             padding: 0,
         };
+        let grid = self.grid(shape.plain_states);
         // SAFETY: rows of this layer; states have room for these; the caller's promise for the rest.
-        unsafe { launch(&self.kernels.plain, self.grid(states), THREADS, &parameters, self.stream) }
+        unsafe { launch(&self.kernels.plain, grid, THREADS, &parameters, self.stream) }
     }
 
     pub unsafe fn merge(&self) -> Result<()> {
@@ -303,8 +293,8 @@ impl Launches<'_> {
             query_tiles: shape.query_tiles as i32,
             padding: 0,
         };
-        let [head_tiles, batch] = [self.grid(1)[1], self.held.batch as u32];
+        let queries = self.heads() as u32 * (shape.group * shape.length) as u32;
         // SAFETY: the caller's promise for the output; the states were written by the launches before.
-        unsafe { launch(&self.kernels.merge, [head_tiles, batch, 1], MERGE_THREADS, &parameters, self.stream) }
+        unsafe { launch(&self.kernels.merge, [queries, self.held.batch as u32, 1], THREADS, &parameters, self.stream) }
     }
 }
