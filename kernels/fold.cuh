@@ -12,17 +12,10 @@ namespace skvq {
 
 constexpr int extras_head = 4;
 
-/// A power of two u with |largest| / u in [2^13, 2^14).
-__device__ __forceinline__ float unit_of(float largest) {
-    const u32 exponent = __float_as_uint(largest) >> 23;
-    if (exponent < 14 || exponent >= 255) return 1.0f;
-    return __uint_as_float((exponent - 13) << 23);
-}
-
 template <class T, class K>
 __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ FoldParams p) {
     constexpr int D = K::head_dim, per_lane = D / 16;
-    __shared__ float buffer[rows_per_block * D];
+    alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
     const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
     const int blocks = gridDim.x, query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
@@ -41,7 +34,7 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
         for (int k = 0; k < per_lane; ++k) shifted += row[k] * transform.shift[lane + 16 * k];
     }
     if (transform.inverse) {
-        multiply_transposed<D>(row, transform.inverse, own, lane);
+        multiply_rows<D, true>(row, transform.inverse, buffer, query, lane);
     } else {
         if (transform.scale) {
 #pragma unroll

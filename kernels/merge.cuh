@@ -13,7 +13,7 @@ namespace skvq {
 template <int D>
 __global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ UnfoldParams p) {
     constexpr int per_lane = D / 16;
-    __shared__ float buffer[rows_per_block * D];
+    alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
     const int made = blockIdx.x, head_tile = blockIdx.y, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = head_tile / p.query_tiles;
     const int first = made * p.splits_per_state, end = min(first + p.splits_per_state, p.splits);
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ Un
         // Blocks that hold no row yet have no statistics: their states are empty, which all queries see alike.
         if (__syncthreads_and(weight == 0.0f)) continue;
         const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
-        transform_back<D>(row, p.transform, transform, own, lane);
+        if (transform.inverse) multiply_rows<D, false>(row, transform.inverse, buffer, query, lane);
+        else transform_back<D>(row, p.transform, transform, own, lane);
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
             output[k] += row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);

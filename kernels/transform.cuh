@@ -2,7 +2,7 @@
 //
 // Is: Hadamard, permutation, sums in the order of the specification. Is not: attention.
 // A row of D channels is `float row[D / 16]`: lane l of a half warp holds the channels l, l + 16, l + 32, … All lanes of the warp take part in
-// every function, so both halves must call it. Nothing here fuses a multiply and an add.
+// every function, so both halves must call it. Nothing here fuses a multiply and an add but `multiply_rows`, which no codes depend on.
 #pragma once
 #include "params.cuh"
 
@@ -103,15 +103,66 @@ __device__ __forceinline__ void multiply_matrix(float (&row)[D / 16], const floa
         }
     }
 }
-/// row_j = Σ_c M[c][j]·row_c.
-template <int D>
-__device__ __forceinline__ void multiply_transposed(float (&row)[D / 16], const float* matrix, float* buffer, int lane) {
-    spill<D>(row, buffer, lane);
-    for (float& element : row) element = 0.0f;
-#pragma unroll 4
-    for (int c = 0; c < D; ++c) {
+/// Parts of a sum that the threads of a block share out where a row has fewer channels than there are threads.
+constexpr int product_parts(int head_dim) {
+    const int fitting = row_threads / head_dim, most = head_dim / 4;
+    return fitting < 1 ? 1 : fitting < most ? fitting : most;
+}
+
+/// row_j = Σ_c M[j][c]·row_c, or of Mᵀ, for the eight rows of a block, in any order: a thread sums up channel j of all of them, so that each element of
+/// the matrix is read once, and up to 32 of a thread are on their way at once. All threads of the block take part.
+/// `buffer` [8 · product_parts(D) · D], at a multiple of 16 bytes; each row's first D may be written afterwards, by its own lanes.
+template <int D, bool Transposed>
+__device__ __forceinline__ void multiply_rows(float (&row)[D / 16], const float* matrix, float* buffer, int own_row, int lane) {
+    constexpr int parts = product_parts(D), part_size = D / parts, fitting = part_size & -part_size;
+    constexpr int batch = fitting < 32 ? fitting : 32, per_thread = (D + row_threads - 1) / row_threads;
+    const int part = parts > 1 ? static_cast<int>(threadIdx.x) / D : 0, first = parts > 1 ? threadIdx.x % D : threadIdx.x;
+    __syncthreads();
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k) row[k] += matrix[static_cast<i64>(c) * D + lane + 16 * k] * buffer[c];
+    for (int k = 0; k < D / 16; ++k) buffer[(lane + 16 * k) * rows_per_block + own_row] = row[k];
+    __syncthreads();
+    float sums[per_thread][rows_per_block] = {};
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+        const int j = first + n * row_threads;
+        if (j >= D || part >= parts) continue;
+#pragma unroll 1
+        for (int c = part * part_size; c < (part + 1) * part_size; c += batch) {
+            float elements[batch];
+#pragma unroll
+            for (int i = 0; i < batch; i += 4) {
+                if constexpr (Transposed) {
+                    for (int k = 0; k < 4; ++k) elements[i + k] = matrix[(c + i + k) * D + j];
+                } else {
+                    const U32x4 four = *reinterpret_cast<const U32x4*>(matrix + j * D + c + i);
+                    elements[i] = __uint_as_float(four.x), elements[i + 1] = __uint_as_float(four.y);
+                    elements[i + 2] = __uint_as_float(four.z), elements[i + 3] = __uint_as_float(four.w);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const U32x4 four = reinterpret_cast<const U32x4*>(buffer)[(c + i) * 2 + half];
+                    float* to = sums[n] + 4 * half;
+                    to[0] += elements[i] * __uint_as_float(four.x), to[1] += elements[i] * __uint_as_float(four.y);
+                    to[2] += elements[i] * __uint_as_float(four.z), to[3] += elements[i] * __uint_as_float(four.w);
+                }
+            }
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+        const int j = first + n * row_threads;
+        if (j >= D || part >= parts) continue;
+        for (int r = 0; r < rows_per_block; ++r) buffer[(part * rows_per_block + r) * D + j] = sums[n][r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+        row[k] = 0.0f;
+        for (int of = 0; of < parts; ++of) row[k] += buffer[(of * rows_per_block + own_row) * D + lane + 16 * k];
     }
 }
 
