@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) shifted += row[k] * transform.shift[lane + 16 * k];
     }
-    if (transform.inverse) {
-        multiply_rows<D, true>(row, transform.inverse, buffer, query, lane);
+    if constexpr (K::is_parts) {
+        multiply_rows<D, true, 32>(row, transform.inverse, buffer, query, lane);
     } else {
         if (transform.scale) {
 #pragma unroll

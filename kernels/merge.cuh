@@ -10,8 +10,10 @@
 
 namespace skvq {
 
+constexpr int unfold_blocks = 8;  // of a multiprocessor: without matrices the product's registers must not cost any
+
 template <int D>
-__global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ UnfoldParams p) {
+__global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unfold(const __grid_constant__ UnfoldParams p) {
     constexpr int per_lane = D / 16;
     alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
     const int made = blockIdx.x, head_tile = blockIdx.y, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ Un
         // Blocks that hold no row yet have no statistics: their states are empty, which all queries see alike.
         if (__syncthreads_and(weight == 0.0f)) continue;
         const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
-        if (transform.inverse) multiply_rows<D, false>(row, transform.inverse, buffer, query, lane);
+        if (transform.inverse) multiply_rows<D, false, 16>(row, transform.inverse, buffer, query, lane);
         else transform_back<D>(row, p.transform, transform, own, lane);
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {

@@ -110,43 +110,43 @@ constexpr int product_parts(int head_dim) {
 }
 
 /// row_j = Σ_c M[j][c]·row_c, or of Mᵀ, for the eight rows of a block, in any order: a thread sums up channel j of all of them, so that each element of
-/// the matrix is read once, and up to 32 of a thread are on their way at once. All threads of the block take part.
+/// the matrix is read once, and up to `Batch` of a thread are on their way at once. All threads of the block take part.
 /// `buffer` [8 · product_parts(D) · D], at a multiple of 16 bytes; each row's first D may be written afterwards, by its own lanes.
-template <int D, bool Transposed>
+template <int D, bool Transposed, int Batch>
 __device__ __forceinline__ void multiply_rows(float (&row)[D / 16], const float* matrix, float* buffer, int own_row, int lane) {
     constexpr int parts = product_parts(D), part_size = D / parts, fitting = part_size & -part_size;
-    constexpr int batch = fitting < 32 ? fitting : 32, per_thread = (D + row_threads - 1) / row_threads;
-    const int part = parts > 1 ? static_cast<int>(threadIdx.x) / D : 0, first = parts > 1 ? threadIdx.x % D : threadIdx.x;
+    constexpr int batch = fitting < Batch ? fitting : Batch, per_thread = (D + row_threads - 1) / row_threads;
+    const int part = parts > 1 ? min(static_cast<int>(threadIdx.x) / D, parts - 1) : 0;
+    const int own = static_cast<int>(threadIdx.x) - part * D;  // and those row_threads further; the last one for threads that have none
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) buffer[(lane + 16 * k) * rows_per_block + own_row] = row[k];
-    __syncthreads();
     float sums[per_thread][rows_per_block] = {};
 #pragma unroll
     for (int n = 0; n < per_thread; ++n) {
-        const int j = first + n * row_threads;
-        if (j >= D || part >= parts) continue;
+        const int j = min(own + n * row_threads, D - 1);
 #pragma unroll 1
-        for (int c = part * part_size; c < (part + 1) * part_size; c += batch) {
+        for (int first = part * part_size; first < (part + 1) * part_size; first += batch) {
             float elements[batch];
 #pragma unroll
-            for (int i = 0; i < batch; i += 4) {
+            for (int i = 0; i < batch; ++i) {
                 if constexpr (Transposed) {
-                    for (int k = 0; k < 4; ++k) elements[i + k] = matrix[(c + i + k) * D + j];
-                } else {
-                    const U32x4 four = *reinterpret_cast<const U32x4*>(matrix + j * D + c + i);
+                    elements[i] = matrix[(first + i) * D + j];
+                } else if (i % 4 == 0) {
+                    const U32x4 four = *reinterpret_cast<const U32x4*>(matrix + j * D + first + i);
                     elements[i] = __uint_as_float(four.x), elements[i + 1] = __uint_as_float(four.y);
                     elements[i + 2] = __uint_as_float(four.z), elements[i + 3] = __uint_as_float(four.w);
                 }
             }
+            // The compiler would read each element where it is used. Before the first ones, rows are in the buffer.
+            __syncthreads();
 #pragma unroll
             for (int i = 0; i < batch; ++i) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const U32x4 four = reinterpret_cast<const U32x4*>(buffer)[(c + i) * 2 + half];
-                    float* to = sums[n] + 4 * half;
-                    to[0] += elements[i] * __uint_as_float(four.x), to[1] += elements[i] * __uint_as_float(four.y);
-                    to[2] += elements[i] * __uint_as_float(four.z), to[3] += elements[i] * __uint_as_float(four.w);
+                for (int r = 0; r < rows_per_block; r += 4) {
+                    const U32x4 four = *reinterpret_cast<const U32x4*>(buffer + (first + i) * rows_per_block + r);
+                    sums[n][r] += elements[i] * __uint_as_float(four.x), sums[n][r + 1] += elements[i] * __uint_as_float(four.y);
+                    sums[n][r + 2] += elements[i] * __uint_as_float(four.z), sums[n][r + 3] += elements[i] * __uint_as_float(four.w);
                 }
             }
         }
@@ -154,8 +154,9 @@ __device__ __forceinline__ void multiply_rows(float (&row)[D / 16], const float*
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < per_thread; ++n) {
-        const int j = first + n * row_threads;
-        if (j >= D || part >= parts) continue;
+        const int j = own + n * row_threads;
+        if (j >= D) continue;
+#pragma unroll
         for (int r = 0; r < rows_per_block; ++r) buffer[(part * rows_per_block + r) * D + j] = sums[n][r];
     }
     __syncthreads();

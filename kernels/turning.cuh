@@ -95,7 +95,10 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
     // This thread's pairs are (frequency 8·s + threadIdx.x % 8, column) of k-steps that lie 8 apart.
     const i32* starts = reinterpret_cast<const i32*>(p.channels);
     const i32* channels = starts + p.frequencies + 1;
-    const int column = threadIdx.x / step_frequencies % query_tile;
+    const int pair = threadIdx.x, pairs = steps * step_pairs, column = pair / step_frequencies % query_tile;
+    constexpr int step_words = 32 * 4, buffer_words = most_steps * step_words;
+    const Waves* own_factors = factors + (pair & ~(step_pairs - 1)) + column % width * step_frequencies + pair % step_frequencies;
+    u32* own_words = reinterpret_cast<u32*>(&amplitudes[0][pair / step_pairs][4 * column + pair % 4]) + pair / 4 % 2;
     int channel_of[own_pairs];
 #pragma unroll
     for (int n = 0; n < own_pairs; ++n) {
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
         // Factors of the tile's queries, and bounds of what they make, in the amplitudes' second half, which is not in use yet.
         float* bounds = reinterpret_cast<float*>(amplitudes[1]);
         const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
-        for (int index = threadIdx.x; index < steps * step_pairs; index += turning_threads) {
+        for (int index = threadIdx.x; index < pairs; index += turning_threads) {
             const int frequency = index / step_pairs * step_frequencies + index % step_frequencies;
             const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + column);
             Waves sum = {0.0f, 0.0f};
@@ -135,21 +138,29 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
             if (index % step_frequencies == 0) bounds[index / step_frequencies] = bound;
         }
         __syncthreads();
-        auto unit_of_column = [&](int of) {
+        auto unit_of_query = [&](int query) {
             float largest = 0.0f;
-            for (int s = 0; s < steps; ++s) largest = fmaxf(largest, bounds[s * query_tile + of % width]);
+            for (int s = 0; s < steps; ++s) largest = fmaxf(largest, bounds[s * query_tile + query]);
             return unit_of(largest);
         };
-        const float scale = 1.0f / unit_of_column(column);
+        const float scale = 1.0f / unit_of_query(column);
+        for (int index = threadIdx.x; index < pairs; index += turning_threads) {
+            factors[index].cosine *= scale;
+            factors[index].sine *= scale;
+        }
+        // Of the columns that this lane has of a product: unit, its first row and that row's address, and how many rows there are to write.
         float units[2];
+        int rows[2];
         float* to[2];
+        u32 ends[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int own = 2 * t + j, query = own % width;
-            units[j] = unit_of_column(own);
             const i64 place = (static_cast<i64>(batch) * head_tiles + head * p.query_tiles + tile) * query_tile + query;
-            const bool exists = tile * query_tile + query < all_queries;
-            to[j] = exists ? reinterpret_cast<float*>(p.bias) + place * p.capacity : nullptr;
+            units[j] = unit_of_query(query);
+            rows[j] = (first_span + first * spans + (own >> width_bits)) * span_rows - origin + 16 * warp + g;
+            to[j] = reinterpret_cast<float*>(p.bias) + place * p.capacity + rows[j];
+            ends[j] = tile * query_tile + query < all_queries ? packed : 0;
         }
 
         // Of an item's columns: cosines and sines of their spans' angles, then from these the amplitudes.
@@ -160,48 +171,57 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
             const float* from = reinterpret_cast<const float*>(p.transform.spans) + static_cast<i64>(span) * 2 * D;
 #pragma unroll
             for (int n = 0; n < own_pairs; ++n) {
-                if (threadIdx.x + n * turning_threads < steps * step_pairs) far[n] = {from[channel_of[n]], from[D + channel_of[n]]};
+                if (pair + n * turning_threads < pairs) far[n] = {from[channel_of[n]], from[D + channel_of[n]]};
             }
         };
         auto make_amplitudes = [&](int buffer) {
 #pragma unroll
             for (int n = 0; n < own_pairs; ++n) {
-                const int index = threadIdx.x + n * turning_threads;
-                if (index >= steps * step_pairs) continue;
-                const Waves factor = factors[(index & ~(step_pairs - 1)) + column % width * step_frequencies + index % step_frequencies];
-                const float cosine = (factor.cosine * far[n].cosine + factor.sine * far[n].sine) * scale;
-                const float sine = (factor.sine * far[n].cosine - factor.cosine * far[n].sine) * scale;
-                u32* words = reinterpret_cast<u32*>(&amplitudes[buffer][index / step_pairs][4 * column + index % 4]) + index / 4 % 2;
-                split_halves(cosine, sine, words[0], words[2]);
+                if (pair + n * turning_threads >= pairs) continue;
+                const Waves factor = own_factors[n * turning_threads];
+                u32* to_words = own_words + buffer * buffer_words + n * (turning_threads / step_pairs) * step_words;
+                split_halves(factor.cosine * far[n].cosine + factor.sine * far[n].sine, factor.sine * far[n].cosine - factor.cosine * far[n].sine,
+                             to_words[0], to_words[2]);
             }
         };
         load_far(first);
         __syncthreads();  // all have their units
-        make_amplitudes(first % 2);
+        make_amplitudes(0);
+        load_far(first + 1);
         __syncthreads();
 
+        // Half of each scheduler's warps make the next amplitudes before they multiply, half behind.
+        const bool early = warp / 4 % 2;
+        int buffer = 0;
         for (int of = first; of <= last; ++of) {
-            if (of < last) load_far(of + 1);
+            auto prepare = [&] {
+                make_amplitudes(1 - buffer);
+                load_far(of + 2);
+            };
+            if (early) prepare();
             float highs[4] = {}, low_steps[4] = {}, low_amplitudes[4] = {};
 #pragma unroll 1
             for (int pass = 0; pass < passes; ++pass) {
                 if (passes > 1) fragments.load(p, pass, steps);
 #pragma unroll
                 for (int s = 0; s < count; ++s) {
-                    const U32x4 amplitude = amplitudes[of % 2][pass * count + s][lane];
+                    const U32x4 amplitude = amplitudes[buffer][pass * count + s][lane];
                     const u32 high[2] = {amplitude.x, amplitude.y}, low[2] = {amplitude.z, amplitude.w};
                     multiply_fragments(highs, fragments.high[s], high);
                     multiply_fragments(low_steps, fragments.low[s], high);
                     multiply_fragments(low_amplitudes, fragments.high[s], low);
                 }
             }
-            if (of < last) make_amplitudes((of + 1) % 2);
-            const int first_row = (first_span + of * spans) * span_rows - origin + 16 * warp + g;
+            if (!early) prepare();
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int j = i % 2, row = first_row + ((2 * t + j) >> width_bits) * span_rows + i / 2 * 8;
-                if (to[j] && row >= 0 && row < packed) to[j][row] = (highs[i] + (low_steps[i] + low_amplitudes[i])) * units[j];
+                const int j = i % 2, further = i / 2 * 8;
+                if (static_cast<u32>(rows[j] + further) >= ends[j]) continue;
+                to[j][further] = (highs[i] + (low_steps[i] + low_amplitudes[i])) * units[j];
             }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) rows[j] += spans * span_rows, to[j] += spans * span_rows;
+            buffer = 1 - buffer;
             __syncthreads();
         }
     }

@@ -239,10 +239,10 @@ def transform_of(codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None
     return params("TransformParams", **fields)
 
 
-def wave_fields(codec: ReferenceCodec) -> dict[str, Any]:
-    """The fields of TurningParams that a codec whose mean turns has, as params.cuh lays them out."""
-    frequencies, width = codec.map.frequencies.tolist(), codec.head_dim
-    distinct = list(dict.fromkeys(frequencies))
+def wave_fields(frequencies: Tensor) -> dict[str, Any]:
+    """The fields of TurningParams that follow from the frequencies of a mean that turns [D], as params.cuh has them."""
+    width, of_channels = len(frequencies), frequencies.tolist()
+    distinct = list(dict.fromkeys(of_channels))
     pass_steps = width // 16 if width <= 128 else -(-width // 64)
     steps = -(-len(distinct) // (8 * pass_steps)) * pass_steps
     angles = torch.arange(256)[:, None] * torch.tensor(distinct, dtype=torch.float64)
@@ -252,7 +252,7 @@ def wave_fields(codec: ReferenceCodec) -> dict[str, Any]:
     exact = waves.view(16, 2, 8, steps, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
     high = exact.half()
     fragments = torch.stack([high, (exact - high.double()).half()]).contiguous()
-    places = [distinct.index(theta) for theta in frequencies]
+    places = [distinct.index(theta) for theta in of_channels]
     channels = sorted(range(width), key=places.__getitem__)
     starts = [sum(place < index for place in places) for index in range(len(distinct) + 1)]
     return {
@@ -303,7 +303,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
             [call.sinks - (call.paddings or [0] * batch)[b] for b in range(batch)], dtype=torch.int32
         )
         fields = {"bias": bias, "origins": origins, "transform": key_transform, "capacity": capacity, "batch": batch}
-        arguments = params("TurningParams", **common, **fields, **wave_fields(call.keys))
+        arguments = params("TurningParams", **common, **fields, **wave_fields(call.keys.map.frequencies))
         launch(f"turning<{call.element}, {width_k}>", (TURNING_BLOCKS,), TURNING_THREADS, arguments)
 
     mask_fields: dict[str, Any] = {"paddings": paddings, "causal": int(call.causal), "softcap": call.softcap}

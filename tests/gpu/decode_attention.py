@@ -150,7 +150,7 @@ class DecodeAttention:
             paddings = call.paddings or (0,) * call.batch
             origins = machine.put(torch.tensor([call.sinks - padding for padding in paddings], dtype=torch.int32))
             fields = {"bias": self.bias, "origins": origins, "transform": transform, "capacity": call.packed}
-            fields |= {name: machine.put(value) for name, value in wave_fields(call.keys).items()}
+            fields |= {name: machine.put(value) for name, value in wave_fields(call.keys.map.frequencies).items()}
             fields["batch"] = call.batch
             grid = (machine.multiprocessors,)
             self._add(f"turning<{call.element}, {width}>", grid, "TurningParams", **self._common, **fields)
