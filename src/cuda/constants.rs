@@ -87,7 +87,11 @@ impl CodecConstants {
         let waves = turns.map(|turns| {
             let frequencies = turns.distinct().len();
             let waves = wave_fragments(turns, codec.layout.head_dim);
-            [upload.push(waves, u16::to_le_bytes), upload.push(channels_by_frequency(turns), i32::to_le_bytes), frequencies as u64]
+            [
+                upload.push(waves, u16::to_le_bytes),
+                upload.push(channels_by_frequency(turns), i32::to_le_bytes),
+                frequencies as u64,
+            ]
         });
         // SAFETY: the caller's promise; what is uploaded lives in this frame, which waits.
         let block = unsafe {
