@@ -205,7 +205,7 @@ def test_steps_of_a_mean_that_turns_stay_in_registers(arch: str) -> None:
     names = [sass.name_of(line) for line in products.instructions]
     assert names.count("HMMA") == 24  # high, low of steps, low of amplitudes: three sums side by side
     assert "LDG" not in names
-    sums = [re.search(r"HMMA\.16816\.F32 \w+, \w+, [\w.]+, (\w+)", line) for line in products.instructions]
+    sums = [re.search(r"HMMA\.16816\.F32 \w+, [\w.]+, [\w.]+, (\w+)", line) for line in products.instructions]
     chain = [found[1] for found in sums if found]
     assert all(len(set(chain[i : i + 3])) == 3 for i in range(0, 24, 3))
 
