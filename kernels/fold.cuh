@@ -3,7 +3,8 @@
 // Is: one launch before attend.cuh; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
 // by it. Every block of statistics has its own q', so a split of attention stays inside one block.
-// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries.
+// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries,
+// which share the product with a matrix, a thread a channel of all 8.
 #pragma once
 #include "state.cuh"
 #include "transform.cuh"

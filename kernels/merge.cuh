@@ -1,7 +1,7 @@
 // Partial states to an output row: `unfold` brings packed states to the model's space, `merge` joins all states of a query.
 //
 // Is: Σ p x̂ = s ∘ Rᵀ π⁻¹ (Σ p ŷ) + (Σ p)·μ, or B·(Σ p ŷ) + (Σ p)·μ, once for each block of statistics. Is not: over rows.
-// Block: 128 threads, 16 for each of 8 queries. unfold's grid: states it makes × (kv heads · query tiles) × batch; merge's: (kv heads · query
+// Block: 128 threads, 16 for each of 8 queries, which share the product with a matrix, a thread a channel of all 8. unfold's grid: states it makes × (kv heads · query tiles) × batch; merge's: (kv heads · query
 // tiles) × batch, with four times the threads, each slice of which joins a quarter of the states. One unfolded state takes splits_per_state splits
 // one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
 #pragma once

@@ -59,10 +59,10 @@ pub struct CodecConstants {
     _block: Block,
 }
 
-/// What `kernels/turning.cuh` multiplies amplitudes with, and which channels make these: fields of `TurningParams`.
+/// What `kernels/turning.cuh` multiplies amplitudes with, and which channels make these: `waves`, `channels`, `frequencies` of `TurningParams`.
 #[derive(Clone, Copy, Default)]
 pub struct Waves {
-    pub waves: u64,
+    pub table: u64,
     pub channels: u64,
     pub frequencies: i32,
 }
@@ -114,7 +114,7 @@ impl CodecConstants {
         let (levels, noise) = (at(Some(levels)), at(noise));
         let (table, weight_unit) = (pages::level_table(codec), pages::weight_unit(codec));
         let waves = waves.map_or_else(Waves::default, |[waves, channels, frequencies]| Waves {
-            waves: at(Some(waves)),
+            table: at(Some(waves)),
             channels: at(Some(channels)),
             frequencies: frequencies as i32,
         });

@@ -167,7 +167,7 @@ impl Launches<'_> {
                 origins: held.origins(),
                 lengths: self.lengths_read(),
                 transform: key_transform,
-                waves: keys.waves.waves,
+                waves: keys.waves.table,
                 channels: keys.waves.channels,
                 capacity: packed as i64,
                 scale: call.scale,
