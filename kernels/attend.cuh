@@ -393,11 +393,9 @@ __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) 
     constexpr bool bytes = by_bytes<K, Tiles>;
     const bool integers = bytes && p.as_bytes;
     if constexpr (has_remainders<V>) {
-        if (ternary_is_symmetric(p.value_levels)) {
-            return integers ? attend_split<K, V, Tiles, bytes, true>(p, shared) : attend_split<K, V, Tiles, false, true>(p, shared);
-        }
+        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, false, false>(p, shared);
     }
-    integers ? attend_split<K, V, Tiles, bytes, false>(p, shared) : attend_split<K, V, Tiles, false, false>(p, shared);
+    integers ? attend_split<K, V, Tiles, bytes, has_remainders<V>>(p, shared) : attend_split<K, V, Tiles, false, has_remainders<V>>(p, shared);
 }
 
 }  // namespace skvq

@@ -2,8 +2,10 @@
 //
 // Is: one launch before attend.cuh; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
-// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh). Every block of statistics has its own q', so a split of attention stays inside one block.
-// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries.
+// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh). Every block of statistics has its own q', so a split of
+// attention stays inside one block.
+// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries,
+// which share the product with a matrix, a thread a channel of all 8.
 #pragma once
 #include "bytes.cuh"
 #include "state.cuh"
@@ -13,17 +15,10 @@ namespace skvq {
 
 constexpr int extras_head = 4;
 
-/// A power of two u with |largest| / u in [2^13, 2^14).
-__device__ __forceinline__ float unit_of(float largest) {
-    const u32 exponent = __float_as_uint(largest) >> 23;
-    if (exponent < 14 || exponent >= 255) return 1.0f;
-    return __uint_as_float((exponent - 13) << 23);
-}
-
 template <class T, class K>
 __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ FoldParams p) {
     constexpr int D = K::head_dim, per_lane = D / 16;
-    __shared__ float buffer[rows_per_block * D];
+    alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
     const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
     const int blocks = gridDim.x, query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
@@ -41,8 +36,8 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) shifted += row[k] * transform.shift[lane + 16 * k];
     }
-    if (transform.inverse) {
-        multiply_transposed<D>(row, transform.inverse, own, lane);
+    if constexpr (K::is_parts) {
+        multiply_rows<D, true, 32>(row, transform.inverse, buffer, query, lane);
     } else {
         if (transform.scale) {
 #pragma unroll

@@ -1,7 +1,7 @@
 // Partial states to an output row: `unfold` brings packed states to the model's space, `merge` joins all states of a query.
 //
 // Is: Σ p x̂ = s ∘ Rᵀ π⁻¹ (Σ p ŷ) + (Σ p)·μ, or B·(Σ p ŷ) + (Σ p)·μ, once for each block of statistics. Is not: over rows.
-// Block of unfold: 128 threads, 16 for each of 8 queries; grid: states it makes × (kv heads · query tiles) × batch. One unfolded state takes
+// Block of unfold: 128 threads, 16 for each of 8 queries, which share the product with a matrix, a thread a channel of all 8; grid: states it makes × (kv heads · query tiles) × batch. One unfolded state takes
 // splits_per_state splits one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
 // Block of merge: one query, 128 threads, eight slices of 16 each of which joins every eighth state, four at once; grid: query heads · length × batch.
 #pragma once
@@ -10,10 +10,12 @@
 
 namespace skvq {
 
+constexpr int unfold_blocks = 8;  // of a multiprocessor: without matrices the product's registers must not cost any
+
 template <int D>
-__global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ UnfoldParams p) {
+__global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unfold(const __grid_constant__ UnfoldParams p) {
     constexpr int per_lane = D / 16;
-    __shared__ float buffer[rows_per_block * D];
+    alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
     const int made = blockIdx.x, head_tile = blockIdx.y, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = head_tile / p.query_tiles;
     const int first = made * p.splits_per_state, end = min(first + p.splits_per_state, p.splits);
@@ -37,7 +39,8 @@ __global__ void __launch_bounds__(row_threads) unfold(const __grid_constant__ Un
         // Blocks that hold no row yet have no statistics: their states are empty, which all queries see alike.
         if (__syncthreads_and(weight == 0.0f)) continue;
         const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
-        transform_back<D>(row, p.transform, transform, own, lane);
+        if (transform.inverse) multiply_rows<D, false, 16>(row, transform.inverse, buffer, query, lane);
+        else transform_back<D>(row, p.transform, transform, own, lane);
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
             output[k] += row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);

@@ -56,10 +56,11 @@ struct FoldParams {
     float scale;  // softmax scale
     i32 kv_heads, group, length;
     i32 query_tiles;
-    i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh)
+    i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh);
+                   // not with ternary values of uneven levels
 };
 
-/// turning.cuh: q·m(t) of every packed row.
+/// turning.cuh: q·m(t) of every packed row. Grid: any number of blocks.
 struct TurningParams {
     u64 query;
     i64 query_batch_stride, query_head_stride, query_position_stride;
@@ -67,9 +68,14 @@ struct TurningParams {
     u64 origins;  // i32 [batch]: position of the first packed row
     u64 lengths;
     TransformParams transform;
+    // f16 [2, 16 row tiles, k-steps, 32 lanes, 4 registers of 2], as fragments of A, what f16 has of each number, then what it has of the rest: register
+    // i of lane 4·g + t has cosine and sine of j·θ for step j = 16·tile + g + 8·(i % 2) and frequency 8·(k-step) + t + 4·⌊i / 2⌋; zeros behind the last one.
+    u64 waves;
+    u64 channels;  // i32 [frequencies + 1], where the channels of each of the distinct frequencies begin; then i32 [D], the channels in that order
     i64 capacity;
     float scale;
     i32 kv_heads, group, length, query_tiles;
+    i32 batch, frequencies;
     i32 padding;
 };
 
@@ -280,7 +286,7 @@ static_assert(sizeof(CopyParams) == 136, "CopyParams");
 static_assert(sizeof(StepParams) == 24, "StepParams");
 static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
-static_assert(sizeof(TurningParams) == 168, "TurningParams");
+static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 456, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");

@@ -273,6 +273,13 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
     return half_of_float(a) | static_cast<u32>(half_of_float(b)) << 16;
 }
 
+/// A power of two u with |largest| / u in [2^13, 2^14).
+__device__ __forceinline__ float unit_of(float largest) {
+    const u32 exponent = __float_as_uint(largest) >> 23;
+    if (exponent < 14 || exponent >= 255) return 1.0f;
+    return __uint_as_float((exponent - 13) << 23);
+}
+
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(Half value) { return float_of_half(value.bits); }
 __device__ __forceinline__ float widen(BFloat value) { return __uint_as_float(static_cast<u32>(value.bits) << 16); }

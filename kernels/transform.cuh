@@ -2,7 +2,7 @@
 //
 // Is: Hadamard, permutation, sums in the order of the specification. Is not: attention.
 // A row of D channels is `float row[D / 16]`: lane l of a half warp holds the channels l, l + 16, l + 32, … All lanes of the warp take part in
-// every function, so both halves must call it. Nothing here fuses a multiply and an add.
+// every function, so both halves must call it. Nothing here fuses a multiply and an add but `multiply_rows`, which no codes depend on.
 #pragma once
 #include "params.cuh"
 
@@ -112,6 +112,69 @@ __device__ __forceinline__ void multiply_transposed(float (&row)[D / 16], const 
     for (int c = 0; c < D; ++c) {
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) row[k] = __fadd_rn(row[k], __fmul_rn(matrix[static_cast<i64>(c) * D + lane + 16 * k], buffer[c]));
+    }
+}
+/// Parts of a sum that the threads of a block share out where a row has fewer channels than there are threads.
+constexpr int product_parts(int head_dim) {
+    const int fitting = row_threads / head_dim, most = head_dim / 4;
+    return fitting < 1 ? 1 : fitting < most ? fitting : most;
+}
+
+/// row_j = Σ_c M[j][c]·row_c, or of Mᵀ, for the eight rows of a block, in any order: a thread sums up channel j of all of them, so that each element of
+/// the matrix is read once, and up to `Batch` of a thread are on their way at once. All threads of the block take part.
+/// `buffer` [8 · product_parts(D) · D], at a multiple of 16 bytes; each row's first D may be written afterwards, by its own lanes.
+template <int D, bool Transposed, int Batch>
+__device__ __forceinline__ void multiply_rows(float (&row)[D / 16], const float* matrix, float* buffer, int own_row, int lane) {
+    constexpr int parts = product_parts(D), part_size = D / parts, fitting = part_size & -part_size;
+    constexpr int batch = fitting < Batch ? fitting : Batch, per_thread = (D + row_threads - 1) / row_threads;
+    const int part = parts > 1 ? min(static_cast<int>(threadIdx.x) / D, parts - 1) : 0;
+    const int own = static_cast<int>(threadIdx.x) - part * D;  // and those row_threads further; the last one for threads that have none
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) buffer[(lane + 16 * k) * rows_per_block + own_row] = row[k];
+    float sums[per_thread][rows_per_block] = {};
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+        const int j = min(own + n * row_threads, D - 1);
+#pragma unroll 1
+        for (int first = part * part_size; first < (part + 1) * part_size; first += batch) {
+            float elements[batch];
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+                if constexpr (Transposed) {
+                    elements[i] = matrix[(first + i) * D + j];
+                } else if (i % 4 == 0) {
+                    const U32x4 four = *reinterpret_cast<const U32x4*>(matrix + j * D + first + i);
+                    elements[i] = __uint_as_float(four.x), elements[i + 1] = __uint_as_float(four.y);
+                    elements[i + 2] = __uint_as_float(four.z), elements[i + 3] = __uint_as_float(four.w);
+                }
+            }
+            // The compiler would read each element where it is used. Before the first ones, rows are in the buffer.
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < batch; ++i) {
+#pragma unroll
+                for (int r = 0; r < rows_per_block; r += 4) {
+                    const U32x4 four = *reinterpret_cast<const U32x4*>(buffer + (first + i) * rows_per_block + r);
+                    sums[n][r] += elements[i] * __uint_as_float(four.x), sums[n][r + 1] += elements[i] * __uint_as_float(four.y);
+                    sums[n][r + 2] += elements[i] * __uint_as_float(four.z), sums[n][r + 3] += elements[i] * __uint_as_float(four.w);
+                }
+            }
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < per_thread; ++n) {
+        const int j = own + n * row_threads;
+        if (j >= D) continue;
+#pragma unroll
+        for (int r = 0; r < rows_per_block; ++r) buffer[(part * rows_per_block + r) * D + j] = sums[n][r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+        row[k] = 0.0f;
+        for (int of = 0; of < parts; ++of) row[k] += buffer[(of * rows_per_block + own_row) * D + lane + 16 * k];
     }
 }
 

@@ -1,83 +1,230 @@
 // q·m(t) of packed keys whose mean turns with the position (FORMAT.md §6), for attend.cuh's bias.
 //
-// Is: one number a query and packed row, in f32. Is not: fused: it writes and attend reads 4 bytes a query and row.
-// With μ at position 0 turned by t, q·m(t) = Σ_c q_c·(μ_c·C_c(t) + ν_c·S_c(t)): for a span of 256 positions the amplitudes
-// a_c = q_c·(μ_c·cos + ν_c·sin) and b_c = q_c·(ν_c·cos − μ_c·sin) of the span's angle, then Σ a_c·cos(jθ_c) + b_c·sin(jθ_c) for its rows.
-// Grid: spans that the capacity touches × (kv heads · query tiles) × batch; block: 128 threads, two rows each, for the queries of a tile that exist.
-// The cosines and sines of the 256 steps pass through shared memory, some at a time: a thread's own row of them lies apart from its neighbour's.
+// Is: one number a query and packed row, in f32, to about 2^-21 of the largest. Is not: fused: it writes and attend reads 4 bytes a query and row.
+// With μ at position 0 turned by t, and A = Σ q_c·μ_c, B = Σ q_c·ν_c over the channels of a frequency θ, q·m(256·i + j) is the sum over the frequencies of
+// (A·cos + B·sin)·cos(jθ) + (B·cos − A·sin)·sin(jθ), with cos and sin of 256·i·θ: for the 256 rows of a span a product of
+//     cosines and sines of the steps [256, waves] · amplitudes [waves, 8],   two waves a frequency, a column for each (span, query).
+// Products are of f16 with f32 sums. Both sides are split into what f16 has of them (high) and what it has of the rest (low), amplitudes after division
+// by a power of two a query; high·high + low·high + high·low misses 2^-22 of each.
+//
+//     warp w, rows 16·w … +15          k-step s, frequencies 8·s … +7                8 columns = 8 / n spans of n queries, n = 1, 2, 4, 8
+//     +------------------------+       wave 2·f: cosines, 2·f + 1: sines            +--------+--------+
+//     | A: of the table, in    |   ·   B: amplitudes, by all threads, in    =       | span i | span   |  D: · the query's unit, to bias
+//     | registers for all items|       shared memory, two items by turns            | q 0…n-1| i + 1 …|
+//     +------------------------+                                                    +--------+--------+
+//
+// Grid: as many blocks as run at once, one a multiprocessor, or fewer; each takes a run of the items, which are (batch, kv head, query tile) by as many
+// spans as fill 8 columns. Block: 512 threads. Where a pass of the waves is not all of them, its part of the table is read anew for each item.
 #pragma once
 #include "state.cuh"
 #include "transform.cuh"
 
 namespace skvq {
 
-constexpr int turning_waves = 16;  // of the steps in shared memory
-constexpr int turning_steps = 256, steps_per_thread = turning_steps / row_threads;
+constexpr int turning_warps = 16, turning_threads = 32 * turning_warps, span_rows = 16 * turning_warps;
+/// Frequencies of a k-step; pairs (frequency, column) of it.
+constexpr int step_frequencies = 8, step_pairs = 8 * query_tile;
 
-/// Σ of the amplitudes of the first `Queries` queries by the waves of all steps, to `bias`, a query's numbers `capacity` apart.
-template <int D, int Queries>
-__device__ __forceinline__ void turn_span(const float (*amplitudes)[query_tile], float (*near)[turning_waves + 1], const float* steps, float* bias,
-                                          i64 capacity, int queries, int first_row, int packed) {
-    float sums[steps_per_thread][Queries] = {};
-    for (int wave = 0; wave < 2 * D; wave += turning_waves) {
-        __syncthreads();
-        for (int index = threadIdx.x; index < turning_steps * turning_waves; index += row_threads) {
-            const int step = index / turning_waves, which = index % turning_waves;
-            near[step][which] = steps[static_cast<i64>(step) * 2 * D + wave + which];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int which = 0; which < turning_waves; ++which) {
-#pragma unroll
-            for (int n = 0; n < steps_per_thread; ++n) {
-                const float factor = near[threadIdx.x + n * row_threads][which];
-#pragma unroll
-                for (int query = 0; query < Queries; ++query) sums[n][query] += amplitudes[wave + which][query] * factor;
-            }
-        }
-    }
-    for (int n = 0; n < steps_per_thread; ++n) {
-        const int row = first_row + static_cast<int>(threadIdx.x) + n * row_threads;
-        if (row < 0 || row >= packed) continue;
-#pragma unroll
-        for (int query = 0; query < Queries; ++query) {
-            if (query < queries) bias[query * capacity + row] = sums[n][query];
-        }
-    }
+/// k-steps whose fragments a warp has in registers: with a rotary embedding, two channels a frequency, all of them for heads up to 128, a quarter of wider ones.
+constexpr int pass_steps(int head_dim) { return head_dim <= 128 ? head_dim / 16 : (head_dim + 63) / 64; }
+/// Passes for all waves of so many frequencies.
+constexpr int passes_of(int head_dim, int frequencies) {
+    const int a_pass = step_frequencies * pass_steps(head_dim);
+    return (frequencies + a_pass - 1) / a_pass;
+}
+/// Spans that `packed` rows from any position on touch at most.
+__device__ __forceinline__ int most_spans(int packed) { return packed > 0 ? (packed + 2 * span_rows - 2) / span_rows : 0; }
+__device__ __forceinline__ int span_of(int position) { return position >= 0 ? position / span_rows : -((span_rows - 1 - position) / span_rows); }
+
+/// Numbers of a frequency that belong to a cosine and to a sine.
+struct alignas(8) Waves {
+    float cosine, sine;
+};
+
+/// A pair of f32 as f16, and what f16 has of the rest.
+__device__ __forceinline__ void split_halves(float a, float b, u32& high, u32& low) {
+    float a_high, b_high;
+    high = narrow_to_halves(a, b);
+    widen_halves(high, a_high, b_high);
+    low = narrow_to_halves(a - a_high, b - b_high);
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(row_threads) turning(const __grid_constant__ TurningParams p) {
-    alignas(16) __shared__ float amplitudes[2 * D][query_tile];
-    __shared__ float near[turning_steps][turning_waves + 1];
-    const int head_tile = blockIdx.y, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles, head = head_tile / p.query_tiles;
-    const int origin = reinterpret_cast<const i32*>(p.origins)[batch], packed = reinterpret_cast<const i32*>(p.lengths)[0];
-    // Spans are cut at multiples of 256 of the position, not of the row.
-    const int first_span = origin >= 0 ? origin / 256 : -((255 - origin) / 256), span = first_span + static_cast<int>(blockIdx.x);
-    const int first_row = span * 256 - origin, first_query = head_tile % p.query_tiles * query_tile;
-    if (first_row >= packed) return;
-    const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
-    const float* far = reinterpret_cast<const float*>(p.transform.spans) + static_cast<i64>(span - p.transform.first_span) * 2 * D;
-    for (int index = threadIdx.x; index < query_tile * D; index += row_threads) {
-        const int query = index / D, channel = index % D;
-        const QueryPlace place = query_at(head, p.group, p.length, first_query + query);
-        float cosine = 0.0f, sine = 0.0f;
-        if (place.exists) {
-            const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
-                            place.position * p.query_position_stride;
-            const float q = widen(from[channel]) * p.scale, mean = transform.shift[channel], quarter = transform.shift_sine[channel];
-            cosine = q * (mean * far[channel] + quarter * far[D + channel]);
-            sine = q * (quarter * far[channel] - mean * far[D + channel]);
+/// A pass of the table for one warp.
+template <int D>
+struct StepFragments {
+    static constexpr int count = pass_steps(D);
+    u32 high[count][4], low[count][4];
+
+    /// `steps`: k-steps of all passes.
+    __device__ __forceinline__ void load(const TurningParams& p, int pass, int steps) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const U32x4* from = reinterpret_cast<const U32x4*>(p.waves) + (warp * steps + pass * count) * 32 + lane;
+#pragma unroll
+        for (int s = 0; s < count; ++s) {
+            const U32x4 of_high = from[s * 32], of_low = from[(turning_warps * steps + s) * 32];
+            high[s][0] = of_high.x, high[s][1] = of_high.y, high[s][2] = of_high.z, high[s][3] = of_high.w;
+            low[s][0] = of_low.x, low[s][1] = of_low.y, low[s][2] = of_low.z, low[s][3] = of_low.w;
         }
-        amplitudes[channel][query] = cosine;
-        amplitudes[D + channel][query] = sine;
     }
-    const float* steps = reinterpret_cast<const float*>(p.transform.steps);
-    float* bias = reinterpret_cast<float*>(p.bias) + (static_cast<i64>(batch) * head_tiles + head_tile) * query_tile * p.capacity;
-    const int queries = min(query_tile, p.group * p.length - first_query);
-    if (queries <= 1) turn_span<D, 1>(amplitudes, near, steps, bias, p.capacity, queries, first_row, packed);
-    else if (queries <= 4) turn_span<D, 4>(amplitudes, near, steps, bias, p.capacity, queries, first_row, packed);
-    else turn_span<D, query_tile>(amplitudes, near, steps, bias, p.capacity, queries, first_row, packed);
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(turning_threads) turning(const __grid_constant__ TurningParams p) {
+    constexpr int count = pass_steps(D), most_steps = passes_of(D, D) * count;
+    // Pairs whose amplitudes a thread makes, at most.
+    constexpr int own_pairs = (most_steps * step_pairs + turning_threads - 1) / turning_threads;
+    // Of a k-step and lane: high 0, high 1, low 0, low 1.
+    alignas(16) __shared__ U32x4 amplitudes[2][most_steps][32];
+    // A and B, [k-step, query, 8].
+    __shared__ Waves factors[most_steps * step_pairs];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int passes = passes_of(D, p.frequencies), steps = passes * count;
+    const int packed = reinterpret_cast<const i32*>(p.lengths)[0], all_queries = p.group * p.length;
+    int width_bits = 0;  // of the columns that a span takes
+    while (1 << width_bits < min(query_tile, all_queries)) ++width_bits;
+    const int width = 1 << width_bits, spans = query_tile >> width_bits;
+    const int head_tiles = p.kv_heads * p.query_tiles, used_tiles = (all_queries + query_tile - 1) / query_tile;
+    const int run_items = (most_spans(packed) + spans - 1) >> (3 - width_bits);
+    const i64 items = static_cast<i64>(p.batch) * p.kv_heads * used_tiles * run_items;
+    i64 item = items * blockIdx.x / gridDim.x;
+    const i64 end = items * (blockIdx.x + 1) / gridDim.x;
+    if (item == end) return;
+
+    StepFragments<D> fragments;
+    fragments.load(p, 0, steps);
+    // This thread's pairs are (frequency 8·s + threadIdx.x % 8, column) of k-steps that lie 8 apart.
+    const i32* starts = reinterpret_cast<const i32*>(p.channels);
+    const i32* channels = starts + p.frequencies + 1;
+    const int pair = threadIdx.x, pairs = steps * step_pairs, column = pair / step_frequencies % query_tile;
+    constexpr int step_words = 32 * 4, buffer_words = most_steps * step_words;
+    const Waves* own_factors = factors + (pair & ~(step_pairs - 1)) + column % width * step_frequencies + pair % step_frequencies;
+    u32* own_words = reinterpret_cast<u32*>(&amplitudes[0][pair / step_pairs][4 * column + pair % 4]) + pair / 4 % 2;
+    int channel_of[own_pairs];
+#pragma unroll
+    for (int n = 0; n < own_pairs; ++n) {
+        const int frequency = (threadIdx.x + n * turning_threads) / step_pairs * step_frequencies + threadIdx.x % step_frequencies;
+        channel_of[n] = frequency < p.frequencies ? channels[starts[frequency]] : 0;
+    }
+
+    while (item < end) {
+        const int run = static_cast<int>(item / run_items), first = static_cast<int>(item % run_items);
+        const int last = static_cast<int>(min(static_cast<i64>(run_items), first + end - item)) - 1;
+        const int tile = run % used_tiles, head = run / used_tiles % p.kv_heads, batch = run / used_tiles / p.kv_heads;
+        const int origin = reinterpret_cast<const i32*>(p.origins)[batch], first_span = span_of(origin), last_span = span_of(origin + packed - 1);
+        item += last + 1 - first;
+
+        // Factors of the tile's queries, and bounds of what they make, in the amplitudes' second half, which is not in use yet.
+        float* bounds = reinterpret_cast<float*>(amplitudes[1]);
+        const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
+        for (int index = threadIdx.x; index < pairs; index += turning_threads) {
+            const int frequency = index / step_pairs * step_frequencies + index % step_frequencies;
+            const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + column);
+            Waves sum = {0.0f, 0.0f};
+            if (place.exists && frequency < p.frequencies) {
+                const T* query = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
+                                 place.position * p.query_position_stride;
+                for (int at = starts[frequency]; at < starts[frequency + 1]; ++at) {
+                    const int channel = channels[at];
+                    const float q = widen(query[channel]) * p.scale;
+                    sum.cosine += q * transform.shift[channel];
+                    sum.sine += q * transform.shift_sine[channel];
+                }
+            }
+            factors[index] = sum;
+            float bound = fabsf(sum.cosine) + fabsf(sum.sine);
+            for (int distance = step_frequencies / 2; distance >= 1; distance /= 2) {
+                bound = fmaxf(bound, __shfl_xor_sync(whole_warp, bound, distance));
+            }
+            if (index % step_frequencies == 0) bounds[index / step_frequencies] = bound;
+        }
+        __syncthreads();
+        auto unit_of_query = [&](int query) {
+            float largest = 0.0f;
+            for (int s = 0; s < steps; ++s) largest = fmaxf(largest, bounds[s * query_tile + query]);
+            return unit_of(largest);
+        };
+        const float scale = 1.0f / unit_of_query(column);
+        for (int index = threadIdx.x; index < pairs; index += turning_threads) {
+            factors[index].cosine *= scale;
+            factors[index].sine *= scale;
+        }
+        // Of the columns that this lane has of a product: unit, its first row and that row's address, and how many rows there are to write.
+        float units[2];
+        int rows[2];
+        float* to[2];
+        u32 ends[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int own = 2 * t + j, query = own % width;
+            const i64 place = (static_cast<i64>(batch) * head_tiles + head * p.query_tiles + tile) * query_tile + query;
+            units[j] = unit_of_query(query);
+            rows[j] = (first_span + first * spans + (own >> width_bits)) * span_rows - origin + 16 * warp + g;
+            to[j] = reinterpret_cast<float*>(p.bias) + place * p.capacity + rows[j];
+            ends[j] = tile * query_tile + query < all_queries ? packed : 0;
+        }
+
+        // Of an item's columns: cosines and sines of their spans' angles, then from these the amplitudes.
+        Waves far[own_pairs];
+        auto load_far = [&](int of) {
+            // Behind the last span the table may end; its column is not written.
+            const int span = min(first_span + of * spans + (column >> width_bits), last_span) - p.transform.first_span;
+            const float* from = reinterpret_cast<const float*>(p.transform.spans) + static_cast<i64>(span) * 2 * D;
+#pragma unroll
+            for (int n = 0; n < own_pairs; ++n) {
+                if (pair + n * turning_threads < pairs) far[n] = {from[channel_of[n]], from[D + channel_of[n]]};
+            }
+        };
+        auto make_amplitudes = [&](int buffer) {
+#pragma unroll
+            for (int n = 0; n < own_pairs; ++n) {
+                if (pair + n * turning_threads >= pairs) continue;
+                const Waves factor = own_factors[n * turning_threads];
+                u32* to_words = own_words + buffer * buffer_words + n * (turning_threads / step_pairs) * step_words;
+                split_halves(factor.cosine * far[n].cosine + factor.sine * far[n].sine, factor.sine * far[n].cosine - factor.cosine * far[n].sine,
+                             to_words[0], to_words[2]);
+            }
+        };
+        load_far(first);
+        __syncthreads();  // all have their units
+        make_amplitudes(0);
+        load_far(first + 1);
+        __syncthreads();
+
+        // Half of each scheduler's warps make the next amplitudes before they multiply, half behind.
+        const bool early = warp / 4 % 2;
+        int buffer = 0;
+        for (int of = first; of <= last; ++of) {
+            auto prepare = [&] {
+                make_amplitudes(1 - buffer);
+                load_far(of + 2);
+            };
+            if (early) prepare();
+            float highs[4] = {}, low_steps[4] = {}, low_amplitudes[4] = {};
+#pragma unroll 1
+            for (int pass = 0; pass < passes; ++pass) {
+                if (passes > 1) fragments.load(p, pass, steps);
+#pragma unroll
+                for (int s = 0; s < count; ++s) {
+                    const U32x4 amplitude = amplitudes[buffer][pass * count + s][lane];
+                    const u32 high[2] = {amplitude.x, amplitude.y}, low[2] = {amplitude.z, amplitude.w};
+                    multiply_fragments(highs, fragments.high[s], high);
+                    multiply_fragments(low_steps, fragments.low[s], high);
+                    multiply_fragments(low_amplitudes, fragments.high[s], low);
+                }
+            }
+            if (!early) prepare();
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int j = i % 2, further = i / 2 * 8;
+                if (static_cast<u32>(rows[j] + further) >= ends[j]) continue;
+                to[j][further] = (highs[i] + (low_steps[i] + low_amplitudes[i])) * units[j];
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) rows[j] += spans * span_rows, to[j] += spans * span_rows;
+            buffer = 1 - buffer;
+            __syncthreads();
+        }
+    }
 }
 
 }  // namespace skvq

@@ -28,6 +28,7 @@ CALLS = [
     Call(codec(head_dim=128), codec("1.6", 128), group=4, name="2 and ternary, 128"),
     Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning, 128"),
     Call(parts(64, 1, turning=False), parts(96, 0, turning=False, noise=False), group=3, name="parts, 64 and 96"),
+    Call(parts(256, 1, turning=False), parts(80, 0, turning=False, noise=False), packed=40, name="parts, 256 and 80"),
     Call(TWO, TWO, dtype=torch.bfloat16, batch=2, group=8, packed=333, pages_per_split=2, name="2, batch, bfloat16"),
     Call(
         codec(**statics(64)), codec(**statics(64)), dtype=torch.float32, group=2, length=2, name="2, statics, float32"

@@ -57,13 +57,18 @@ OTHERS = {
     f"skvq::append_row<float, {WIDE}, {WIDE_PARTS}>": 128,
     f"skvq::append_row<skvq::BFloat, {layout('keys', '1.5')}, {layout('values', '8')}>": 96,
     f"skvq::fold<skvq::BFloat, {K2}>": 64,
+    f"skvq::fold<skvq::BFloat, {KP}>": 96,
     f"skvq::encode<skvq::Half, {KP}>": 96,
     f"skvq::encode<skvq::BFloat, {V16}>": 96,
     f"skvq::decode<skvq::Half, {VP}>": 64,
-    "skvq::unfold<128>": 96,
+    "skvq::unfold<128>": 64,
+    "skvq::unfold<256>": 168,
     "skvq::merge<skvq::Half, 128>": 64,
     "skvq::plain<skvq::BFloat, 128, 128>": THREE_BLOCKS,
-    "skvq::turning<skvq::Half, 128>": 96,
+    # One block of 512 threads.
+    "skvq::turning<skvq::Half, 64>": 128,
+    "skvq::turning<skvq::Half, 128>": 128,
+    "skvq::turning<skvq::BFloat, 256>": 128,
     f"skvq::rows_to_page<{V16}>": 64,
     "skvq::block_statistics<skvq::Half, 128>": 64,
     "skvq::query_squares<skvq::Half, 256>": 96,
@@ -100,7 +105,7 @@ JOBS = [
     for expression in (ATTEND if arch == "sm_90a" else list(ATTEND)[: 2 if arch == "sm_80" else 1])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
-JOBS += [("sm_90a", expression) for expression in OTHERS if "append_row" in expression]
+JOBS += [("sm_90a", name) for name in OTHERS if any(kernel in name for kernel in ("append_row", "turning", "fold"))]
 JOBS += [(arch, next(iter(ATTEND_MANY))) for arch in ARCHITECTURES if arch != "sm_90a"]
 JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
 
@@ -197,6 +202,19 @@ def test_many_queries_take_no_more_instructions_than_pages_md_says(arch: str) ->
     # Products with values are there twice: for rows that all see, and for others.
     assert loops[0]["matrix"] == matrix * 3 / 2
     assert loops[0].total() <= counted * cost.SLACK
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_steps_of_a_mean_that_turns_stay_in_registers(arch: str) -> None:
+    blocks = sass.blocks_of(sass.disassemble(compiled()[arch, "skvq::turning<skvq::Half, 128>"][2]))
+    (products,) = [block for block in blocks if any("HMMA" in line for line in block.instructions)]
+    names = [sass.name_of(line) for line in products.instructions]
+    assert names.count("HMMA") == 24  # high, low of steps, low of amplitudes: three sums side by side
+    assert "LDG" not in names
+    sums = [re.search(r"HMMA\.16816\.F32 \w+, [\w.]+, [\w.]+, (\w+)", line) for line in products.instructions]
+    chain = [found[1] for found in sums if found]
+    assert all(len(set(chain[i : i + 3])) == 3 for i in range(0, 24, 3))
 
 
 @pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")

@@ -21,6 +21,9 @@ HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "merge.cuh", "plain.cu
 QUERY_TILE = 8
 # Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
+TURNING_THREADS = 512
+# Of `turning`: any number of blocks divides its items.
+TURNING_BLOCKS = 3
 
 
 @dataclass
@@ -71,9 +74,11 @@ class Call:
     @property
     def as_bytes(self) -> bool:
         """Whether queries are folded to bytes, as `takes_bytes` of src/cuda/constants.rs."""
-        keys = self.formats[0]
-        fits = keys.head_dim % 32 == 0 and keys.head_dim * self.tiles <= 256
-        return not self.many and keys.format == "2" and keys.group_size == keys.head_dim and fits and level_table(self.keys).step != 0
+        keys, values = self.formats
+        fits = keys.head_dim % 32 == 0 and keys.head_dim * self.tiles <= 256 and keys.group_size == keys.head_dim
+        levels = self.values.coder.levels.tolist() if values.format == "1.6" else [-1.0, 0.0, 1.0]
+        even = levels == [-levels[2], 0.0, levels[2]]
+        return not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
 
     def attend_launch(self, splits: int) -> tuple[tuple[int, int, int], int, int]:
         """Its grid, threads and bytes of shared memory."""
@@ -241,6 +246,29 @@ def transform_of(codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None
     return params("TransformParams", **fields)
 
 
+def wave_fields(frequencies: Tensor) -> dict[str, Any]:
+    """The fields of TurningParams that follow from the frequencies of a mean that turns [D], as params.cuh has them."""
+    width, of_channels = len(frequencies), frequencies.tolist()
+    distinct = list(dict.fromkeys(of_channels))
+    pass_steps = width // 16 if width <= 128 else -(-width // 64)
+    steps = -(-len(distinct) // (8 * pass_steps)) * pass_steps
+    angles = torch.arange(256)[:, None] * torch.tensor(distinct, dtype=torch.float64)
+    waves = torch.zeros(256, 8 * steps, 2, dtype=torch.float64)
+    waves[:, : len(distinct)] = torch.stack([angles.cos(), angles.sin()], -1)
+    # Rows: tile, i % 2, g; waves: k-step, i / 2, t, cosine or sine.
+    exact = waves.view(16, 2, 8, steps, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
+    high = exact.half()
+    fragments = torch.stack([high, (exact - high.double()).half()]).contiguous()
+    places = [distinct.index(theta) for theta in of_channels]
+    channels = sorted(range(width), key=places.__getitem__)
+    starts = [sum(place < index for place in places) for index in range(len(distinct) + 1)]
+    return {
+        "waves": fragments,
+        "channels": torch.tensor(starts + channels, dtype=torch.int32),
+        "frequencies": len(distinct),
+    }
+
+
 def pages_of(kernels: Kernels, page_format: PageFormat, codec: ReferenceCodec, packed: Tensor) -> tuple[Tensor, Tensor]:
     """Pages of rows [B, H, n, row_bytes] and their table [B, H, capacity]; pages are kept alive by the first."""
     made = [repack(kernels, page_format, rows, codec.code_bytes) for rows in packed.flatten(0, 1)]
@@ -296,11 +324,9 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         origins = torch.tensor(
             [call.sinks - (call.paddings or [0] * batch)[b] for b in range(batch)], dtype=torch.int32
         )
-        arguments = params(
-            "TurningParams", **common, bias=bias, origins=origins, transform=key_transform, capacity=capacity
-        )
-        spans = call.packed // 256 + 2
-        launch(f"turning<{call.element}, {width_k}>", (spans, heads * tiles, batch), 128, arguments)
+        fields = {"bias": bias, "origins": origins, "transform": key_transform, "capacity": capacity, "batch": batch}
+        arguments = params("TurningParams", **common, **fields, **wave_fields(call.keys.map.frequencies))
+        launch(f"turning<{call.element}, {width_k}>", (TURNING_BLOCKS,), TURNING_THREADS, arguments)
 
     mask_fields: dict[str, Any] = {"paddings": paddings, "causal": int(call.causal), "softcap": call.softcap}
     if call.mask is not None:

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use half::f16;
+
 use super::device::Device;
 use super::launch::Stream;
 use super::memory::{ALIGNMENT, Block, Memory};
@@ -12,7 +14,7 @@ use super::params::{LevelTable, TransformParams};
 use crate::codec::Codec;
 use crate::error::Result;
 use crate::format::{Format, RowLayout};
-use crate::transform::{Rotation, SPAN, Source};
+use crate::transform::{Rotation, SPAN, Source, Turns};
 
 /// Numbers on their way to the device, each array at a multiple of [`ALIGNMENT`].
 #[derive(Default)]
@@ -53,7 +55,19 @@ pub struct CodecConstants {
     pub noise: u64,
     pub table: LevelTable,
     pub weight_unit: f32,
+    /// Ternary levels that are not −c, 0, c.
+    pub uneven: bool,
+    /// Of a mean that turns; otherwise none.
+    pub waves: Waves,
     _block: Block,
+}
+
+/// What `kernels/turning.cuh` multiplies amplitudes with, and which channels make these: `waves`, `channels`, `frequencies` of `TurningParams`.
+#[derive(Clone, Copy, Default)]
+pub struct Waves {
+    pub table: u64,
+    pub channels: u64,
+    pub frequencies: i32,
 }
 
 impl CodecConstants {
@@ -72,6 +86,16 @@ impl CodecConstants {
         let levels = upload.floats(pages::levels(codec));
         let noise = (!codec.noise.is_empty()).then(|| upload.floats(codec.noise.iter().copied()));
         let offsets = transform_offsets(codec, heads, &mut upload);
+        let turns = codec.turning_mean(0).map(|mean| &*mean.turns);
+        let waves = turns.map(|turns| {
+            let frequencies = turns.distinct().len();
+            let waves = wave_fragments(turns, codec.layout.head_dim);
+            [
+                upload.push(waves, u16::to_le_bytes),
+                upload.push(channels_by_frequency(turns), i32::to_le_bytes),
+                frequencies as u64,
+            ]
+        });
         // SAFETY: the caller's promise; what is uploaded lives in this frame, which waits.
         let block = unsafe {
             let block = upload.start(device, memory, stream)?;
@@ -92,7 +116,13 @@ impl CodecConstants {
         };
         let (levels, noise) = (at(Some(levels)), at(noise));
         let (table, weight_unit) = (pages::level_table(codec), pages::weight_unit(codec));
-        Ok(Self { transform, levels, noise, table, weight_unit, _block: block })
+        let uneven = matches!(pages::levels(codec)[..], [low, middle, high] if middle != 0.0 || low != -high);
+        let waves = waves.map_or_else(Waves::default, |[waves, channels, frequencies]| Waves {
+            table: at(Some(waves)),
+            channels: at(Some(channels)),
+            frequencies: frequencies as i32,
+        });
+        Ok(Self { transform, levels, noise, table, weight_unit, uneven, waves, _block: block })
     }
 
     /// Whether `tiles` query tiles of a warp meet these keys as bytes: `by_bytes` of `kernels/bytes.cuh`, and levels that are integers.
@@ -143,6 +173,39 @@ fn transform_offsets(codec: &Codec, heads: usize, upload: &mut Upload) -> Transf
         offsets.inverse = Some(upload.floats(matrices().flat_map(|matrix| matrix.inverse().iter().copied())));
     }
     offsets
+}
+
+/// k-steps of 8 frequencies that a warp of `kernels/turning.cuh` has in registers at a time.
+fn pass_steps(head_dim: usize) -> usize {
+    if head_dim <= 128 { head_dim / 16 } else { head_dim.div_ceil(64) }
+}
+
+/// Cosines and sines of j·θ as fragments of A, f16 `[2, 16 row tiles, k-steps, 32 lanes, 4 registers, 2]`: what f16 has of each number, then what it
+/// has of the rest. Register i of lane 4·g + t has cosine and sine of step j = 16·tile + g + 8·(i mod 2) and of the distinct frequency
+/// 8·(k-step) + t + 4·⌊i/2⌋; zeros behind the last one, up to a whole number of passes.
+fn wave_fragments(turns: &Turns, head_dim: usize) -> impl Iterator<Item = u16> {
+    let frequencies: Vec<f64> = turns.distinct().map(f64::from).collect();
+    let k_steps = frequencies.len().div_ceil(8).next_multiple_of(pass_steps(head_dim));
+    let number = move |index: usize| {
+        let (half, register, lane, rest) = (index % 2, index / 2 % 4, index / 8 % 32, index / 256);
+        let (k_step, tile) = (rest % k_steps, rest / k_steps);
+        let (step, place) = (16 * tile + lane / 4 + 8 * (register % 2), 8 * k_step + lane % 4 + 4 * (register / 2));
+        let angle = frequencies.get(place).map(|theta| step as f64 * theta);
+        angle.map_or(0.0, |angle| if half == 0 { angle.cos() } else { angle.sin() })
+    };
+    let exact: Vec<f64> = (0..SPAN / 16 * k_steps * 256).map(number).collect();
+    let high: Vec<f16> = exact.iter().map(|number| f16::from_f64(*number)).collect();
+    let low: Vec<f16> = exact.iter().zip(&high).map(|(exact, high)| f16::from_f64(exact - high.to_f64())).collect();
+    high.into_iter().chain(low).map(f16::to_bits)
+}
+
+/// i32 `[F + 1]`: where the channels of each distinct frequency begin; then `[D]`: the channels in that order.
+fn channels_by_frequency(turns: &Turns) -> Vec<i32> {
+    let (count, places) = (turns.distinct().len(), turns.distinct_of());
+    let starts = (0..=count).map(|place| places.iter().filter(|of| usize::from(**of) < place).count() as i32);
+    let mut channels: Vec<i32> = (0..places.len() as i32).collect();
+    channels.sort_by_key(|channel| places[*channel as usize]);
+    starts.chain(channels).collect()
 }
 
 /// Cosines and sines of 256·i·θ for the spans that positions of a layer lie in, `[spans, 2, D]`.

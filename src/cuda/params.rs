@@ -60,10 +60,10 @@ parameters! {
         scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32,
     }
 
-    TurningParams: 168 {
+    TurningParams: 192 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
-        bias: u64, origins: u64, lengths: u64, transform: TransformParams, capacity: i64,
-        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
+        bias: u64, origins: u64, lengths: u64, transform: TransformParams, waves: u64, channels: u64, capacity: i64,
+        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, batch: i32, frequencies: i32, padding: i32,
     }
 
     MaskParams: 56 {

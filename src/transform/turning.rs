@@ -73,6 +73,16 @@ impl Turns {
         self.frequencies.len()
     }
 
+    /// The distinct frequencies.
+    pub fn distinct(&self) -> impl ExactSizeIterator<Item = f32> + Clone + '_ {
+        self.channel_of.iter().map(|channel| self.frequencies[usize::from(*channel)])
+    }
+
+    /// For every channel, the place of its frequency among the distinct ones.
+    pub fn distinct_of(&self) -> &[u16] {
+        &self.distinct_of
+    }
+
     /// cos(jθ), then sin(jθ), of the positions of a span: `[SPAN, 2, D]`.
     pub fn steps(&self) -> &[f32] {
         &self.steps

@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
 from harness import PAGE_ROWS, Structure, level_table, params
 from machine import Machine, Statistics, instance_of, strides, transform_fields
-from pipeline import Call, plain_region, plain_regions
+from pipeline import TURNING_THREADS, Call, plain_region, plain_regions, wave_fields
 
 from skvq.reference import ReferenceCodec
 
@@ -151,8 +151,11 @@ class DecodeAttention:
             paddings = call.paddings or (0,) * call.batch
             origins = machine.put(torch.tensor([call.sinks - padding for padding in paddings], dtype=torch.int32))
             fields = {"bias": self.bias, "origins": origins, "transform": transform, "capacity": call.packed}
-            grid = (call.packed // 256 + 2, self._tiles, call.batch)
+            fields |= {name: machine.put(value) for name, value in wave_fields(call.keys.map.frequencies).items()}
+            fields["batch"] = call.batch
+            grid = (machine.multiprocessors,)
             self._add(f"turning<{call.element}, {width}>", grid, "TurningParams", **self._common, **fields)
+            self.launches[-1].threads = TURNING_THREADS
 
     def _prepare_mask(self) -> None:
         call, machine = self.call, self.machine

@@ -88,6 +88,10 @@ class Machine:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def multiprocessors(self) -> int:
+        return int(self.status["devices"][self.index]["multiprocessors"])
+
     def describe(self) -> dict[str, Any]:
         """Card, driver, torch, NVRTC."""
         card = self.status["devices"][self.index]

@@ -178,7 +178,8 @@ impl CudaLayer {
         // Each warp of a block of many queries has two tiles; a block may have fewer warps with queries than it has warps.
         let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
         let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
-        let as_bytes = !many && self.shared.constants[Side::Keys as usize].takes_bytes(&spec.keys.layout, tiles);
+        let [keys, values] = &self.shared.constants;
+        let as_bytes = !many && !values.uneven && keys.takes_bytes(&spec.keys.layout, tiles);
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
         let multiprocessors = self.shared.kernels.device().properties().multiprocessors.max(1) as usize;
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);

@@ -1,6 +1,6 @@
 //! The launches of a call of attention, each with its parameters: `attend.rs` says which ones, and where their results lie.
 
-use super::super::kernels::{AttentionKernels, PackedKernels, launch};
+use super::super::kernels::{AttentionKernels, PackedKernels, QUERY_TILE, launch};
 use super::super::launch::{Launch, Stream};
 use super::super::pages::Side;
 use super::super::params::{
@@ -14,6 +14,8 @@ use crate::transform::SPAN;
 
 /// Of a block.
 const THREADS: usize = 128;
+/// Of `turning`, one of whose blocks fills a multiprocessor.
+const TURNING_THREADS: usize = 512;
 
 /// What `plain` reads; as numbers those of `kernels/plain.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +103,18 @@ impl Launches<'_> {
         [i64::from(self.heads()) * room * width, room * width, width]
     }
 
+    /// Blocks of `turning`, which divide its items among themselves: one for each multiprocessor, or for each item that there may be.
+    fn turning_blocks(&self) -> usize {
+        let shape = &self.shape;
+        let queries = shape.group * shape.length;
+        let spans_of_item = QUERY_TILE / queries.next_power_of_two().min(QUERY_TILE);
+        let spans = (shape.regions.packed + 2 * SPAN - 2) / SPAN;
+        let heads = self.held.batch * self.heads() as usize;
+        let items = heads * queries.div_ceil(QUERY_TILE) * spans.div_ceil(spans_of_item);
+        let multiprocessors = self.layer.shared.kernels.device().properties().multiprocessors.max(1) as usize;
+        items.min(multiprocessors)
+    }
+
     /// States of packed rows.
     unsafe fn packed(&self, kernels: &PackedKernels) -> Result<()> {
         let Self { layer, held, call, shape, .. } = self;
@@ -138,17 +152,21 @@ impl Launches<'_> {
                 origins: held.origins(),
                 lengths: self.lengths_read(),
                 transform: key_transform,
+                waves: keys.waves.table,
+                channels: keys.waves.channels,
                 capacity: packed as i64,
                 scale: call.scale,
                 kv_heads,
                 group,
                 length,
                 query_tiles: shape.query_tiles as i32,
+                batch: held.batch as i32,
+                frequencies: keys.waves.frequencies,
                 padding: 0,
             };
-            let spans = packed / SPAN + 2;
+            let grid = [self.turning_blocks() as u32, 1, 1];
             // SAFETY: as above.
-            unsafe { launch(function, self.grid(spans), THREADS, &turning, self.stream) }?;
+            unsafe { launch(function, grid, TURNING_THREADS, &turning, self.stream) }?;
         }
         let attend = AttendParams {
             key_pages: address(held.side(Side::Keys).table.as_ref()),
