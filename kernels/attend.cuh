@@ -26,6 +26,7 @@ struct FoldedQueries {
     u32 kept[in_registers ? Tiles : 1][in_registers ? K::tiles : 1][2];
     ByteQueries<K> bytes[Bytes ? Tiles : 1];
     float unit[Tiles][2], noise[Tiles][2];
+    float shifted[Tiles][2];  // what all scores of a query have
     const float* extras[Tiles];
 
     __device__ __forceinline__ void load(const AttendParams& p, i64 first_tile, int lane) {
@@ -35,8 +36,9 @@ struct FoldedQueries {
             fragments[n] = reinterpret_cast<const u32*>(p.folded) + (first_tile + n) * width + 2 * lane;
             extras[n] = reinterpret_cast<const float*>(p.extras) + ((first_tile + n) * query_tile + 2 * (lane % 4)) * extras_width;
             for (int side = 0; side < 2; ++side) {
-                unit[n][side] = log2_e * extras[n][side * extras_width] * (Bytes ? p.key_levels.step : 1.0f);
-                noise[n][side] = log2_e * extras[n][side * extras_width + 2];
+                unit[n][side] = load_here(extras[n] + side * extras_width);
+                shifted[n][side] = load_here(extras[n] + side * extras_width + 1);
+                if constexpr (K::is_parts) noise[n][side] = load_here(extras[n] + side * extras_width + 2);
             }
             auto fragment = [&](auto tile, u32(&b)[2]) {
                 const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
@@ -44,6 +46,17 @@ struct FoldedQueries {
             };
             if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(p.folded) + (first_tile + n) * (width / 4), lane);
             if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { fragment(tile, kept[n][decltype(tile)::value]); });
+        });
+    }
+    /// Once what `load` has asked for must be there.
+    __device__ __forceinline__ void prepare(const AttendParams& p) {
+        for_each<Tiles>([&](auto index) {
+            constexpr int n = decltype(index)::value;
+            for (int side = 0; side < 2; ++side) {
+                unit[n][side] *= log2_e * (Bytes ? p.key_levels.step : 1.0f);
+                shifted[n][side] *= log2_e;
+                if constexpr (K::is_parts) noise[n][side] *= log2_e;
+            }
         });
     }
     template <int N, int Tile>
@@ -55,8 +68,6 @@ struct FoldedQueries {
             b[0] = pair.x, b[1] = pair.y;
         }
     }
-    /// What all scores of a query have.
-    __device__ __forceinline__ float shifted(int n, int side) const { return log2_e * extras[n][side * (extras_head + K::groups) + 1]; }
     template <int Group>
     __device__ __forceinline__ float group_sum(int n, int side) const {
         return log2_e * extras[n][side * (extras_head + K::groups) + extras_head + Group];
@@ -247,8 +258,20 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = blockIdx.x, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int head_tile = blockIdx.y * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
+    // What does not depend on the lengths is asked for before they are known: a short split is all latency.
+    const int first_page = split * p.pages_per_split;
+    const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
+    const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
+    auto key_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.key_pages) + (first_entry + page)); };
+    auto value_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.value_pages) + (first_entry + page)); };
+    const int guess = min(first_page, p.page_capacity - 1);
+    const u64 guessed_keys = key_page(guess), guessed_values = value_page(guess);
+    const int statistics = p.pages_per_key_block ? min(first_page / p.pages_per_key_block, p.key_blocks - 1) : 0;
+    FoldedQueries<K, Tiles, Bytes> queries;
+    queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
+
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
-    const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
+    const int sinks = lengths[1], total = total_tokens(p.mask, lengths);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
     constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V>::fits;
     const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes, K::is_parts);
@@ -256,19 +279,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
     RunningState<V, Tiles, Remainders> state;
     state.clear(p.weight_unit);
     if (first_page * page_rows < limits.end) {
-        const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
-        const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
-        auto key_page = [&](int page) { return reinterpret_cast<const u64*>(p.key_pages)[first_entry + page]; };
-        auto value_page = [&](int page) { return reinterpret_cast<const u64*>(p.value_pages)[first_entry + page]; };
-        const int statistics = p.pages_per_key_block ? first_page / p.pages_per_key_block : 0;
-        FoldedQueries<K, Tiles, Bytes> queries;
-        queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
         using Rows = LaneRows<K, V>;
-        float shifted[Tiles][2];
-        for_each<Tiles>([&](auto index) {
-            constexpr int n = decltype(index)::value;
-            for (int j = 0; j < 2; ++j) shifted[n][j] = queries.shifted(n, j), state.offset[n][j] += shifted[n][j];
-        });
 
         const LevelTable key_levels = kept_levels<K, Bytes>(p.key_levels), value_levels = kept_levels<V, false>(p.value_levels);
 
@@ -284,6 +295,14 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             });
         };
 
+        auto queries_come = [&] {
+            queries.prepare(p);
+            for_each<Tiles>([&](auto index) {
+                constexpr int n = decltype(index)::value;
+                for (int j = 0; j < 2; ++j) state.offset[n][j] += queries.shifted[n][j];
+            });
+        };
+
         if constexpr (wholes) {
             // Whole pages, two row blocks of each for a warp. While they are computed those of later pages are on their way.
             static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
@@ -296,7 +315,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                 const int page = limits.whole_begin + min(turn, turns - 1) / Ring::turns;
                 next_keys = key_page(page), next_values = value_page(page);
             };
-            if (turns > 0) look_ahead(0);
+            if (limits.whole_begin == first_page) next_keys = guessed_keys, next_values = guessed_values;
+            else if (turns > 0) look_ahead(0);
             for_each<Ring::slots - 1>([&](auto index) {
                 constexpr int turn = decltype(index)::value;
                 if (turn < turns) {
@@ -305,6 +325,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                 }
                 commit_copies();
             });
+            queries_come();
             int slot_at = 0, free_at = (Ring::slots - 1) * Ring::slot_bytes;
             for (int turn = 0; turn < turns; ++turn) {
                 wait_for_copies<Ring::slots - 2>();
@@ -340,6 +361,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             }
         }
 
+        if constexpr (!wholes) queries_come();
+
         // The others. Blocks before the first visible row are not read: a sequence's padding may be most of it.
         const int skipped_from = limits.whole_begin * blocks_per_page, skipped = limits.whole_end * blocks_per_page - skipped_from;
         const int last_block = (limits.end - 1) / block_rows;
@@ -355,7 +378,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             const int next_block = past_whole(block + attend_warps);
             if (next_block <= last_block) load_block(next_block, next);
             float scores[1][Tiles][4], weights[1][Tiles][4];
-            score_block<K, Tiles, Bytes>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, shifted, scores[0]);
+            score_block<K, Tiles, Bytes>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, queries.shifted, scores[0]);
             bool begins = false;
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -371,7 +394,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                             continue;
                         }
                         const float biased = score * log_2 + (p.bias ? bias_of(n, j)[row] : 0.0f);
-                        score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - shifted[n][j]);
+                        score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - queries.shifted[n][j]);
                         begins = begins || (state.reference[n][j] == no_reference && score > -infinity());
                     }
                 }

@@ -38,7 +38,7 @@ struct ByteQueries {
     __device__ __forceinline__ void load(const U32x4* from, int lane) {
         for_each<words>([&](auto index) {
             constexpr int w = decltype(index)::value;
-            const U32x4 four = from[32 * w + lane];
+            const U32x4 four = load_here(from + 32 * w + lane);
             high[w][0] = four.x, high[w][1] = four.y, low[w][0] = four.z, low[w][1] = four.w;
         });
     }

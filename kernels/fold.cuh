@@ -32,29 +32,33 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
     for (int k = 0; k < per_lane; ++k) row[k] = place.exists ? widen(from[lane + 16 * k]) * p.scale : 0.0f;
 
     float shifted = 0.0f, noise = 0.0f, largest = 0.0f;
-    if (transform.shift && !transform.shift_sine) {
+    // Of few queries most warps have none.
+    const bool idle = !__any_sync(whole_warp, place.exists);
+    if (!idle && transform.shift && !transform.shift_sine) {
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) shifted += row[k] * transform.shift[lane + 16 * k];
     }
-    if constexpr (K::is_parts) {
-        multiply_rows<D, true, 32>(row, transform.inverse, buffer, query, lane);
-    } else {
-        if (transform.scale) {
+    if constexpr (K::is_parts) multiply_rows<D, true, 32>(row, transform.inverse, buffer, query, lane);
+    if (!idle) {
+        if constexpr (!K::is_parts) {
+            if (transform.scale) {
 #pragma unroll
-            for (int k = 0; k < per_lane; ++k) row[k] *= transform.scale[lane + 16 * k];
+                for (int k = 0; k < per_lane; ++k) row[k] *= transform.scale[lane + 16 * k];
+            }
+            if (p.transform.rotation) hadamard<D>(row, lane);
+            if (transform.permutation) permute<D>(row, transform.permutation, own, lane);
         }
-        if (p.transform.rotation) hadamard<D>(row, lane);
-        if (transform.permutation) permute<D>(row, transform.permutation, own, lane);
-    }
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) {
-        if (p.noise) noise += 0.5f * reinterpret_cast<const float*>(p.noise)[lane + 16 * k] * row[k] * row[k];
-        largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);
-        shifted += row[k] * 0.0f;  // what is not finite makes the scores NaN
+        for (int k = 0; k < per_lane; ++k) {
+            if (p.noise) noise += 0.5f * reinterpret_cast<const float*>(p.noise)[lane + 16 * k] * row[k] * row[k];
+            largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);
+            shifted += row[k] * 0.0f;  // what is not finite makes the scores NaN
+        }
+        shifted = add_lanes(shifted);
+        noise = add_lanes(noise);
+        largest = fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
     }
-    shifted = add_lanes(shifted);
-    noise = add_lanes(noise);
-    const float unit = unit_of(fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); }));
+    const float unit = unit_of(largest);
     const i64 tile_index = ((static_cast<i64>(batch) * p.kv_heads + head) * blocks + block) * p.query_tiles + tile;
     float* extras = reinterpret_cast<float*>(p.extras) + (tile_index * query_tile + query) * (extras_head + K::groups);
 #pragma unroll

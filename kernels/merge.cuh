@@ -19,20 +19,24 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
     const int made = blockIdx.x, head_tile = blockIdx.y, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = head_tile / p.query_tiles;
     const int first = made * p.splits_per_state, end = min(first + p.splits_per_state, p.splits);
+    // Of few queries most warps have none, and no states to read.
+    const bool exists = head_tile % p.query_tiles * query_tile + query < p.queries, idle = !__any_sync(whole_warp, exists);
     auto packed = [&](int split) { return state_at(p.packed, batch, head_tile, head_tiles, query, p.splits, split, D); };
     float* own = buffer + query * D;
 
     float largest = -infinity();
-    for (int split = first; split < end; ++split) largest = fmaxf(largest, packed(split)[0]);
+    for (int split = first; exists && split < end; ++split) largest = fmaxf(largest, packed(split)[0]);
 
     float sum = 0.0f, weight = 0.0f, output[per_lane] = {}, row[per_lane] = {};
     for (int split = first; split < end; ++split) {
-        const float* from = packed(split);
-        const float factor = state_factor(from[0], from[1], largest);
-        sum += factor * from[1];
-        weight += factor * from[2];
+        if (exists) {
+            const float* from = packed(split);
+            const float factor = state_factor(from[0], from[1], largest);
+            sum += factor * from[1];
+            weight += factor * from[2];
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) row[k] += factor * from[state_head + lane + 16 * k];
+            for (int k = 0; k < per_lane; ++k) row[k] += factor * from[state_head + lane + 16 * k];
+        }
         // The transform of a run of splits with the same statistics is undone once.
         const int block = block_of_page(p.transform, split * p.pages_per_split);
         if (split + 1 < end && block_of_page(p.transform, (split + 1) * p.pages_per_split) == block) continue;
@@ -40,7 +44,8 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
         if (__syncthreads_and(weight == 0.0f)) continue;
         const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
         if (transform.inverse) multiply_rows<D, false, 16>(row, transform.inverse, buffer, query, lane);
-        else transform_back<D>(row, p.transform, transform, own, lane);
+        else if (!idle) transform_back<D>(row, p.transform, transform, own, lane);
+        if (idle) continue;
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
             output[k] += row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);
@@ -48,6 +53,7 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
         }
         weight = 0.0f;
     }
+    if (!exists) return;
     float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, p.first_state + made, D);
     if (lane == 0) to[0] = largest, to[1] = sum, to[2] = 0.0f, to[3] = 0.0f;
 #pragma unroll

@@ -95,7 +95,7 @@ struct AttendParams {
     u64 key_pages, value_pages;  // u64 [batch, kv heads, page capacity]
     u64 folded, extras;          // of fold.cuh
     u64 bias;                    // of turning.cuh, or 0
-    u64 states;                  // f32 [batch, kv heads, query tiles, 8, splits, 4 + Dv]: m, l, Σp, 0, o
+    u64 states;                  // f32 [batch, kv heads, query tiles, 8, splits, 4 + Dv]: m, l, Σp, 0, o; of queries that exist
     u64 lengths;
     u64 key_wide_levels, value_wide_levels;  // f16 [256] of 8-bit codes, or 0: c − 127.5
     i64 bias_capacity;
@@ -141,7 +141,8 @@ struct UnfoldParams {
     u64 states;  // f32 [batch, kv heads, query tiles, 8, state_count, 4 + D]
     TransformParams transform;
     i32 splits, splits_per_state, first_state, state_count;
-    i32 pages_per_split, kv_heads, query_tiles, padding;
+    i32 pages_per_split, kv_heads, query_tiles;
+    i32 queries;  // of a kv head; the others of its tiles have no states
 };
 
 /// merge.cuh, merge: states of a query become its output row. Grid: query heads · length × batch.

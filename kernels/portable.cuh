@@ -77,8 +77,10 @@ __device__ __forceinline__ void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], c
 __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
 __device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
-__device__ __forceinline__ U32x2 load_here(const U32x2* from) { return *from; }
-__device__ __forceinline__ float load_here(const float* from) { return *from; }
+template <class T>
+__device__ __forceinline__ T load_here(const T* from) {
+    return *from;
+}
 template <class T>
 __device__ __forceinline__ T load_streaming(const T* from) {
     if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
@@ -210,6 +212,16 @@ __device__ __forceinline__ U32x2 load_here(const U32x2* from) {
 __device__ __forceinline__ float load_here(const float* from) {
     float r;
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(r) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ U32x4 load_here(const U32x4* from) {
+    U32x4 r;
+    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ u64 load_here(const u64* from) {
+    u64 r;
+    asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(r) : "l"(from));
     return r;
 }
 /// A place in shared memory as copies take it.

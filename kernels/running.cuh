@@ -238,7 +238,8 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < queries * width; i += attend_threads) {
+    const int exist = min(queries, p.group * p.length - head_tile % p.query_tiles * query_tile);
+    for (int i = threadIdx.x; i < exist * width; i += attend_threads) {
         const int query = i / width, element = i % width;
         float value = shared[i];
         if (element != 0) {

@@ -384,6 +384,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         pages_per_split=call.pages_per_split,
         kv_heads=heads,
         query_tiles=tiles,
+        queries=call.group * call.length,
     )
     launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), 128, arguments)
 

@@ -195,7 +195,7 @@ double run() {
 
     UnfoldParams u{};
     u.packed = a.states, u.states = address(states), u.transform = values_stream.transform();
-    u.splits = splits, u.splits_per_state = 2, u.first_state = 3, u.state_count = state_count, u.pages_per_split = 1, u.kv_heads = kv_heads, u.query_tiles = 1;
+    u.splits = splits, u.splits_per_state = 2, u.first_state = 3, u.state_count = state_count, u.pages_per_split = 1, u.kv_heads = kv_heads, u.query_tiles = 1, u.queries = group;
     emulator::launch({1, head_tiles, 1}, {row_threads, 1, 1}, 0, [&] { unfold<D>(u); });
 
     PlainParams p{};

@@ -96,7 +96,7 @@ parameters! {
     UnfoldParams: 128 {
         packed: u64, states: u64, transform: TransformParams,
         splits: i32, splits_per_state: i32, first_state: i32, state_count: i32,
-        pages_per_split: i32, kv_heads: i32, query_tiles: i32, padding: i32,
+        pages_per_split: i32, kv_heads: i32, query_tiles: i32, queries: i32,
     }
 
     MergeParams: 72 {

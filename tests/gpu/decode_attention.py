@@ -214,6 +214,7 @@ class DecodeAttention:
             pages_per_split=call.pages_per_split,
             kv_heads=call.kv_heads,
             query_tiles=call.query_tiles,
+            queries=call.group * call.length,
         )
 
     def _prepare_plain(self) -> None:

@@ -32,7 +32,7 @@ const STATIC_SPLITS_PER_STATE: usize = 8;
 const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// Blocks that pass over so many pages and more make way for others, up to so many turns of the device: warps do not come to their end at once, and
 /// the last ones have a multiprocessor to themselves.
-const LONG_SPLIT: usize = 128;
+const LONG_SPLIT: usize = 32;
 const MOST_TURNS: usize = 4;
 
 /// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.

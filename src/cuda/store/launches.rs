@@ -215,7 +215,7 @@ impl Launches<'_> {
             pages_per_split: shape.pages_per_split as i32,
             kv_heads,
             query_tiles: shape.query_tiles as i32,
-            padding: 0,
+            queries: group * length,
         };
         let made = shape.splits.div_ceil(shape.splits_per_state);
         // SAFETY: as above.
