@@ -38,14 +38,12 @@ struct TernarySums {
     /// Calls f(Constant<tile>, A operand) for every tile of sums. Weights of odd rows are to be negative.
     template <class F>
     static __device__ __forceinline__ void for_each_tile(const LaneCodes<V>& codes, const F& f) {
-        // As f16, subnormals too: products with them have twice the rate of integers'.
-        constexpr u32 three = 0x42004200u;
         CodePairs all[2 * tiles];
         for_each<words>([&](auto index) {
             constexpr int w = decltype(index)::value, digits = in_words - 5 * w < 5 ? in_words - 5 * w : 5;
             u32 even = codes.words[w] & 0x00ff00ffu, odd = ~(codes.words[w] >> 8) & 0x00ff00ffu;
             for_each<digits + 1>([&](auto digit) {
-                const CodePairs t = {fma_halves(even, three, 0), fma_halves(odd, three, 0x00020002u)};
+                const CodePairs t = {even * 3u, odd * 3u + 0x00020002u};
                 all[6 * w + decltype(digit)::value] = t;
                 even = t.even & 0x00ff00ffu, odd = t.odd & 0x00ff00ffu;
             });
