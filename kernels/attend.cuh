@@ -2,8 +2,8 @@
 //
 // Is: the partial softmax states of every split (flash-decoding), in the space of ŷ. Is not: the queries' fold (fold.cuh), the values'
 // unfold and the merge (merge.cuh), rows in the model's type (plain.cuh).
-// Grid: splits × (kv heads · query tiles / Tiles) × batch; block: 4 warps. A split is pages_per_split pages inside one block of statistics. A
-// warp takes every fourth row block of it:
+// Grid: splits × (kv heads · query tiles / Tiles) × batch, of attend_apart a quarter as many; block: 4 warps. A split is pages_per_split pages inside one
+// block of statistics. A warp takes a quarter of its row blocks, or all of a split of its own:
 //
 //   scores [16 rows × 8 queries]   = K̂ [rows × channels] · Q' [channels × queries]     rows on M, a group's scale applied to its sums
 //   O      [channels × 8 queries] += V̂ᵀ [channels × rows] · (a·P) [rows × queries]     channels on M, a group's scale folded into P
@@ -155,12 +155,13 @@ struct RowLimits {
 /// Row blocks on their way from pages through shared memory: each warp has slots of its own, and needs no other warp.
 ///
 /// A slot has `at_once` neighbouring row blocks of a page: codes of keys, of values, numbers of keys, of values, each as in the page.
-template <class K, class V>
+/// `Apart`: a warp takes all row blocks of its pages, not two of each.
+template <class K, class V, bool Apart = false>
 struct RowRing {
     static constexpr int pair_bytes = 2 * (K::block_bytes + V::block_bytes + 8 * (K::pair_bytes + V::pair_bytes));
     /// A warp's two row blocks of a page together, or one after the other where they are large.
-    static constexpr int at_once = attend_warps * pair_bytes > 20480 ? 1 : 2, turns = 2 / at_once;
-    static constexpr int slot_bytes = pair_bytes / turns, turn_bytes = attend_warps * slot_bytes;
+    static constexpr int at_once = attend_warps * pair_bytes > 20480 ? 1 : 2, page_turns = (Apart ? blocks_per_page : 2) / at_once;
+    static constexpr int slot_bytes = pair_bytes / 2 * at_once, turn_bytes = attend_warps * slot_bytes;
     static constexpr int most_bytes = 48 * 1024, most_slots = most_bytes / turn_bytes;
     /// Where not two slots fit there is no ring.
     static constexpr bool fits = most_slots >= 2;
@@ -198,8 +199,9 @@ struct RowRing {
 
     __device__ __forceinline__ RowRing(u8* shared, int warp, int lane)
         : own(shared + warp * slots * slot_bytes), place(shared_place(own) + 16 * lane), lane(lane) {
-        warp_bytes[0] = 2 * warp * K::block_bytes + 16 * lane;
-        warp_bytes[1] = 2 * warp * V::block_bytes + 16 * lane;
+        const int first = first_block(warp, 0);
+        warp_bytes[0] = first * K::block_bytes + 16 * lane;
+        warp_bytes[1] = first * V::block_bytes + 16 * lane;
         for_each<chunks>([&](auto index) {
             constexpr int c = decltype(index)::value;
             if constexpr (segment_of(c) != 0 && segment_of(c) != 1) {
@@ -207,13 +209,16 @@ struct RowRing {
                 for_each<4>([&](auto which) {
                     constexpr Segment own_segment = segment(decltype(which)::value);
                     if (at < own_segment.begin) return;
-                    mixed[c] = own_segment.in_page + 2 * warp * own_segment.stride + at - own_segment.begin;
-                    steps[c] = own_segment.stride;
+                    mixed[c] = own_segment.in_page + first * own_segment.stride + at - own_segment.begin;
+                    steps[c] = at_once * own_segment.stride;
                     of_values[c] = own_segment.of_values;
                 });
             }
         });
     }
+
+    /// The first row block of a warp's turn `inner` over a page.
+    static __device__ __forceinline__ int first_block(int warp, int inner) { return (Apart ? 0 : 2 * warp) + inner * at_once; }
 
     /// Starts the copy of the row blocks of turn `inner` of a page to the slot at `slot_at`.
     __device__ __forceinline__ void fetch(int slot_at, u64 key_page, u64 value_page, int inner) const {
@@ -221,10 +226,10 @@ struct RowRing {
         for_each<chunks>([&](auto index) {
             constexpr int c = decltype(index)::value, which = segment_of(c);
             if constexpr (which == 0 || which == 1) {
-                const u64 from = (which == 0 ? key_page : value_page) + warp_bytes[which] + (turns > 1 ? inner * segment(which).stride : 0);
+                const u64 from = (which == 0 ? key_page : value_page) + warp_bytes[which] + (page_turns > 1 ? inner * at_once * segment(which).stride : 0);
                 copy_to_shared<chunk * c, chunk * c - segment(which).begin>(to, from);
             } else if (chunk * (c + 1) <= slot_bytes || chunk * c + 16 * lane < slot_bytes) {
-                copy_to_shared<chunk * c, 0>(to, (of_values[c] ? value_page : key_page) + mixed[c] + (turns > 1 ? inner * steps[c] : 0));
+                copy_to_shared<chunk * c, 0>(to, (of_values[c] ? value_page : key_page) + mixed[c] + (page_turns > 1 ? inner * steps[c] : 0));
             }
         });
     }
@@ -252,12 +257,13 @@ constexpr int state_bytes = StateExchange<V, Tiles>::bytes;
 template <class K, class V, int Tiles>
 constexpr int attend_bytes = RowRing<K, V>::bytes > state_bytes<K, V, Tiles> ? RowRing<K, V>::bytes : state_bytes<K, V, Tiles>;
 
-/// A split of the past: all that a block does.
-template <class K, class V, int Tiles, bool Bytes, bool Remainders>
+/// A split of the past: all that a block does, or that a warp does where each has its own (`Apart`).
+template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders>
 __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) {
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    const int split = blockIdx.x, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
+    const int split = Apart ? blockIdx.x * attend_warps + warp : blockIdx.x, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int head_tile = blockIdx.y * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
+    if (Apart && split >= p.splits) return;
     // What does not depend on the lengths is asked for before they are known: a short split is all latency.
     const int first_page = split * p.pages_per_split;
     const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
@@ -273,7 +279,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
-    constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V>::fits;
+    constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart>::fits;
     const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes, K::is_parts);
 
     RunningState<V, Tiles, Remainders> state;
@@ -306,13 +312,13 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
         if constexpr (wholes) {
             // Whole pages, two row blocks of each for a warp. While they are computed those of later pages are on their way.
             static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
-            using Ring = RowRing<K, V>;
+            using Ring = RowRing<K, V, Apart>;
             const Ring ring(shared, warp, lane);
-            const int turns = (limits.whole_end - limits.whole_begin) * Ring::turns;
+            const int turns = (limits.whole_end - limits.whole_begin) * Ring::page_turns;
             // Pages whose copies begin next: their addresses are read a turn before.
             u64 next_keys = 0, next_values = 0;
             auto look_ahead = [&](int turn) {
-                const int page = limits.whole_begin + min(turn, turns - 1) / Ring::turns;
+                const int page = limits.whole_begin + static_cast<int>(static_cast<u32>(min(turn, turns - 1)) / Ring::page_turns);
                 next_keys = key_page(page), next_values = value_page(page);
             };
             if (limits.whole_begin == first_page) next_keys = guessed_keys, next_values = guessed_values;
@@ -320,7 +326,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             for_each<Ring::slots - 1>([&](auto index) {
                 constexpr int turn = decltype(index)::value;
                 if (turn < turns) {
-                    ring.fetch(turn * Ring::slot_bytes, next_keys, next_values, turn % Ring::turns);
+                    ring.fetch(turn * Ring::slot_bytes, next_keys, next_values, turn & Ring::page_turns - 1);
                     look_ahead(turn + 1);
                 }
                 commit_copies();
@@ -332,7 +338,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                 __syncwarp();
                 // The slot of the turn before is free: all lanes have come here.
                 if (turn + Ring::slots - 1 < turns) {
-                    ring.fetch(free_at, next_keys, next_values, (turn + Ring::slots - 1) % Ring::turns);
+                    ring.fetch(free_at, next_keys, next_values, turn + Ring::slots - 1 & Ring::page_turns - 1);
                     look_ahead(turn + Ring::slots);
                 }
                 commit_copies();
@@ -344,7 +350,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                     ring.template read_keys<i>(slot_at, codes, numbers);
                     score_block<K, Tiles, Bytes>(codes, numbers, queries, key_levels, p.key_wide_levels, state.offset, scores[i]);
                     if constexpr (K::is_parts) {
-                        const int block = (limits.whole_begin + turn / Ring::turns) * blocks_per_page + 2 * warp + turn % Ring::turns + i;
+                        const int block = (limits.whole_begin + static_cast<int>(static_cast<u32>(turn) / Ring::page_turns)) * blocks_per_page + Ring::first_block(warp, turn & Ring::page_turns - 1) + i;
                         if (p.bias) add_bias(block * block_rows + g, scores[i]);
                     }
                 });
@@ -367,7 +373,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
         const int skipped_from = limits.whole_begin * blocks_per_page, skipped = limits.whole_end * blocks_per_page - skipped_from;
         const int last_block = (limits.end - 1) / block_rows;
         auto past_whole = [&](int block) { return block >= skipped_from && block < skipped_from + skipped ? block + skipped : block; };
-        int block = past_whole(max(first_page * page_rows, limits.first_visible / block_rows * block_rows) / block_rows + warp);
+        int block = past_whole(max(first_page * page_rows, limits.first_visible / block_rows * block_rows) / block_rows + (Apart ? 0 : warp));
         Rows now, next;
         auto load_block = [&](int which, Rows& to) {
             const int page = which / blocks_per_page;
@@ -375,8 +381,9 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
         };
         if (block <= last_block) load_block(block, now);
         while (block <= last_block) {
-            const int next_block = past_whole(block + attend_warps);
-            if (next_block <= last_block) load_block(next_block, next);
+            const int next_block = past_whole(block + (Apart ? 1 : attend_warps));
+            // Where each warp has its split registers are short.
+            if (!Apart && next_block <= last_block) load_block(next_block, next);
             float scores[1][Tiles][4], weights[1][Tiles][4];
             score_block<K, Tiles, Bytes>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, queries.shifted, scores[0]);
             bool begins = false;
@@ -402,23 +409,39 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             state.soften(scores, weights, begins);
             state.template weigh<true>(now.value_codes, now.value_numbers, value_levels, p.value_wide_levels, weights[0]);
             block = next_block;
-            now = next;
+            if constexpr (!Apart) now = next;
+            else if (block <= last_block) load_block(block, now);
         }
     }
-    __syncthreads();
-    write_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split, reinterpret_cast<float*>(shared));
+    if constexpr (Apart) {
+        write_own_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split);
+    } else {
+        __syncthreads();
+        write_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split, reinterpret_cast<float*>(shared));
+    }
+}
+
+template <class K, class V, int Tiles, bool Apart>
+__device__ __forceinline__ void attend_rows(const AttendParams& p) {
+    static_assert(K::stream == keys && V::stream == values, "keys, then values");
+    alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
+    constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
+    const bool integers = bytes && p.as_bytes;
+    if constexpr (remainders) {
+        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false>(p, shared);
+    }
+    integers ? attend_split<K, V, Tiles, Apart, bytes, remainders>(p, shared) : attend_split<K, V, Tiles, Apart, false, remainders>(p, shared);
 }
 
 template <class K, class V, int Tiles>
 __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend(const __grid_constant__ AttendParams p) {
-    static_assert(K::stream == keys && V::stream == values, "keys, then values");
-    alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
-    constexpr bool bytes = by_bytes<K, Tiles>;
-    const bool integers = bytes && p.as_bytes;
-    if constexpr (has_remainders<V>) {
-        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, false, false>(p, shared);
-    }
-    integers ? attend_split<K, V, Tiles, bytes, has_remainders<V>>(p, shared) : attend_split<K, V, Tiles, false, has_remainders<V>>(p, shared);
+    attend_rows<K, V, Tiles, false>(p);
+}
+
+/// Splits of a few pages each, four of them in a block: its warps have nothing to wait for each other for.
+template <class K, class V, int Tiles>
+__global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend_apart(const __grid_constant__ AttendParams p) {
+    attend_rows<K, V, Tiles, true>(p);
 }
 
 }  // namespace skvq

@@ -178,6 +178,39 @@ struct RunningState {
     }
 };
 
+/// Writes a warp's states as those of a split.
+template <class V, int Tiles, bool Remainders>
+__device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
+                                                 int head_tiles, int split) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int exist = p.group * p.length - head_tile % p.query_tiles * query_tile;
+    const float per_unit = 1.0f / p.weight_unit, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    state.finish();
+    for_each<Tiles>([&](auto index) {
+        constexpr int n = decltype(index)::value;
+        for (int j = 0; j < 2; ++j) {
+            const int query = n * query_tile + 2 * t + j;
+            if (query >= exist) continue;
+            float* to = state_at(p.states, batch, head_tile + n, head_tiles, 2 * t + j, p.splits, split, V::head_dim);
+            if (g == 0) {
+                const float sum = state.sums[n][j] * per_unit;
+                to[0] = state.reference[n][j] == no_reference ? -infinity() : state.reference[n][j] * log_2;
+                to[1] = sum, to[2] = sum, to[3] = 0.0f;
+            }
+            for_each<V::tiles>([&](auto tile) {
+                constexpr int i = decltype(tile)::value;
+                for_each<2>([&](auto half) {
+                    constexpr int side = decltype(half)::value;
+                    float value = state.template channel<n, 2 * i + side>(j, step);
+                    if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
+                    to[state_head + 16 * i + g + 8 * side] = value * per_unit;
+                });
+            });
+            for (int channel = V::tiles * 16 + g; channel < V::head_dim; channel += 8) to[state_head + channel] = 0.0f;
+        }
+    });
+}
+
 /// How the states of a block's warps meet in shared memory: of so many warps at once as there is room for.
 template <class V, int Tiles>
 struct StateExchange {

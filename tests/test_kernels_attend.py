@@ -6,6 +6,7 @@ order in which threads run.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -77,6 +78,18 @@ CALLS = [
     Call(TWO, codec("1.6", 64, symmetric=False, group_size=32), packed=290, name="ternary with zeros, groups"),
     Call(TWO, codec("1.6", 64, symmetric=False), packed=290, name="ternary with zeros"),
 ]
+# Each warp with a split of its own: as many as warps, some more, none that are whole.
+APART = [
+    Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, packed=1300, name="blocks"),
+    Call(codec(head_dim=128), codec("1.6", 128), batch=2, group=4, packed=512, name="2 and ternary, 128"),
+    Call(TWO, codec("4"), group=8, packed=700, rising=2.0, name="rising, 4"),
+    Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning"),
+    Call(codec("8", 64, symmetric=False, group_size=64), codec("8", 64, metadata="fp16"), packed=600, name="8"),
+    Call(TWO, TWO, group=4, length=4, tiles=2, causal=True, softcap=7.0, packed=290, name="causal, softcap, two tiles"),
+    Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=600, group=2, name="padding"),
+]
+APART = [dataclasses.replace(call, apart=True, name=f"apart: {call.name}") for call in APART]
+CALLS += APART
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +106,7 @@ def test_attention_over_packed_rows(call: Call, kernels: harness.Kernels) -> Non
 
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])
 def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernels) -> None:
-    for call in CALLS[:2]:
+    for call in (*CALLS[:2], APART[1]):
         check_order(call, schedule, kernels)
 
 

@@ -22,6 +22,7 @@ QUERY_TILE = 8
 # Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
 TURNING_THREADS = 512
+ATTEND_WARPS = 4
 # Of `turning`: any number of blocks divides its items.
 TURNING_BLOCKS = 3
 
@@ -31,6 +32,7 @@ class Call:
     """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last.
 
     `many`: the packed rows are for attend_many.cuh, which takes an even number of tiles.
+    `apart`: each warp has a split of its own.
     """
 
     keys: ReferenceCodec
@@ -51,6 +53,7 @@ class Call:
     pages_per_split: int = 1
     tiles: int = 1
     many: bool = False
+    apart: bool = False
     rising: float = 0.0
     schedule: str = "forward"
     seed: int = 0
@@ -69,7 +72,9 @@ class Call:
     def attend(self) -> str:
         """The kernel of the packed rows."""
         k, v = (page_format.expression for page_format in self.formats)
-        return f"attend_many<{k}, {v}>" if self.many else f"attend<{k}, {v}, {self.tiles}>"
+        if self.many:
+            return f"attend_many<{k}, {v}>"
+        return f"attend{'_apart' if self.apart else ''}<{k}, {v}, {self.tiles}>"
 
     @property
     def as_bytes(self) -> bool:
@@ -83,7 +88,8 @@ class Call:
     def attend_launch(self, splits: int) -> tuple[tuple[int, int, int], int, int]:
         """Its grid, threads and bytes of shared memory."""
         if not self.many:
-            return (splits, self.kv_heads * self.query_tiles // self.tiles, self.batch), 128, 0
+            blocks = -(-splits // ATTEND_WARPS) if self.apart else splits
+            return (blocks, self.kv_heads * self.query_tiles // self.tiles, self.batch), 32 * ATTEND_WARPS, 0
         buffers = 2 if self.keys.head_dim + self.values.head_dim <= 256 else 1
         shared = sum(2 * rows.head_dim + 4 * rows.numbers for rows in self.formats) * MANY_ROWS * buffers
         return (splits, self.kv_heads * -(-self.query_tiles // MANY_TILES), self.batch), MANY_THREADS, shared

@@ -118,7 +118,8 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         least = min(_MOST_TILES, -(-shape.queries_per_head // _QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         for tiles in range(least, _MOST_TILES + 1):
-            found.append(KernelInstance("attend.cuh", "skvq::attend", (*layouts.values(), str(tiles))))
+            names = ("attend", "attend_apart") if shape.keys.block or shape.values.block else ("attend",)
+            found += [KernelInstance("attend.cuh", f"skvq::{name}", (*layouts.values(), str(tiles))) for name in names]
         if shape.head_dim <= _MOST_MANY_WIDTH:
             found.append(KernelInstance("attend_many.cuh", "skvq::attend_many", tuple(layouts.values())))
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))

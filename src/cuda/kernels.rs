@@ -17,7 +17,8 @@ use crate::transform::Source;
 
 /// Queries of one kv head that a block of attention takes at a time.
 pub const QUERY_TILE: usize = 8;
-const ATTEND_THREADS: usize = 128;
+pub const ATTEND_WARPS: usize = 4;
+const ATTEND_THREADS: usize = 32 * ATTEND_WARPS;
 /// Of `kernels/attend_many.cuh`; rows that a block unpacks at a time, the widest head, and the widths of keys and values together up to which there
 /// is room for two times these rows.
 const MANY_THREADS: usize = 256;
@@ -62,6 +63,8 @@ struct Names {
 pub enum Queries {
     /// So many tiles in registers, each of whose warps unpacks rows for itself.
     Tiles(usize),
+    /// The same with a split for each warp.
+    Apart(usize),
     /// Rows are unpacked to shared memory for all queries of the block.
     Many,
 }
@@ -176,8 +179,9 @@ impl Kernels {
             let turning =
                 self.names.turning.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
             let (attend, threads, shared_bytes) = match queries {
-                Queries::Tiles(tiles) => {
-                    (self.load("attend.cuh", "attend", &[keys, values, &tiles.to_string()])?, ATTEND_THREADS, 0)
+                Queries::Tiles(tiles) | Queries::Apart(tiles) => {
+                    let name = if matches!(queries, Queries::Apart(_)) { "attend_apart" } else { "attend" };
+                    (self.load("attend.cuh", name, &[keys, values, &tiles.to_string()])?, ATTEND_THREADS, 0)
                 }
                 Queries::Many => {
                     let function = self.load("attend_many.cuh", "attend_many", &[keys, values])?;

@@ -4,7 +4,7 @@
 //! streams. Sinks and window make states of their own, and one launch merges all. Lengths are read on the device, but which launches and
 //! how many splits there are follows the host's.
 
-use super::super::kernels::{QUERY_TILE, Queries};
+use super::super::kernels::{ATTEND_WARPS, QUERY_TILE, Queries};
 use super::super::launch::Stream;
 use super::super::memory::ALIGNMENT;
 use super::super::pages::Side;
@@ -34,6 +34,8 @@ const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// the last ones have a multiprocessor to themselves.
 const LONG_SPLIT: usize = 32;
 const MOST_TURNS: usize = 4;
+/// Pages of a split that is short enough for one warp.
+const SHORT_SPLIT: usize = 4;
 
 /// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.
 #[derive(Debug, Clone, Copy)]
@@ -99,8 +101,8 @@ pub(super) struct Shape {
     pub query_tiles: usize,
     /// Of a block of threads.
     pub tiles: usize,
-    /// The packed past is for the kernel of many queries.
-    pub many: bool,
+    /// What its kernels are made for.
+    pub queries: Queries,
     /// Queries are folded to bytes (`kernels/bytes.cuh`).
     pub as_bytes: bool,
     pub key_blocks: usize,
@@ -112,13 +114,6 @@ pub(super) struct Shape {
     pub plain_states: usize,
     pub state_count: usize,
     pub places: Places,
-}
-
-impl Shape {
-    /// What its kernels are made for.
-    fn queries(&self) -> Queries {
-        if self.many { Queries::Many } else { Queries::Tiles(self.tiles) }
-    }
 }
 
 /// How the rows of a region are cut.
@@ -192,6 +187,12 @@ impl CudaLayer {
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
         let pages_per_split = (1..=longest).rev().find(divides).unwrap_or(1);
         let splits = if is_packed { pages.div_ceil(pages_per_split) } else { 0 };
+        let apart = !many && pages_per_split <= SHORT_SPLIT && others * splits >= ATTEND_WARPS * at_once;
+        let queries = match (many, apart) {
+            (true, _) => Queries::Many,
+            (_, true) => Queries::Apart(tiles),
+            _ => Queries::Tiles(tiles),
+        };
         let splits_per_state = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
         let key_blocks = match spec.keys.block_rows() {
             0 => 1,
@@ -210,7 +211,7 @@ impl CudaLayer {
             length,
             query_tiles,
             tiles,
-            many,
+            queries,
             as_bytes,
             key_blocks,
             pages_per_split,
@@ -289,7 +290,7 @@ impl CudaLayer {
     /// Queries behind which the call has `later` more tokens.
     unsafe fn attend_some(&self, held: &Held, call: &AttendCall, later: usize, stream: Stream) -> Result<()> {
         let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
-        let kernels = self.shared.kernels.attention(shape.queries())?;
+        let kernels = self.shared.kernels.attention(shape.queries)?;
         let workspace = self.shared.memory.allocate(shape.places.bytes)?;
         let mask = self.mask(held, call, later);
         let launches = Launches {

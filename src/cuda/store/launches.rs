@@ -1,6 +1,6 @@
 //! The launches of a call of attention, each with its parameters: `attend.rs` says which ones, and where their results lie.
 
-use super::super::kernels::{AttentionKernels, PackedKernels, QUERY_TILE, launch};
+use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY_TILE, Queries, launch};
 use super::super::launch::{Launch, Stream};
 use super::super::pages::Side;
 use super::super::params::{
@@ -196,8 +196,9 @@ impl Launches<'_> {
             padding: 0,
         };
         let blocks = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
+        let splits_of_block = if matches!(shape.queries, Queries::Apart(_)) { ATTEND_WARPS } else { 1 };
         let launched = Launch {
-            grid: [shape.splits as u32, blocks, held.batch as u32],
+            grid: [shape.splits.div_ceil(splits_of_block) as u32, blocks, held.batch as u32],
             block: [kernels.threads as u32, 1, 1],
             shared_bytes: kernels.shared_bytes,
             stream: self.stream,
