@@ -123,25 +123,31 @@ def matrix_loops(blocks: list[Block]) -> list[list[str]]:
             if head <= tail:
                 loops[head] = loops.get(head, set()) | loop_of(blocks, head, tail)
     found = []
-    for _, members in sorted(loops.items()):
-        usual = [i for i in sorted(members) if not is_rare(blocks, i)]
-        lines = [line for index in usual for line in blocks[index].instructions]
+    for head, members in sorted(loops.items()):
+        # What only rare blocks lead to is rare too.
+        usual, pending = {head}, [head]
+        while pending:
+            reached = {i for i in blocks[pending.pop()].after if i in members and not is_rare(blocks, i)} - usual
+            usual |= reached
+            pending += reached
+        lines = [line for index in sorted(usual) for line in blocks[index].instructions]
         inner = any(other < members for other in loops.values())
         if not inner and any(pipe_of(line) == "matrix" for line in lines):
             found.append(lines)
     return found
 
 
-def cost_of(text: str, matrix: int, row_blocks: int) -> dict[str, float]:
-    """Instructions a row block of the loop with `row_blocks` times `matrix` matrix instructions: all, and by pipe.
+def cost_of(text: str, products: tuple[int, int], row_blocks: int) -> dict[str, float]:
+    """Instructions a row block of the loop with `row_blocks` times so many products of f16 and of bytes: all, and by pipe.
 
     Raises ValueError if there is none.
     """
     for lines in matrix_loops(blocks_of(text)):
-        pipes = by_pipe(lines)
-        if pipes["matrix"] == matrix * row_blocks:
+        names = by_name(lines)
+        if (names["HMMA"], names["IMMA"]) == tuple(count * row_blocks for count in products):
+            pipes = by_pipe(lines)
             return {"all": len(lines) / row_blocks, **{pipe: count / row_blocks for pipe, count in pipes.items()}}
-    raise ValueError(f"no loop has {row_blocks} times {matrix} matrix instructions")
+    raise ValueError(f"no loop has {row_blocks} times {products} products of f16 and of bytes")
 
 
 def disassemble(cubin: bytes) -> str:
