@@ -17,16 +17,25 @@ constexpr bool by_bytes = K::stream == keys && K::format == 2 && K::groups == 1 
 /// The last bits of 1.5·2^23 + x are x as an integer, to nearest even.
 constexpr float integer_magic = 12582912.0f;
 
-/// Register `which` of word `word` of lane `lane`: high bytes for the octets 4w, 4w + 2, then for 4w + 1, 4w + 3, then low bytes likewise.
-/// `row`: the elements of the lane's query.
-__device__ __forceinline__ u32 query_bytes(const float* row, int word, int lane, int which) {
-    const int channel = 32 * word + 8 * (which % 2) + 2 * (lane % 4);
-    u32 bytes = 0;
-    for (int i = 0; i < 4; ++i) {
-        const u32 integer = __float_as_uint(__fadd_rn(row[channel + i / 2 * 16 + i % 2], integer_magic));
-        bytes |= (which < 2 ? integer + 128u >> 8 & 255u : integer & 255u) << 8 * i;
+/// A query as 32 lanes × 4 registers for each word: high bytes for the octets 4w, 4w + 2, then for 4w + 1, 4w + 3, then low bytes likewise. `row`:
+/// the query in 16 lanes (transform.cuh), of which 8o + 2t and 8o + 2t + 1 have a register of four bytes each: the first the low bytes of both, the
+/// other one the high bytes. `fragments`: of the query's first lane. Returns the sum of what the lane's elements are rounded to.
+template <int D>
+__device__ __forceinline__ float write_query_bytes(const float (&row)[D / 16], u32* fragments, int lane) {
+    const bool odd = lane % 2;
+    const u32 kept_rounding = odd ? 128 : 0, sent_rounding = 128 - kept_rounding, selector = odd ? 0x3715 : 0x6240;
+    u32* to = fragments + 4 * (lane / 2 % 4) + lane / 8 + (odd ? 0 : 2);
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < D / 32; ++w) {
+        const float first = __fadd_rn(row[2 * w], integer_magic), second = __fadd_rn(row[2 * w + 1], integer_magic);
+        sum += __fsub_rn(first, integer_magic);
+        sum += __fsub_rn(second, integer_magic);
+        const u32 x = __float_as_uint(first), y = __float_as_uint(second);
+        const u32 kept = permute_bytes(x + kept_rounding, y + kept_rounding, 0x5410), sent = permute_bytes(x + sent_rounding, y + sent_rounding, 0x5410);
+        to[128 * w] = permute_bytes(kept, __shfl_xor_sync(whole_warp, sent, 1), selector);
     }
-    return bytes;
+    return sum;
 }
 
 /// The queries of a tile as B operands: of word w registers for the octets 4w, 4w + 2 and 4w + 1, 4w + 3.

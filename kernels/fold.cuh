@@ -4,8 +4,9 @@
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
 // by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh). Every block of statistics has its own q', so a split of
 // attention stays inside one block.
-// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 128 threads, 16 for each of 8 queries,
-// which share the product with a matrix, a thread a channel of all 8.
+// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 16 threads for each query of the fullest tile, by pairs of
+// queries. With a matrix 128 threads, which share the product, a thread a channel of all 8. Attention reads all 8 queries of a tile: for those that
+// have no threads their place is taken by zeros.
 #pragma once
 #include "bytes.cuh"
 #include "state.cuh"
@@ -15,12 +16,33 @@ namespace skvq {
 
 constexpr int extras_head = 4;
 
+/// A query as f16 fragments, pairs of channels; `fragments`: of the query's first lane. Of two steps of 16 channels the lanes 8o + 2t and 8o + 2t + 1
+/// have a pair of each: the first lane writes the one, the other lane the other. Adds to `sums` what the lane's elements are rounded to.
+template <class K>
+__device__ __forceinline__ void write_query_halves(const float (&row)[K::head_dim / 16], float (&sums)[K::groups], u32* fragments, int lane) {
+    constexpr int per_lane = K::head_dim / 16, per_group = K::group_size / 16;
+    const int odd = lane % 2;
+    const u32 selector = odd ? 0x3276 : 0x5410;
+    u32* to = fragments + 64 * odd + 2 * (lane / 2 % 4) + lane / 8;
+    for_each<(per_lane + 1) / 2>([&](auto index) {
+        constexpr int k = 2 * decltype(index)::value;
+        constexpr bool two = k + 1 < per_lane;
+        const u32 own = pack_halves(row[k], two ? row[two ? k + 1 : k] : 0.0f);
+        float first, second;
+        widen_halves(own, first, second);
+        sums[k / per_group] += first;
+        if constexpr (two) sums[(k + 1) / per_group] += second;
+        const u32 pair = permute_bytes(own, __shfl_xor_sync(whole_warp, own, 1), selector);
+        if (two || !odd) to[64 * k] = pair;
+    });
+}
+
 template <class T, class K>
 __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ FoldParams p) {
     constexpr int D = K::head_dim, per_lane = D / 16;
-    alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
+    alignas(16) __shared__ float buffer[rows_per_block * (K::is_parts ? product_parts(D) : 1) * D];
     const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
-    const int blocks = gridDim.x, query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const int blocks = gridDim.x, queries = blockDim.x / row_lanes, query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
     const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
     float* own = buffer + query * D;
@@ -58,36 +80,36 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
         noise = add_lanes(noise);
         largest = fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
     }
-    const float unit = unit_of(largest);
-    const i64 tile_index = ((static_cast<i64>(batch) * p.kv_heads + head) * blocks + block) * p.query_tiles + tile;
-    float* extras = reinterpret_cast<float*>(p.extras) + (tile_index * query_tile + query) * (extras_head + K::groups);
+    // A power of two, and so is its inverse, which is a normal number.
+    const float unit = unit_of(largest), inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(unit));
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) row[k] /= unit;
-    spill<D>(row, own, lane);
-    // Zero points meet the sum of what the scores are made of: the rounded elements.
-    constexpr int per_group = K::group_size / 16;
-    for (int g = 0; g < K::groups; ++g) {
-        float sum = 0.0f;
-        for (int k = 0; k < per_group; ++k) {
-            const float element = row[g * per_group + k];
-            sum += p.as_bytes ? __fsub_rn(__fadd_rn(element, integer_magic), integer_magic)
-                              : float_of_half(static_cast<u16>(pack_halves(element, 0.0f)));
-        }
-        sum = add_lanes(sum) * unit;
-        if (lane == 0) extras[extras_head + g] = sum;
-    }
-    if (lane == 0) extras[0] = unit, extras[1] = shifted, extras[2] = noise, extras[3] = 0.0f;
-    __syncthreads();
+    for (int k = 0; k < per_lane; ++k) row[k] *= inverse_unit;
+
+    const i64 tile_index = ((static_cast<i64>(batch) * p.kv_heads + head) * blocks + block) * p.query_tiles + tile;
     u32* fragments = reinterpret_cast<u32*>(p.folded) + tile_index * (D / 16 * 64);
-    for (int index = threadIdx.x; index < D / 16 * 64; index += row_threads) {
-        if (p.as_bytes) {
-            const int fragment_lane = index / 4 % 32;
-            fragments[index] = query_bytes(buffer + fragment_lane / 4 * D, index / 128, fragment_lane, index % 4);
-            continue;
+    constexpr int extras_width = extras_head + K::groups;
+    float* extras = reinterpret_cast<float*>(p.extras) + tile_index * (query_tile * extras_width);
+    const bool as_bytes = by_bytes<K, 1> && p.as_bytes;
+    // Zero points meet the sum of what the scores are made of: the rounded elements.
+    float sums[K::groups] = {};
+    if constexpr (by_bytes<K, 1>) {
+        if (as_bytes) sums[0] = write_query_bytes<D>(row, fragments + 16 * query, lane);
+    }
+    if (!as_bytes) write_query_halves<K>(row, sums, fragments + 8 * query, lane);
+    float* own_extras = extras + query * extras_width;
+#pragma unroll
+    for (int g = 0; g < K::groups; ++g) {
+        const float sum = add_lanes(sums[g]) * unit;
+        if (lane == 0) own_extras[extras_head + g] = sum;
+    }
+    if (lane == 0) own_extras[0] = unit, own_extras[1] = shifted, own_extras[2] = noise, own_extras[3] = 0.0f;
+
+    for (int absent = query + queries; absent < query_tile; absent += queries) {
+        for (int i = lane; i < D / 8; i += row_lanes) {
+            const int place = as_bytes ? i / 4 * 128 + 16 * absent + i % 4 * 4 : i / 2 * 64 + 8 * absent + i % 2 * 4;
+            *reinterpret_cast<U32x4*>(fragments + place) = {0, 0, 0, 0};
         }
-        const int fragment_lane = index / 2 % 32, channel = index / 64 * 16 + fragment_lane % 4 * 2 + index % 2 * 8;
-        const float* pair = buffer + fragment_lane / 4 * D + channel;
-        fragments[index] = pack_halves(pair[0], pair[1]);
+        for (int i = lane; i < extras_width; i += row_lanes) extras[absent * extras_width + i] = i == 0 ? 1.0f : 0.0f;
     }
 }
 

@@ -1,8 +1,9 @@
 // Partial states to an output row: `unfold` brings packed states to the model's space, `merge` joins all states of a query.
 //
 // Is: Σ p x̂ = s ∘ Rᵀ π⁻¹ (Σ p ŷ) + (Σ p)·μ, or B·(Σ p ŷ) + (Σ p)·μ, once for each block of statistics. Is not: over rows.
-// Block of unfold: 128 threads, 16 for each of 8 queries, which share the product with a matrix, a thread a channel of all 8; grid: states it makes × (kv heads · query tiles) × batch. One unfolded state takes
-// splits_per_state splits one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
+// Block of unfold: 16 threads for each query of the fullest tile, by pairs of queries; where values have a matrix 128, which share the product, a
+// thread a channel of all 8. Grid: states it makes × (kv heads · query tiles) × batch. One unfolded state takes splits_per_state splits, at most
+// 16, one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
 // Block of merge: one query, 128 threads, eight slices of 16 each of which joins every eighth state, four at once; grid: query heads · length × batch.
 #pragma once
 #include "state.cuh"
@@ -14,50 +15,107 @@ constexpr int unfold_blocks = 8;  // of a multiprocessor: without matrices the p
 
 template <int D>
 __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unfold(const __grid_constant__ UnfoldParams p) {
-    constexpr int per_lane = D / 16;
+    constexpr int per_lane = D / 16, width = state_head + D;
     alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
+    alignas(16) __shared__ float affines[row_threads / 32][2][D];  // of a warp: scale and shift
     const int made = blockIdx.x, head_tile = blockIdx.y, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = head_tile / p.query_tiles;
-    const int first = made * p.splits_per_state, end = min(first + p.splits_per_state, p.splits);
-    // Of few queries most warps have none, and no states to read.
-    const bool exists = head_tile % p.query_tiles * query_tile + query < p.queries, idle = !__any_sync(whole_warp, exists);
-    auto packed = [&](int split) { return state_at(p.packed, batch, head_tile, head_tiles, query, p.splits, split, D); };
-    float* own = buffer + query * D;
+    const int first = made * p.splits_per_state, count = min(p.splits_per_state, p.splits - first);
+    // Of few queries some warps have none, and no states to read.
+    const bool exists = head_tile % p.query_tiles * query_tile + query < p.queries;
+    if (!p.transform.inverse && !__any_sync(whole_warp, exists)) return;
+    const float* states = state_at(p.packed, batch, head_tile, head_tiles, query, p.splits, first, D);
 
-    float largest = -infinity();
-    for (int split = first; exists && split < end; ++split) largest = fmaxf(largest, packed(split)[0]);
+    // A lane asks for the head of one state. Without a matrix, whose product takes the registers, the row of the next split and what its transform
+    // multiplies by are on their way while one is at hand.
+    U32x4 own = {__float_as_uint(-infinity()), 0, 0, 0};
+    if (exists && lane < count) own = *reinterpret_cast<const U32x4*>(states + lane * width);
+    float next[per_lane] = {};
+    auto ask_row = [&](int split) {
+        if (!exists || split >= count) return;
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) next[k] = states[split * width + state_head + lane + 16 * k];
+    };
+    if (!p.transform.inverse) ask_row(0);
+    const float largest = fold_lanes(__uint_as_float(own.x), [](float a, float b) { return fmaxf(a, b); });
+    const float own_factor = state_factor(__uint_as_float(own.x), __uint_as_float(own.y), largest);
+    const float sum = add_lanes(own_factor * __uint_as_float(own.y)), own_weight = own_factor * __uint_as_float(own.z);
+    auto to = [&] { return state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, p.first_state + made, D); };
+    if (exists && lane == 0) *reinterpret_cast<U32x4*>(to()) = {__float_as_uint(largest), __float_as_uint(sum), 0, 0};
+    auto factor_of = [&](int split) { return __shfl_sync(whole_warp, own_factor, split, row_lanes); };
+    auto weight_of = [&](int split) { return __shfl_sync(whole_warp, own_weight, split, row_lanes); };
 
-    float sum = 0.0f, weight = 0.0f, output[per_lane] = {}, row[per_lane] = {};
-    for (int split = first; split < end; ++split) {
-        if (exists) {
-            const float* from = packed(split);
-            const float factor = state_factor(from[0], from[1], largest);
-            sum += factor * from[1];
-            weight += factor * from[2];
+    // The transform of a run of splits with the same statistics is undone once, with its last split. Blocks that hold no row yet have no
+    // statistics: their states are empty, and so are their rows.
+    auto block_of = [&](int split) { return split < count ? block_of_page(p.transform, (first + split) * p.pages_per_split) : -1; };
+    float weight = 0.0f, output[per_lane] = {}, row[per_lane] = {};
+    if (p.transform.inverse) {
+#pragma unroll 1
+        for (int split = 0; split < count; ++split) {
+            if (exists) {
+                const float* from = state_at(p.packed, batch, head_tile, head_tiles, query, p.splits, first + split, D);
+                const float factor = state_factor(from[0], from[1], largest);
+                weight += factor * from[2];
 #pragma unroll
-            for (int k = 0; k < per_lane; ++k) row[k] += factor * from[state_head + lane + 16 * k];
-        }
-        // The transform of a run of splits with the same statistics is undone once.
-        const int block = block_of_page(p.transform, split * p.pages_per_split);
-        if (split + 1 < end && block_of_page(p.transform, (split + 1) * p.pages_per_split) == block) continue;
-        // Blocks that hold no row yet have no statistics: their states are empty, which all queries see alike.
-        if (__syncthreads_and(weight == 0.0f)) continue;
-        const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
-        if (transform.inverse) multiply_rows<D, false, 16>(row, transform.inverse, buffer, query, lane);
-        else if (!idle) transform_back<D>(row, p.transform, transform, own, lane);
-        if (idle) continue;
+                for (int k = 0; k < per_lane; ++k) row[k] += factor * from[state_head + lane + 16 * k];
+            }
+            const int block = block_of(split);
+            if (block_of(split + 1) == block || __syncthreads_and(weight == 0.0f)) continue;
+            const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
+            multiply_rows<D, false, D < 128 ? 8 : 16>(row, transform.inverse, buffer, query, lane);
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) {
-            output[k] += row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);
-            row[k] = 0.0f;
+            for (int k = 0; k < per_lane; ++k) {
+                output[k] += row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);
+                row[k] = 0.0f;
+            }
+            weight = 0.0f;
         }
-        weight = 0.0f;
+    } else {
+        const int warp = threadIdx.x / 32;
+        const SharedPlace place = shared_place(affines[warp]);
+        int block = block_of(0), next_block = block_of(1);
+        bool ready = false;
+        auto ask_affine = [&] {
+            ready = block != next_block && __any_sync(whole_warp, weight != 0.0f);
+            if (!ready) return;
+            const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
+            __syncwarp();  // the last ones have been read
+            for (int at = 16 * (threadIdx.x % 32); at < 4 * D; at += 16 * 32) {
+                if (transform.scale) copy_to_shared<0, 0>(place + at, reinterpret_cast<u64>(transform.scale) + at);
+                if (transform.shift) copy_to_shared<4 * D, 0>(place + at, reinterpret_cast<u64>(transform.shift) + at);
+            }
+            commit_copies();
+        };
+        weight = weight_of(0);
+        ask_affine();
+#pragma unroll 1
+        for (int split = 0; split < count; ++split) {
+            const float factor = factor_of(split);
+#pragma unroll
+            for (int k = 0; k < per_lane; ++k) row[k] += factor * next[k];
+            ask_row(split + 1);
+            if (ready) {
+                const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
+                if (transform.permutation) permute_back<D>(row, transform.permutation, buffer + query * D, lane);
+                if (p.transform.rotation) hadamard<D>(row, lane);
+                wait_for_copies<0>();
+                __syncwarp();
+#pragma unroll
+                for (int k = 0; k < per_lane; ++k) {
+                    if (transform.scale) row[k] *= affines[warp][0][lane + 16 * k];
+                    output[k] += row[k] + (transform.shift ? weight * affines[warp][1][lane + 16 * k] : 0.0f);
+                    row[k] = 0.0f;
+                }
+            }
+            if (split + 1 == count) break;
+            weight = weight_of(split + 1) + (block == next_block ? weight : 0.0f);
+            block = next_block, next_block = block_of(split + 2);
+            ask_affine();
+        }
     }
     if (!exists) return;
-    float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, p.first_state + made, D);
-    if (lane == 0) to[0] = largest, to[1] = sum, to[2] = 0.0f, to[3] = 0.0f;
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) to[state_head + lane + 16 * k] = output[k];
+    for (int k = 0; k < per_lane; ++k) to()[state_head + lane + 16 * k] = output[k];
 }
 
 constexpr int merge_slices = row_threads / row_lanes, merge_threads = row_threads, merged_at_once = 4;

@@ -2,7 +2,7 @@
 //
 // Is: Hadamard, permutation, sums in the order of the specification. Is not: attention.
 // A row of D channels is `float row[D / 16]`: lane l of a half warp holds the channels l, l + 16, l + 32, … All lanes of the warp take part in
-// every function, so both halves must call it. Nothing here fuses a multiply and an add but `multiply_rows`, which no codes depend on.
+// every function, so both halves must call it. Nothing here rounds a multiply and an add as one but `multiply_rows`, which no codes depend on.
 #pragma once
 #include "params.cuh"
 
@@ -41,10 +41,11 @@ __device__ __forceinline__ void hadamard(float (&row)[D / 16], int lane) {
     constexpr int block = hadamard_block(D);
 #pragma unroll
     for (int h = 1; h < 16; h *= 2) {
+        const float sign = lane & h ? -1.0f : 1.0f;  // a product with it is exact: a sum or a difference, rounded once
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
             const float other = __shfl_xor_sync(whole_warp, row[k], h);
-            row[k] = lane & h ? __fsub_rn(other, row[k]) : __fadd_rn(row[k], other);
+            row[k] = fmaf(row[k], sign, other);
         }
     }
 #pragma unroll

@@ -104,6 +104,33 @@ def test_attention_over_packed_rows(call: Call, kernels: harness.Kernels) -> Non
         assert not found.any()
 
 
+@pytest.mark.parametrize("name", ["2, statics, float32", "blocks", "112", "causal, softcap, 20 queries"])
+def test_queries_that_do_not_exist_are_folded_to_zeros(
+    name: str, kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = next(call for call in CALLS if call.name == name)
+    made: list[torch.Tensor] = []
+
+    def aligned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        made.append(harness.aligned(*shape, dtype=dtype))
+        return made[-1]
+
+    rows = pipeline.make_rows(call)
+    monkeypatch.setattr(pipeline, "aligned", aligned)
+    pipeline.run(call, rows, kernels)
+    folded, extras = made[:2]
+    # Of each word or pair of octets, four lanes a query.
+    registers = 4 if call.as_bytes else 2
+    of_query = folded.unflatten(-1, (-1, 8, 4 * registers)).transpose(4, 5).flatten(3, 4)
+    queries = call.group * call.length
+    assert call.query_tiles * 8 > queries
+    assert not of_query[:, :, :, queries:].any()
+    assert of_query[:, :, :, :queries].flatten(4).any(-1).all()
+    absent = extras.flatten(3, 4)[:, :, :, queries:]
+    assert absent[..., 0].eq(1.0).all()
+    assert not absent[..., 1:].any()
+
+
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])
 def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernels) -> None:
     for call in (*CALLS[:2], APART[1]):

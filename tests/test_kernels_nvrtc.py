@@ -62,6 +62,8 @@ OTHERS = {
     f"skvq::encode<skvq::Half, {KP}>": 96,
     f"skvq::encode<skvq::BFloat, {V16}>": 96,
     f"skvq::decode<skvq::Half, {VP}>": 64,
+    "skvq::unfold<64>": 64,
+    "skvq::unfold<96>": 64,
     "skvq::unfold<128>": 64,
     "skvq::unfold<256>": 168,
     "skvq::merge<skvq::Half, 128>": 64,

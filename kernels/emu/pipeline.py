@@ -23,6 +23,8 @@ QUERY_TILE = 8
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
 TURNING_THREADS = 512
 ATTEND_WARPS = 4
+# Splits that `unfold` takes for one state.
+MOST_SPLITS_PER_STATE = 16
 # Of `turning`: any number of blocks divides its items.
 TURNING_BLOCKS = 3
 
@@ -84,6 +86,11 @@ class Call:
         levels = self.values.coder.levels.tolist() if values.format == "1.6" else [-1.0, 0.0, 1.0]
         even = levels == [-levels[2], 0.0, levels[2]]
         return not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
+
+    def row_threads(self, codec: ReferenceCodec) -> int:
+        """Of a block of fold or unfold, by the codec of keys or values, as `row_threads` of launches.rs."""
+        queries = min(QUERY_TILE, self.group * self.length)
+        return 128 if codec.map is not None else 16 * (queries + queries % 2)
 
     def attend_launch(self, splits: int) -> tuple[tuple[int, int, int], int, int]:
         """Its grid, threads and bytes of shared memory."""
@@ -321,7 +328,8 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     common = {"query": query, **strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
     arguments = params("FoldParams", **common, **fields, transform=key_transform)
-    launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), 128, arguments)
+    threads = call.row_threads(call.keys)
+    launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), threads, arguments)
 
     bias, capacity = None, call.packed + 3
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
@@ -345,7 +353,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
 
     splits = -(-call.packed // (PAGE_ROWS * call.pages_per_split)) + 1  # one more than there are rows for
     blocks = rows.key_statistics is not None or rows.value_statistics is not None
-    per_state = 2 if blocks else splits
+    per_state = 2 if blocks else min(splits, MOST_SPLITS_PER_STATE)
     unfolded = -(-splits // per_state)
     state_count = unfolded + 3
     packed_states = aligned(batch, heads * tiles, 8, splits, 4 + width_v, dtype=torch.float32)
@@ -392,7 +400,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         query_tiles=tiles,
         queries=call.group * call.length,
     )
-    launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), 128, arguments)
+    launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), call.row_threads(call.values), arguments)
 
     past = slice(0, call.sinks), slice(call.sinks + call.packed, call.total)
     parts = [(rows.keys[:, :, part].contiguous(), rows.values[:, :, part].contiguous()) for part in past]

@@ -20,6 +20,7 @@ using namespace skvq;
 namespace {
 constexpr int D = 64, kv_heads = 2, group = 3, sinks = 3, window = 5, packed = 150, block = 128, pages = 2, splits = 2, singles = 23;
 constexpr int head_tiles = kv_heads, state_count = 4, block_capacity = 2;
+constexpr int few_threads = row_lanes * (group + group % 2);  // of fold and unfold without a matrix
 
 std::mt19937 random_bits(1);
 
@@ -159,7 +160,7 @@ double run() {
     f.query = address(query), f.query_head_stride = D, f.query_position_stride = D;
     f.folded = address(folded), f.extras = address(extras), f.lengths = address(lengths), f.transform = keys_stream.transform();
     f.scale = 0.125f, f.kv_heads = kv_heads, f.group = group, f.length = 1, f.query_tiles = 1;
-    emulator::launch({block_capacity, kv_heads, 1}, {row_threads, 1, 1}, 0, [&] { fold<float, K>(f); });
+    emulator::launch({block_capacity, kv_heads, 1}, {K::is_parts ? row_threads : few_threads, 1, 1}, 0, [&] { fold<float, K>(f); });
 
     AttendParams a{};
     a.key_pages = address(keys_stream.table), a.value_pages = address(values_stream.table), a.folded = f.folded, a.extras = f.extras;
@@ -196,7 +197,7 @@ double run() {
     UnfoldParams u{};
     u.packed = a.states, u.states = address(states), u.transform = values_stream.transform();
     u.splits = splits, u.splits_per_state = 2, u.first_state = 3, u.state_count = state_count, u.pages_per_split = 1, u.kv_heads = kv_heads, u.query_tiles = 1, u.queries = group;
-    emulator::launch({1, head_tiles, 1}, {row_threads, 1, 1}, 0, [&] { unfold<D>(u); });
+    emulator::launch({1, head_tiles, 1}, {V::is_parts ? row_threads : few_threads, 1, 1}, 0, [&] { unfold<D>(u); });
 
     PlainParams p{};
     p.query = f.query, p.query_head_stride = D, p.query_position_stride = D, p.states = u.states, p.lengths = a.lengths, p.scale = f.scale;

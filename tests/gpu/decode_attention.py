@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
 from harness import PAGE_ROWS, Structure, level_table, params
 from machine import Machine, Statistics, instance_of, strides, transform_fields
-from pipeline import TURNING_THREADS, Call, plain_region, plain_regions, wave_fields
+from pipeline import MOST_SPLITS_PER_STATE, TURNING_THREADS, Call, plain_region, plain_regions, wave_fields
 
 from skvq.reference import ReferenceCodec
 
@@ -67,7 +67,7 @@ class Launch:
 def default_splits_per_state(call: Call, splits: int) -> int:
     """How many splits become one state: few where each has a transform to undo, about as many as states else."""
     blocks = call.keys.block or call.values.block
-    return 2 if blocks else math.isqrt(max(1, splits - 1)) + 1
+    return 2 if blocks else min(MOST_SPLITS_PER_STATE, math.isqrt(max(1, splits - 1)) + 1)
 
 
 class DecodeAttention:
@@ -144,6 +144,7 @@ class DecodeAttention:
         fields["as_bytes"] = int(call.as_bytes)
         grid = (self._key_blocks, self._tiles, call.batch)
         self._add(f"fold<{call.element}, {keys.expression}>", grid, "FoldParams", **self._common, **fields)
+        self.launches[-1].threads = call.row_threads(call.keys)
         self.bias: Tensor | None = None
         self._bias_capacity = call.packed
         if call.turns:
@@ -216,6 +217,7 @@ class DecodeAttention:
             query_tiles=call.query_tiles,
             queries=call.group * call.length,
         )
+        self.launches[-1].threads = call.row_threads(call.values)
 
     def _prepare_plain(self) -> None:
         call = self.call

@@ -4,7 +4,8 @@ use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY
 use super::super::launch::{Launch, Stream};
 use super::super::pages::Side;
 use super::super::params::{
-    AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, PlainRegion, TurningParams, UnfoldParams,
+    AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, PlainRegion, TransformParams, TurningParams,
+    UnfoldParams,
 };
 use super::attend::{AttendCall, PlainSplits, Shape};
 use super::decode::Target;
@@ -16,6 +17,11 @@ use crate::transform::SPAN;
 const THREADS: usize = 128;
 /// Of `turning`, one of whose blocks fills a multiprocessor.
 const TURNING_THREADS: usize = 512;
+
+/// Of a block of `fold` or `unfold`: 16 for each query of the fullest tile, by pairs, or all where they share the product with a matrix.
+fn row_threads(queries: usize, matrix: bool) -> usize {
+    if matrix { THREADS } else { THREADS / QUERY_TILE * queries.min(QUERY_TILE).next_multiple_of(2) }
+}
 
 /// What `plain` reads; as numbers those of `kernels/plain.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +129,7 @@ impl Launches<'_> {
         let [keys, values] = &layer.shared.constants;
         let key_transform = layer.transform(held, Side::Keys);
         let (kv_heads, group, length) = (self.heads(), shape.group as i32, shape.length as i32);
+        let threads = |transform: &TransformParams| row_threads(shape.group * shape.length, transform.inverse != 0);
         let fold = FoldParams {
             query: query.address,
             query_batch_stride: query.strides[0],
@@ -141,7 +148,7 @@ impl Launches<'_> {
             as_bytes: i32::from(shape.as_bytes),
         };
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
-        unsafe { launch(&kernels.fold, self.grid(shape.key_blocks), THREADS, &fold, self.stream) }?;
+        unsafe { launch(&kernels.fold, self.grid(shape.key_blocks), threads(&fold.transform), &fold, self.stream) }?;
         if let Some(function) = &kernels.turning {
             let turning = TurningParams {
                 query: query.address,
@@ -220,7 +227,7 @@ impl Launches<'_> {
         };
         let made = shape.splits.div_ceil(shape.splits_per_state);
         // SAFETY: as above.
-        unsafe { launch(&kernels.unfold, self.grid(made), THREADS, &unfold, self.stream) }
+        unsafe { launch(&kernels.unfold, self.grid(made), threads(&unfold.transform), &unfold, self.stream) }
     }
 
     /// The rows of a region, for `plain`.
