@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ROW_BLOCK = 16
-# Of a row block, 8 queries, D = 128: instructions, those of the pipe of integers and bits, products of f16 and of bytes.
+# Of a row block, 8 queries, D = 128: instructions, those of the pipe of integers and bits, products of f16, of bytes.
 COUNTED = {
     ("sm_80", "2 + 2 bits"): (223, 144, (8, 8)),
     ("sm_80", "2 bits + ternary"): (239, 104, (10, 8)),

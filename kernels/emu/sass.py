@@ -138,7 +138,7 @@ def matrix_loops(blocks: list[Block]) -> list[list[str]]:
 
 
 def cost_of(text: str, products: tuple[int, int], row_blocks: int) -> dict[str, float]:
-    """Instructions a row block of the loop with `row_blocks` times so many products of f16 and of bytes: all, and by pipe.
+    """Instructions a row block, all and by pipe, of the loop with `row_blocks` times so many products (f16, bytes).
 
     Raises ValueError if there is none.
     """

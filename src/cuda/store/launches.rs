@@ -63,6 +63,13 @@ impl Launches<'_> {
         [x as u32, self.heads() as u32 * self.shape.query_tiles as u32, self.held.batch as u32]
     }
 
+    fn attend_grid(&self) -> [u32; 3] {
+        let shape = &self.shape;
+        let splits_of_block = if matches!(shape.queries, Queries::Apart(_)) { ATTEND_WARPS } else { 1 };
+        let tiles = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
+        [shape.splits.div_ceil(splits_of_block) as u32, tiles, self.held.batch as u32]
+    }
+
     /// Address of the lengths of what is read.
     fn lengths_read(&self) -> u64 {
         if self.call.fresh.is_some() { self.place(self.shape.places.lengths) } else { self.held.lengths() }
@@ -202,10 +209,8 @@ impl Launches<'_> {
             as_bytes: fold.as_bytes,
             padding: 0,
         };
-        let blocks = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
-        let splits_of_block = if matches!(shape.queries, Queries::Apart(_)) { ATTEND_WARPS } else { 1 };
         let launched = Launch {
-            grid: [shape.splits.div_ceil(splits_of_block) as u32, blocks, held.batch as u32],
+            grid: self.attend_grid(),
             block: [kernels.threads as u32, 1, 1],
             shared_bytes: kernels.shared_bytes,
             stream: self.stream,
