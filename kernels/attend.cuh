@@ -53,7 +53,7 @@ struct FoldedQueries {
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
             for (int side = 0; side < 2; ++side) {
-                unit[n][side] *= log2_e * (Bytes ? p.key_levels.step : 1.0f);
+                unit[n][side] *= log2_e * (Bytes ? p.key_levels.step : p.key_levels.correction);
                 shifted[n][side] *= log2_e;
                 if constexpr (K::is_parts) noise[n][side] *= log2_e;
             }

@@ -273,7 +273,7 @@ struct ManyState {
 
     /// What a split has of the warp's queries; four lanes share one.
     __device__ __forceinline__ void write(const AttendParams& p, int batch, int first_tile, int split, int lane) {
-        const float per_unit = 1.0f / p.weight_unit;
+        const float per_unit = p.value_levels.correction / p.weight_unit;
         auto total = [](float value) {
             for (int distance = 1; distance < 4; distance *= 2) value += __shfl_xor_sync(whole_warp, value, distance);
             return value;
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             if (warp >= many_blocks || which >= end) return;
             if (!ahead) load(key_rows, p.key_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            key_rows.unpack(kept_levels<K, false>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, 1.0f);
+            key_rows.unpack(kept_levels<K, false>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, p.key_levels.correction);
             if (ahead && which + 1 < end) load(key_rows, p.key_pages, which + 1);
         };
         auto unpack_values = [&](int which) {

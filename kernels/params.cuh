@@ -10,14 +10,16 @@
 namespace skvq {
 
 /// The levels of a stream as f16, bytes apart, as byte permutations look them up: `low` has their low, `high` their high bytes, four to a word.
-/// Four levels that are near integers of a byte, times a step, are in `integers` too, and `step` is not 0 (bytes.cuh).
+/// Four levels that are near integers of a byte, times a step, are in `integers` too, and `step` is not 0 (bytes.cuh). Sums of f16 levels are to be
+/// multiplied by `correction`: what rounding to f16 has done to all of three or four levels, it would do to every output.
 /// The table of a codebook of 2^b levels begins at word {b = 1: 0, 2: 1, 3: 2, 4: 4, 5: 8}; three levels have the place of four; the second
 /// coordinates of codewords of pairs follow the first ones, at word 4.
 struct LevelTable {
     u32 low[16];
     u32 high[16];
     u32 integers;
-    float step;
+    float step, correction;
+    i32 padding;
 };
 
 /// repack.cuh. rows: code rows `[pages · 128, row_code_bytes]` and number rows `[pages · 128, row_number_bytes]`.
@@ -242,7 +244,7 @@ struct DecodeParams {
 };
 
 // Rust has the same sizes; none of the structs has room between its fields.
-static_assert(sizeof(LevelTable) == 136, "LevelTable");
+static_assert(sizeof(LevelTable) == 144, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
 static_assert(sizeof(FoldParams) == 168, "FoldParams");
@@ -289,7 +291,7 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 456, "AttendParams");
+static_assert(sizeof(AttendParams) == 472, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");

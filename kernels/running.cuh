@@ -184,7 +184,7 @@ __device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Remainde
                                                  int head_tiles, int split) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int exist = p.group * p.length - head_tile % p.query_tiles * query_tile;
-    const float per_unit = 1.0f / p.weight_unit, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    const float per_unit = 1.0f / p.weight_unit, correction = p.value_levels.correction, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
     state.finish();
     for_each<Tiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
@@ -201,7 +201,7 @@ __device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Remainde
                 constexpr int i = decltype(tile)::value;
                 for_each<2>([&](auto half) {
                     constexpr int side = decltype(half)::value;
-                    float value = state.template channel<n, 2 * i + side>(j, step);
+                    float value = correction * state.template channel<n, 2 * i + side>(j, step);
                     if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
                     to[state_head + 16 * i + g + 8 * side] = value * per_unit;
                 });
@@ -227,7 +227,7 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
     constexpr int queries = Exchange::queries, width = Exchange::width;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const float per_unit = 1.0f / p.weight_unit;
-    const float step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    const float correction = p.value_levels.correction, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
     float* references = shared + Exchange::at_once * Exchange::warp_floats;  // [warps, queries]
     state.finish();
     for_each<Tiles>([&](auto index) {
@@ -259,7 +259,7 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                         constexpr int i = decltype(tile)::value;
                         for_each<2>([&](auto half) {
                             constexpr int side = decltype(half)::value;
-                            float value = state.template channel<n, 2 * i + side>(j, step);
+                            float value = correction * state.template channel<n, 2 * i + side>(j, step);
                             if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
                             put(state_head + 16 * i + g + 8 * side, factor * value);
                         });

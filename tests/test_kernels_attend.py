@@ -165,3 +165,21 @@ def test_a_row_that_is_not_a_number_reaches_those_who_see_whole_pages(stream: st
     found = pipeline.run(call, rows, kernels)
     assert found[:, : call.group].isnan().all()
     assert torch.equal(found[:, call.group :], before[:, call.group :])
+
+
+@pytest.mark.parametrize("values", ["1.6", "2"])
+def test_rounded_levels_leave_outputs_as_they_are(values: str) -> None:
+    # All levels of a codebook that f16 makes larger would make every output larger by as much, 3e-4 of it.
+    call = Call(
+        codec(head_dim=128),
+        codec(values, 128),
+        dtype=torch.float32,
+        group=4,
+        packed=600,
+        pages_per_split=4,
+        name=values,
+    )
+    rows = pipeline.make_rows(call)
+    kernels = harness.Kernels(call.instances(), pipeline.HEADERS)
+    found, exact = pipeline.run(call, rows, kernels), pipeline.expected(call, rows)
+    assert float((found.double() - exact).norm() / exact.norm()) <= 1e-4

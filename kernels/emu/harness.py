@@ -114,6 +114,11 @@ def level_table(codec: Any) -> Structure:
         put({"4": 4, "3": 2, "2": 1, "1.6": 1}[codec.format], coder.levels)
     if codec.format == "2":
         table.integers, table.step = integers(coder.levels.double().tolist())
+    table.correction = 1.0
+    if codec.format in ("1.6", "2"):
+        levels = coder.levels.double().flatten()
+        rounded = levels.half().double()
+        table.correction = float((levels @ rounded) / (rounded @ rounded))
     return table
 
 

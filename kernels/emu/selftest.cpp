@@ -56,6 +56,7 @@ struct Stream {
                 words.high[word + i / 4] |= (level >> 8u) << 8 * (i % 4);
             }
         }
+        words.correction = 1.0f;
         for (int i = 0; i < kv_heads * pages; ++i) {
             memory.emplace_back(L::page_bytes / 16);
             table.push_back(address(memory.back()));

@@ -158,7 +158,19 @@ pub fn level_table(codec: &Codec) -> LevelTable {
     if let (Format::Int2, Some((integers, step))) = (codec.layout.format, integers(&all)) {
         (table.integers, table.step) = (u32::from_le_bytes(integers.map(|integer| integer as u8)), step);
     }
+    let few = matches!(codec.layout.format, Format::Ternary | Format::Int2);
+    table.correction = if few { correction(&all) } else { 1.0 };
     table
+}
+
+/// The factor that brings levels as f16 nearest to what they are, for three or four of them: of more some become larger and some smaller.
+fn correction(levels: &[f32]) -> f32 {
+    let rounded = levels.iter().map(|level| f64::from(f16::from_f32(*level).to_f32()));
+    let (mut products, mut squares) = (0.0, 0.0);
+    for (level, rounded) in levels.iter().zip(rounded) {
+        (products, squares) = (products + f64::from(*level) * rounded, squares + rounded * rounded);
+    }
+    if squares > 0.0 { (products / squares) as f32 } else { 1.0 }
 }
 
 /// Four levels as integers of a byte, times a step: those with the least error, where it is no larger than that of f16 may be, 2⁻¹¹ of the largest

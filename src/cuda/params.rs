@@ -47,7 +47,7 @@ macro_rules! parameters {
 }
 
 parameters! {
-    LevelTable: 136 { low: [u32; 16], high: [u32; 16], integers: u32, step: f32 }
+    LevelTable: 144 { low: [u32; 16], high: [u32; 16], integers: u32, step: f32, correction: f32, padding: i32 }
 
     TransformParams: 80 {
         shift: u64, scale: u64, permutation: u64, matrix: u64, inverse: u64, shift_sine: u64, spans: u64, steps: u64,
@@ -71,7 +71,7 @@ parameters! {
         kind: i32, causal: i32, softcap: f32, total_from_lengths_plus: i32,
     }
 
-    AttendParams: 456 {
+    AttendParams: 472 {
         key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64,
         key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64,
         mask: MaskParams, key_levels: LevelTable, value_levels: LevelTable,
