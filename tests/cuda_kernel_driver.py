@@ -56,6 +56,8 @@ def instances(case: cases.Case) -> list[str]:
         tiles = sorted({min(2, -(-case.group * length // 8)) for length in lengths})
         names += [f"append_row<{element}, {', '.join(packed)}>", f"fold<{element}, {packed[0]}>"]
         names += [*(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
+        if case.keys.get("block") or case.values.get("block"):
+            names += [*(f"attend_apart<{', '.join(packed)}, {count}>" for count in tiles)]
         names += [f"attend_many<{', '.join(packed)}>"] if takes_many else []
         names += [f"unfold<{width_v}>", *([f"turning<{element}, {width_k}>"] if "shift_sine" in case.keys else [])]
     return [
