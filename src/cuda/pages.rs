@@ -238,6 +238,31 @@ mod tests {
     }
 
     #[test]
+    fn levels_near_integers_are_bytes_times_a_step() {
+        let (lloyd_max, step) = integers(&levels(&codec(Format::Int2, 64))).unwrap();
+        assert_eq!(lloyd_max, [-10, -3, 3, 10]);
+        assert!((step * 10.0 - 1.5104).abs() < 2e-4, "{step}");
+        assert_eq!(integers(&[-1.5, -0.5, 0.5, 1.5]), Some(([-3, -1, 1, 3], 0.5)));
+        // Three levels, and four that no byte has within 2⁻¹¹ of the largest.
+        assert_eq!(integers(&[-1.0, 0.0, 1.0]), None);
+        assert_eq!(integers(&[-0.9, -0.211, 0.347, 1.0]), None);
+        let table = level_table(&codec(Format::Int2, 64));
+        assert_eq!((table.integers, table.step), (0x0a03_fdf6, step));
+        assert!(level_table(&codec(Format::Int3, 64)).step == 0.0);
+    }
+
+    #[test]
+    fn what_f16_does_to_few_levels_is_taken_back() {
+        let ternary = codec(Format::Ternary, 64);
+        let [.., high] = levels(&ternary)[..] else { unreachable!("three levels") };
+        let corrected = f16::from_f32(high).to_f32() * level_table(&ternary).correction;
+        assert!((corrected - high).abs() <= f32::EPSILON * high, "{corrected} {high}");
+        let of_many =
+            [Format::Int3, Format::Int4, Format::Int8].map(|format| level_table(&codec(format, 64)).correction);
+        assert!(of_many.iter().all(|factor| *factor == 1.0));
+    }
+
+    #[test]
     fn layouts_are_spelled_as_kernels_take_them() {
         let two = codec(Format::Int2, 128);
         assert_eq!(layout_expression(Side::Keys, &two), "skvq::Layout<skvq::keys, 128, 2, 128, 1, 1>");
