@@ -1,7 +1,7 @@
 // Keys of two bits whose levels are small integers times a step: products of bytes, four codes a register.
 //
 // Is: the sums Σ q'·level of a row block, of levels that the host has found such integers for (LevelTable). Is not: scales; other levels.
-// A query's elements, integers below 2^15 after fold.cuh, are two bytes: 256·high + low. So a sum is two products of bytes, and exact.
+// A query's elements, integers up to 32512 after fold.cuh, are two bytes: 256·high + low. So a sum is two products of bytes, and exact.
 // A word of a lane's codes makes one tile of 16 rows × 32 channels, whose columns are those of its octets 4w, 4w + 2, 4w + 1, 4w + 3:
 //
 //   word, bytes 0, 2 and 1, 3 changed:  | rows g + 8: octets 4w + 3, 4w + 2, 4w + 1, 4w | rows g: likewise |     nibbles of two codes
@@ -16,6 +16,8 @@ constexpr bool by_bytes = K::stream == keys && K::format == 2 && K::groups == 1 
 
 /// The last bits of 1.5·2^23 + x are x as an integer, to nearest even.
 constexpr float integer_magic = 12582912.0f;
+/// 127·256: of two signed bytes, whichever the lower one is.
+constexpr float largest_integer = 32512.0f;
 
 /// A query as 32 lanes × 4 registers for each word: high bytes for the octets 4w, 4w + 2, then for 4w + 1, 4w + 3, then low bytes likewise. `row`:
 /// the query in 16 lanes (transform.cuh), of which 8o + 2t and 8o + 2t + 1 have a register of four bytes each: the first the low bytes of both, the

@@ -2,7 +2,7 @@
 //
 // Is: one launch before attend.cuh; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
-// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh). Every block of statistics has its own q', so a split of
+// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block of statistics has its own q', so a split of
 // attention stays inside one block.
 // Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 16 threads for each query of the fullest tile, by pairs of
 // queries. With a matrix 128 threads, which share the product, a thread a channel of all 8. Attention reads all 8 queries of a tile: for those that
@@ -80,8 +80,11 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
         noise = add_lanes(noise);
         largest = fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
     }
-    // A power of two, and so is its inverse, which is a normal number.
-    const float unit = unit_of(largest), inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(unit));
+    // A power of two, and so is its inverse, which is a normal number. Integers have no exponent: theirs leaves no bit of them unused.
+    float unit = unit_of(largest), inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(unit));
+    if (p.as_bytes && largest > 1e-30f && is_finite(largest)) {
+        unit = largest * (1.0f / largest_integer), inverse_unit = largest_integer * reciprocal_fast(largest);
+    }
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) row[k] *= inverse_unit;
 
