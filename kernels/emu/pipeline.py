@@ -85,7 +85,8 @@ class Call:
         fits = keys.head_dim % 32 == 0 and keys.head_dim * self.tiles <= 256 and keys.group_size == keys.head_dim
         levels = self.values.coder.levels.tolist() if values.format == "1.6" else [-1.0, 0.0, 1.0]
         even = levels == [-levels[2], 0.0, levels[2]]
-        return not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
+        half = self.dtype != torch.float32
+        return half and not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
 
     def row_threads(self, codec: ReferenceCodec) -> int:
         """Of a block of fold or unfold, by the codec of keys or values, as `row_threads` of launches.rs."""
