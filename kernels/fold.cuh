@@ -2,8 +2,8 @@
 //
 // Is: one launch before attend.cuh; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
-// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block of statistics has its own q', so a split of
-// attention stays inside one block.
+// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block
+// of statistics has its own q', so a split of attention stays inside one block.
 // Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 16 threads for each query of the fullest tile, by pairs of
 // queries. With a matrix 128 threads, which share the product, a thread a channel of all 8. Attention reads all 8 queries of a tile: for those that
 // have no threads their place is taken by zeros.
@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
 #pragma unroll
                 for (int k = 0; k < per_lane; ++k) row[k] *= transform.scale[lane + 16 * k];
             }
-            if (p.transform.rotation) hadamard<D>(row, lane);
-            if (transform.permutation) permute<D>(row, transform.permutation, own, lane);
+            turn_forward<D>(row, p.transform, transform, own, lane);
         }
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {

@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
             ask_row(split + 1);
             if (ready) {
                 const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
-                if (transform.permutation) permute_back<D>(row, transform.permutation, buffer + query * D, lane);
-                if (p.transform.rotation) hadamard<D>(row, lane);
+                turn_back<D>(row, p.transform, transform, buffer + query * D, lane);
                 wait_for_copies<0>();
                 __syncwarp();
 #pragma unroll

@@ -178,13 +178,38 @@ struct RunningState {
     }
 };
 
+/// A reference as a state has it.
+__device__ __forceinline__ float score_of(float reference) { return reference == no_reference ? -infinity() : reference * log_2; }
+
+/// Calls put(place in a state, value) for what a lane has of query 2t + j of tile N, times `factor`: but for the reference, all of it.
+template <int N, class V, int Tiles, bool Remainders, class Put>
+__device__ __forceinline__ void put_sums(const RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int j, float factor, const Put& put) {
+    const int g = threadIdx.x % 32 / 4;
+    const float correction = p.value_levels.correction, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    if (g == 0) {
+        const float sum = factor * state.sums[N][j];
+        put(1, sum), put(2, sum), put(3, 0.0f);
+    }
+    for_each<V::tiles>([&](auto tile) {
+        constexpr int i = decltype(tile)::value;
+        for_each<2>([&](auto half) {
+            constexpr int side = decltype(half)::value;
+            float value = correction * state.template channel<N, 2 * i + side>(j, step);
+            if constexpr (!V::symmetric) value += state.zeros[N][16 * i / V::group_size][j];
+            put(state_head + 16 * i + g + 8 * side, factor * value);
+        });
+    });
+    // Channels without codes.
+    for (int channel = V::tiles * 16 + g; channel < V::head_dim; channel += 8) put(state_head + channel, 0.0f);
+}
+
 /// Writes a warp's states as those of a split.
 template <class V, int Tiles, bool Remainders>
 __device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
                                                  int head_tiles, int split) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int exist = p.group * p.length - head_tile % p.query_tiles * query_tile;
-    const float per_unit = 1.0f / p.weight_unit, correction = p.value_levels.correction, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    const float per_unit = 1.0f / p.weight_unit;
     state.finish();
     for_each<Tiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
@@ -192,21 +217,8 @@ __device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Remainde
             const int query = n * query_tile + 2 * t + j;
             if (query >= exist) continue;
             float* to = state_at(p.states, batch, head_tile + n, head_tiles, 2 * t + j, p.splits, split, V::head_dim);
-            if (g == 0) {
-                const float sum = state.sums[n][j] * per_unit;
-                to[0] = state.reference[n][j] == no_reference ? -infinity() : state.reference[n][j] * log_2;
-                to[1] = sum, to[2] = sum, to[3] = 0.0f;
-            }
-            for_each<V::tiles>([&](auto tile) {
-                constexpr int i = decltype(tile)::value;
-                for_each<2>([&](auto half) {
-                    constexpr int side = decltype(half)::value;
-                    float value = correction * state.template channel<n, 2 * i + side>(j, step);
-                    if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
-                    to[state_head + 16 * i + g + 8 * side] = value * per_unit;
-                });
-            });
-            for (int channel = V::tiles * 16 + g; channel < V::head_dim; channel += 8) to[state_head + channel] = 0.0f;
+            if (g == 0) to[0] = score_of(state.reference[n][j]);
+            put_sums<n>(state, p, j, per_unit, [&](int at, float value) { to[at] = value; });
         }
     });
 }
@@ -227,7 +239,6 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
     constexpr int queries = Exchange::queries, width = Exchange::width;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const float per_unit = 1.0f / p.weight_unit;
-    const float correction = p.value_levels.correction, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
     float* references = shared + Exchange::at_once * Exchange::warp_floats;  // [warps, queries]
     state.finish();
     for_each<Tiles>([&](auto index) {
@@ -249,23 +260,8 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
                     const float factor = exp2_fast(state.reference[n][j] - largest) * per_unit;
                     float* to = shared + (Exchange::at_once == attend_warps ? warp : 0) * Exchange::warp_floats + query * width;
                     auto put = [&](int at, float value) { to[at] = Exchange::at_once == attend_warps || turn == 0 ? value : to[at] + value; };
-                    if (g == 0) {
-                        to[0] = largest == no_reference ? -infinity() : largest * log_2;
-                        put(1, factor * state.sums[n][j]);
-                        put(2, factor * state.sums[n][j]);
-                        put(3, 0.0f);
-                    }
-                    for_each<V::tiles>([&](auto tile) {
-                        constexpr int i = decltype(tile)::value;
-                        for_each<2>([&](auto half) {
-                            constexpr int side = decltype(half)::value;
-                            float value = correction * state.template channel<n, 2 * i + side>(j, step);
-                            if constexpr (!V::symmetric) value += state.zeros[n][16 * i / V::group_size][j];
-                            put(state_head + 16 * i + g + 8 * side, factor * value);
-                        });
-                    });
-                    // Channels without codes.
-                    for (int channel = V::tiles * 16 + g; channel < V::head_dim; channel += 8) put(state_head + channel, 0.0f);
+                    if (g == 0) to[0] = score_of(largest);
+                    put_sums<n>(state, p, j, factor, put);
                 }
             });
         }

@@ -235,12 +235,18 @@ __device__ __forceinline__ void turn_forward(float (&row)[D / 16], const Transfo
     if (head.permutation) permute<D>(row, head.permutation, buffer, lane);
 }
 
-/// ŷ to x̂: inverse permutation, rotation, scale and shift, or B and the mean. `weight` multiplies the shift.
+/// Undoes `turn_forward`.
+template <int D>
+__device__ __forceinline__ void turn_back(float (&row)[D / 16], const TransformParams& p, const HeadTransform& head, float* buffer, int lane) {
+    if (head.permutation) permute_back<D>(row, head.permutation, buffer, lane);
+    if (p.rotation) hadamard<D>(row, lane);
+}
+
+/// ŷ to x̂ but for the shift: inverse permutation, rotation and scale, or B.
 template <int D>
 __device__ __forceinline__ void transform_back(float (&row)[D / 16], const TransformParams& p, const HeadTransform& head, float* buffer, int lane) {
     if (head.inverse) return multiply_matrix<D>(row, head.inverse, buffer, lane);
-    if (head.permutation) permute_back<D>(row, head.permutation, buffer, lane);
-    if (p.rotation) hadamard<D>(row, lane);
+    turn_back<D>(row, p, head, buffer, lane);
     if (!head.scale) return;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) row[k] = __fmul_rn(row[k], head.scale[lane + 16 * k]);

@@ -22,7 +22,7 @@ from skvq.reference import ReferenceCodec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
-from harness import PageFormat
+from harness import PageFormat, strides
 from pipeline import transform_of
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
@@ -120,10 +120,6 @@ def codec_params(case: Case, statistics: tuple[Tensor, Tensor] | None = None) ->
     )
 
 
-def strides(rows: Tensor) -> dict[str, int]:
-    return dict(zip(("batch_stride", "head_stride", "row_stride"), rows.stride()[:3], strict=True))
-
-
 def encode(
     case: Case, kernels: harness.Kernels, rows: Tensor, portions: list[int], **more: Any
 ) -> tuple[Any, Tensor, int]:
@@ -207,7 +203,7 @@ class Ring:
         codec, places = codec_params(self.case, self.more.get("statistics")), []
         for rows, ring, (_, table) in zip(self.streams, self.rings, self.pages, strict=True):
             row = rows[:, :, new]
-            own = dict(zip(("batch_stride", "head_stride"), row.stride()[:2], strict=True))
+            own = strides(row, "batch_stride head_stride")
             places.append(harness.params("AppendStream", row=row, **own, ring=ring, pages=table, codec=codec))
         batch, heads = self.streams[0].shape[:2]
         arguments = harness.params(

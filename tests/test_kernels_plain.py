@@ -19,7 +19,7 @@ from kernel_examples import ERROR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
-from harness import DTYPES, PAGE_ROWS, aligned, params
+from harness import DTYPES, PAGE_ROWS, aligned, params, strides
 from pipeline import plain_region, plain_regions
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
@@ -202,16 +202,12 @@ class Example:
         fields: dict[str, Any] = {"causal": int(case.causal), "softcap": case.softcap, "paddings": paddings}
         fields["total_from_lengths_plus"] = case.fresh
         if self.mask is not None:
-            b, h, p, _ = self.mask.stride()
-            fields |= {"mask": self.mask, "kind": 1, "batch_stride": b, "head_stride": h, "position_stride": p}
+            fields |= {"mask": self.mask, "kind": 1, **strides(self.mask, "batch_stride head_stride position_stride")}
         mask = params("MaskParams", **fields)
-        b, h, p, _ = query.stride()
         arguments = params(
             "PlainParams",
             query=query,
-            query_batch_stride=b,
-            query_head_stride=h,
-            query_position_stride=p,
+            **strides(query, "query_batch_stride query_head_stride query_position_stride"),
             states=states,
             lengths=lengths,
             mask=mask,
@@ -224,14 +220,11 @@ class Example:
         if count:
             kernels.launch(plain, (count, HEADS * tiles, BATCH), 128, arguments, schedule=schedule)
         output = torch.full((BATCH, HEADS * case.group, case.length, case.value_width), math.nan, dtype=case.dtype)
-        b, h, p, _ = output.stride()
         arguments = params(
             "MergeParams",
             states=states,
             output=output,
-            output_batch_stride=b,
-            output_head_stride=h,
-            output_position_stride=p,
+            **strides(output, "output_batch_stride output_head_stride output_position_stride"),
             sink_logits=self.sink_logits,
             state_count=count,
             **shape,

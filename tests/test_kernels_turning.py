@@ -20,7 +20,7 @@ from parts_examples import frequencies_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
-from harness import DTYPES, aligned, params
+from harness import DTYPES, aligned, params, strides
 from pipeline import TURNING_THREADS, wave_fields
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
@@ -117,11 +117,10 @@ def run(case: Case, kernels: harness.Kernels, query: Tensor) -> Tensor:
     tables = {"spans": torch.stack([angles.cos(), angles.sin()], 1).float().contiguous(), "first_span": first}
     transform = params("TransformParams", shift=mean.contiguous(), shift_sine=quarter.contiguous(), **tables)
     bias = aligned(batch, case.kv_heads, case.tiles * 8, capacity, dtype=torch.float32)
-    names = ("query_batch_stride", "query_head_stride", "query_position_stride")
     arguments = params(
         "TurningParams",
         query=query,
-        **dict(zip(names, query.stride()[:3], strict=True)),
+        **strides(query, "query_batch_stride query_head_stride query_position_stride"),
         bias=bias,
         origins=torch.tensor(case.origins, dtype=torch.int32),
         lengths=torch.tensor([case.packed, 0, 0], dtype=torch.int32),

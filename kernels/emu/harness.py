@@ -178,6 +178,12 @@ def structures() -> dict[str, Any]:
 PARAMS: dict[str, Any] = structures()
 
 
+def strides(rows: Tensor, names: str = "batch_stride head_stride row_stride") -> dict[str, int]:
+    """The strides of the first axes under the names of their fields."""
+    fields = names.split()
+    return dict(zip(fields, rows.stride()[: len(fields)], strict=True))
+
+
 def params(structure: str, /, **fields: Any) -> Structure:
     """A parameter struct; tensors become their addresses and stay alive with it. Fields not named are 0."""
     made = PARAMS[structure]()

@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from harness import DTYPES, PAGE_ROWS, PARAMS, Kernels, PageFormat, Structure, aligned, level_table, params, repack
+from harness import (
+    DTYPES,
+    PAGE_ROWS,
+    PARAMS,
+    Kernels,
+    PageFormat,
+    Structure,
+    aligned,
+    level_table,
+    params,
+    repack,
+    strides,
+)
 from torch import Tensor
 
 from skvq.reference import ReferenceCodec
@@ -293,8 +305,7 @@ def pages_of(kernels: Kernels, page_format: PageFormat, codec: ReferenceCodec, p
 def plain_region(kind: int, keys: Tensor, values: Tensor, splits: int, **fields: Any) -> Structure:
     """A PlainRegion of rows [B, H, n, D] as they lie."""
     for name, x in (("key", keys), ("value", values)):
-        b, h, r, _ = x.stride()
-        fields |= {f"{name}_batch_stride": b, f"{name}_head_stride": h, f"{name}_row_stride": r}
+        fields |= strides(x, f"{name}_batch_stride {name}_head_stride {name}_row_stride")
     fields |= {"kind": kind, "splits": splits, "rows_per_split": -(-max(1, keys.shape[2]) // max(1, splits))}
     return params("PlainRegion", key_rows=keys, value_rows=values, **fields)
 
@@ -311,9 +322,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     batch, heads, tiles = call.batch, call.kv_heads, call.query_tiles
     shape = {"kv_heads": heads, "group": call.group, "length": call.length, "query_tiles": tiles}
     query = rows.query.contiguous()
-    strides = dict(
-        zip(("query_batch_stride", "query_head_stride", "query_position_stride"), query.stride()[:3], strict=True)
-    )
+    query_strides = strides(query, "query_batch_stride query_head_stride query_position_stride")
     scale = width_k**-0.5
     lengths = torch.tensor([call.packed, call.sinks, call.window], dtype=torch.int32)
     key_blocks = 1 if rows.key_statistics is None else rows.key_statistics[0].shape[2]
@@ -326,7 +335,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     folded = aligned(batch, heads, key_blocks, tiles, width_k // 16 * 64, dtype=torch.int32)
     extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
     noise = call.keys.map.noise if call.keys.map is not None else None
-    common = {"query": query, **strides, "lengths": lengths, **shape, "scale": scale}
+    common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
     arguments = params("FoldParams", **common, **fields, transform=key_transform)
     threads = call.row_threads(call.keys)
@@ -347,8 +356,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     if call.mask is not None:
         kinds = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
         expanded = call.mask.expand(batch, heads * call.group, call.length, call.total)
-        b, h, p, _ = expanded.stride()
-        mask_fields |= {"mask": call.mask, "batch_stride": b, "head_stride": h, "position_stride": p}
+        mask_fields |= {"mask": call.mask, **strides(expanded, "batch_stride head_stride position_stride")}
         mask_fields["kind"] = kinds[call.mask.dtype]
     mask = params("MaskParams", **mask_fields)
 
@@ -418,8 +426,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     del parts  # alive until here
 
     output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
-    out_strides = ("output_batch_stride", "output_head_stride", "output_position_stride")
-    fields = dict(zip(out_strides, output.stride()[:3], strict=True))
+    fields = strides(output, "output_batch_stride output_head_stride output_position_stride")
     sink_logits = call.sink_logits
     arguments = params(
         "MergeParams", states=states, output=output, sink_logits=sink_logits, state_count=state_count, **fields, **shape

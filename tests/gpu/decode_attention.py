@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
-from harness import PAGE_ROWS, Structure, level_table, params
-from machine import Machine, Statistics, instance_of, strides, transform_fields
+from harness import PAGE_ROWS, Structure, level_table, params, strides
+from machine import Machine, Statistics, instance_of, transform_fields
 from pipeline import MOST_SPLITS_PER_STATE, TURNING_THREADS, Call, plain_region, plain_regions, wave_fields
 
 from skvq.reference import ReferenceCodec

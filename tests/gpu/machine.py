@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
-from harness import DTYPES, KERNELS, PAGE_ROWS, PageFormat, Structure, params
+from harness import DTYPES, KERNELS, PAGE_ROWS, PageFormat, Structure, params, strides
 from pipeline import Call, transform_of
 
 from skvq import _native
@@ -139,10 +139,6 @@ class Machine:
         raw = torch.full((count + 256,), 0xFF, dtype=torch.uint8, device=self.device)
         start = -raw.data_ptr() % 256
         return raw[start : start + count].view(dtype).view(shape)
-
-
-def strides(rows: Tensor, names: str = "batch_stride head_stride row_stride") -> dict[str, int]:
-    return dict(zip(names.split(), rows.stride()[:3], strict=True))
 
 
 # ---- codecs ----------------------------------------------------------------------------------------------------------
@@ -279,7 +275,7 @@ class DeviceCodec:
         kernel = f"skvq::append_row<{DTYPES[rows.dtype]}, {self.format.expression}, {self.format.expression}>"
         for row in range(first, first + count):
             new = rows[:, :, row + window].clone()
-            strides_of = dict(zip(("batch_stride", "head_stride"), new.stride()[:2], strict=True))
+            strides_of = strides(new, "batch_stride head_stride")
             keys, values = (
                 params("AppendStream", row=new, **strides_of, ring=rows, pages=table, codec=codec) for table in tables
             )
