@@ -127,10 +127,12 @@ def test_pass_through_under_every_attention(family: str, attention: str) -> None
 @pytest.mark.filterwarnings("ignore:skvq decodes the whole cache")
 def test_low_bits_on_packed_bytes_and_decoded_agree(family: str, mode: str) -> None:
     needs_rollback(family, mode)
-    decoded = cache_of(family, **LOW_BITS)
+    # Among tokens of a random model none is a sink more than others: which are chosen would hang on the last digits.
+    options = LOW_BITS | {"sink_search": 0}
+    decoded = cache_of(family, **options)
     wanted = generate(family, "eager", mode, decoded)
     assert decoded.stats()["packed"] == 0
-    cache = cache_of(family, **LOW_BITS)
+    cache = cache_of(family, **options)
     assert torch.equal(generate(family, packed_attention(family), mode, cache), wanted)
     assert cache.stats()["decoded"] == {}
     assert cache.nbytes < 2 * decoded.nbytes

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class QuantizedDynamicCache(Cache):
     """A low-bit key/value cache for `model.generate(past_key_values=...)` (SKVQ, arXiv 2405.06219).
 
-    The first `sinks` and the last `window` tokens of every full-attention layer stay in the model's dtype, tokens
-    between are packed once, when they leave the window, and attention is computed on the packed bytes. Sliding-window
-    layers keep transformers' own bounded layer.
+    `sinks` tokens of the beginning and the last `window` of every full-attention layer stay in the model's dtype,
+    those between are packed once, when they leave the window, and attention is computed on the packed bytes.
+    Sliding-window layers keep transformers' own bounded layer.
 
     Args:
         config: the configuration of the model (`model.config`).
@@ -42,8 +42,8 @@ class QuantizedDynamicCache(Cache):
         **options: fields of `SkvqConfig` that differ from `skvq_config`.
 
     Attributes:
-        skvq_config: the options. With a plan, those that its layers may differ from: window, sinks and nonfinite are
-            of all layers, bits and other options of a layer are in `plan.layers`.
+        skvq_config: the options. With a plan, those that its layers may differ from: window, sinks, sink_search and
+            nonfinite are of all layers, bits and other options of a layer are in `plan.layers`.
         plan: the calibrated plan of a cache made by `from_plan`, otherwise None.
 
     Raises:
@@ -86,7 +86,7 @@ class QuantizedDynamicCache(Cache):
             model_or_config: the model, or its configuration.
             plan: a plan, its file, or a directory that its `save_pretrained` wrote.
             attention_mask: of a left-padded batch, see `set_padding`.
-            **overrides: `window`, `sinks` and `nonfinite`, where they shall differ from the plan's.
+            **overrides: `window`, `sinks`, `sink_search` and `nonfinite`, where they shall differ from the plan's.
 
         Raises:
             SkvqError: the plan was made for another model (the message names the differing fields), its file is

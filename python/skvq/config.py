@@ -299,7 +299,9 @@ class SkvqConfig:
             the mean of a stream's parts, where it has some.
         group_size: for keys and values, see `StreamOptions`.
         window: the most recent tokens, kept in the model's dtype (the current one included).
-        sinks: the first tokens, kept in the model's dtype.
+        sinks: tokens at the beginning, kept in the model's dtype.
+        sink_search: among how many first tokens the sinks are chosen, by their keys and values (sinks.py); 0: the very
+            first ones are. At most `sinks` + `window` are looked at.
         keys, values: everything about the packing of keys and of values.
         nonfinite: "raise" refuses keys or values with NaN or infinity; "propagate" stores such rows as NaN. On a GPU
             both store them, and `cache.stats()` counts them.
@@ -313,6 +315,7 @@ class SkvqConfig:
     group_size: int | None = None
     window: int = 128
     sinks: int = 5
+    sink_search: int = 64
     keys: StreamOptions = _UNSET
     values: StreamOptions = _UNSET
     nonfinite: str = "raise"
@@ -322,6 +325,7 @@ class SkvqConfig:
             _integer("group_size", self.group_size, 16)
         _integer("window", self.window, 1)
         _integer("sinks", self.sinks, 0)
+        _integer("sink_search", self.sink_search, 0)
         _one_of("nonfinite", self.nonfinite, ("raise", "propagate"))
         given_streams = self.keys, self.values
         for stream, defaults in (("key", KEY_DEFAULTS), ("value", VALUE_DEFAULTS)):

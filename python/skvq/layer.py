@@ -21,6 +21,7 @@ from .cuda_store import DEVICE_TYPES
 from .display import LayerFigures
 from .packed import AttentionCounts, PromptSnapshot, Snapshot
 from .plan import DTYPE_NAMES, LayerPlan
+from .sinks import inverse_order, reordered, sink_order, taken
 
 
 def _stock_crop_takes_length() -> bool:
@@ -44,6 +45,10 @@ class PackedLayer(CacheLayerMixin):
     keys are packed it waits for them: `update` returns handles that give back the given tensors (packed.py), and
     attention on them, or the next use of the layer, stores it. Afterwards `update` returns handles to what is packed; a
     call with several tokens attends to its own tokens in full precision and to those before as they are stored.
+
+    Sinks are chosen among the first `plan.searched` tokens as soon as these are there, and the store is given them
+    before the others: `order` says where its first rows belong. Tokens that come later, one by one or many at a time,
+    change nothing about it; a first call of fewer tokens with a second one of many has the first one's to choose from.
     """
 
     is_compileable = False
@@ -61,6 +66,8 @@ class PackedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.padding: tuple[int, ...] = ()  # of each sequence of the next prompt
         self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None  # a prompt that is not stored yet
+        self.order: torch.Tensor | None = None  # positions [B, span] of the store's first rows; None: as they came
+        self.sinks_chosen = plan.searched == 0
         self.wants_queries = False
         self.version = 0
         self.decoded_version = -1
@@ -121,7 +128,7 @@ class PackedLayer(CacheLayerMixin):
             if waits:
                 native.check(keys, values)
             else:
-                native.append(keys, values)
+                self._append(keys, values)
         except Exception as error:
             problem = self._problem(key_states, value_states)
             if not was_initialized:
@@ -142,6 +149,60 @@ class PackedLayer(CacheLayerMixin):
         fresh = (keys, values) if count > 1 else (None, None)
         return self._snapshot(*fresh).handles()
 
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor | None = None) -> None:
+        """Rows to the store, with a choice of sinks where it is due; `query` is that of the last of these tokens."""
+        if self.sinks_chosen:
+            return self._native.append(keys, values, query)
+        native, past, count, search = self._native, self._native.length, keys.shape[2], self.plan.searched
+        if past == 0 and count >= search:
+            native.check(keys, values)  # the rows come in two calls, of which the second must not fail
+            order = sink_order(keys, values, self.plan.sinks, search, self._padding_of(keys.shape[0]))
+            span = 0 if order is None else order.shape[1]
+            if order is not None:
+                known = 0 if query is None else max(0, query.shape[2] - (count - span))
+                first = query[:, :, :known] if query is not None and known else None
+                native.append(taken(keys, order), taken(values, order), first)
+            if span < count:
+                rest = None if query is None else query[:, :, -(count - span) :]
+                native.append(keys[:, :, span:], values[:, :, span:], rest)
+            self.order, self.sinks_chosen = order, True
+            return None
+        if past > 0 and past + count > search:
+            self._choose_sinks()
+        return native.append(keys, values, query)
+
+    def _choose_sinks(self) -> None:
+        """Among stored tokens, all of them exact still."""
+        native = self._native
+        if self.plan.sinks < native.length <= self.plan.searched and not self.counts.capturing:
+            rows = self._stored(True), self._stored(False)
+            order = sink_order(*rows, self.plan.sinks, self.plan.searched, self._padding_of(native.batch_size))
+            if order is not None:
+                native.crop(0)
+                native.append(*(reordered(x, order) for x in rows))
+                self.order = order
+        self.sinks_chosen = True
+
+    def _forget_order(self, length: int) -> None:
+        """Put the first `length` tokens back into the order of their positions, for a crop among the searched ones."""
+        rows = [self._stored(is_key)[:, :, :length] for is_key in (True, False)]
+        self.native.crop(0)
+        self.native.append(*rows)
+        self.order, self.sinks_chosen = None, False
+
+    def _stored(self, is_key: bool) -> torch.Tensor:
+        """All rows as they are read, in the order of their positions."""
+        output = torch.empty(self._shape(is_key), dtype=self.dtype, device=self.device)
+        self.decode_into(output, is_key)
+        return output
+
+    def decode_into(self, output: torch.Tensor, is_key: bool) -> None:
+        """Keys [B, Hkv, T, Dk] or values [B, Hkv, T, Dv] of all tokens, decoded."""
+        native = self.native
+        (native.decode_keys if is_key else native.decode_values)(output)
+        if self.order is not None:
+            output[:, :, : self.order.shape[1]] = taken(output, inverse_order(self.order))
+
     def _snapshot(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Snapshot:
         return Snapshot(self, self._shape(True), self._shape(False), self.dtype, self.device, keys, values)
 
@@ -157,13 +218,15 @@ class PackedLayer(CacheLayerMixin):
         assert self.waiting is not None
         (keys, values), self.waiting = self.waiting, None
         try:
-            self._native.append(keys, values, query)
+            self._append(keys, values, query)
         except Exception as error:
             self._drop_store()
             raise SkvqError(f"layer {self.index}: {error}") from error
 
     def _padding_of(self, batch: int) -> list[int]:
-        """Padding of each sequence of a batch in which `generate` has repeated every prompt."""
+        """Padding of each sequence of a batch in which `generate` has repeated every prompt; empty: none."""
+        if not self.padding:
+            return []
         repeats, rest = divmod(batch, len(self.padding))
         if rest:
             raise SkvqError(
@@ -259,9 +322,7 @@ class PackedLayer(CacheLayerMixin):
         if not self.get_seq_length():
             return None
         self.counts.decoded["layer.keys" if is_key else "layer.values"] += 1
-        output = torch.empty(self._shape(is_key), dtype=self.dtype, device=self.device)
-        (self.native.decode_keys if is_key else self.native.decode_values)(output)
-        return output
+        return self._stored(is_key)
 
     def _shape(self, is_key: bool) -> tuple[int, int, int, int]:
         native = self.native
@@ -300,15 +361,20 @@ class PackedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: a negative count (with older transformers also a length to keep, if positive).
 
-        Tokens that were packed stay packed, also if they come within the window again.
+        Tokens that were packed stay packed, also if they come within the window again. (But where fewer tokens are left
+        than sinks are chosen among, the choice is open again, and these few are packed anew when the text has grown.)
         """
         length = self.length_after_crop(tokens_to_remove)
         if length < self.get_seq_length():
-            if length:
+            if length and self.order is not None and length < self.order.shape[1]:
+                self._forget_order(length)
+            elif length:
                 self.native.crop(length)
             else:
                 self.native.reset()  # the next tokens may come in another batch size
                 self.padding = ()
+            if length < self.plan.searched:
+                self.order, self.sinks_chosen = None, False
             self.version += 1
 
     def length_after_crop(self, tokens_to_remove: int) -> int:
@@ -327,7 +393,11 @@ class PackedLayer(CacheLayerMixin):
     def gather(self, indices: list[int]) -> None:
         """New batch row i is old row `indices[i]`; no packed data is copied."""
         if self.get_seq_length():
+            padding = self._padding_of(self.native.batch_size)
             self.native.gather(indices)
+            self.padding = tuple(padding[row] for row in indices) if padding else ()
+            if self.order is not None:
+                self.order = self.order[indices]
             self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -352,6 +422,7 @@ class PackedLayer(CacheLayerMixin):
             del self._native
         self.is_initialized = False
         self.waiting = None
+        self.order, self.sinks_chosen = None, self.plan.searched == 0
         self.wants_queries = False
         self.version += 1
 

@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ._native import CudaLayer, Layer, SkvqError
+from .sinks import reordered_mask
 
 # A layer whose handles were decoded on this many updates in a row warns, once in a cache.
 DECODED_STEPS_BEFORE_WARNING = 3
@@ -71,10 +72,14 @@ class PackedSource(Protocol):
     decoded_version: int
     decoded_steps: int
     padding: tuple[int, ...]
+    order: torch.Tensor | None
     wants_queries: bool
 
     def take_queries(self, query: torch.Tensor) -> None:
         """Let the queries of the last tokens have their say in how keys are packed; stores a prompt that waits."""
+
+    def decode_into(self, output: torch.Tensor, is_key: bool) -> None:
+        """Keys or values of all tokens in the order of their positions."""
 
 
 class Snapshot:
@@ -143,6 +148,8 @@ class Snapshot:
                 )
         batch, heads, length, head_dim = query.shape
         output = query.new_empty((batch, heads, length, self.value_shape[3]))
+        if mask is not None:
+            mask = reordered_mask(mask, source.order)
         source.native.attend(
             query,
             output,
@@ -187,7 +194,7 @@ class Snapshot:
         if source.version != self.version:
             raise self._stale()
         output = torch.empty(self.key_shape if is_key else self.value_shape, dtype=self.dtype, device=self.device)
-        (source.native.decode_keys if is_key else source.native.decode_values)(output)
+        source.decode_into(output, is_key)
         fresh = self.fresh_keys if is_key else self.fresh_values
         if fresh is not None:
             output[:, :, output.shape[2] - fresh.shape[2] :] = fresh

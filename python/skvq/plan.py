@@ -17,6 +17,7 @@ import torch
 from . import cuda_store
 from ._native import Codec, CudaLayer, Layer, SkvqError
 from .config import GROUP_SIZES, SkvqConfig, StreamOptions
+from .sinks import searched
 
 HEAD_DIM_UNIT = 16
 CPU = torch.device("cpu")
@@ -135,11 +136,18 @@ class LayerPlan:
     window: int
     sinks: int
     nonfinite: str = "raise"
+    sink_search: int = 0
 
     @classmethod
     def from_config(cls, config: SkvqConfig) -> LayerPlan:
         """The plan without static data: statistics, if any, come from the tokens themselves."""
-        return cls(StreamPlan(config.keys), StreamPlan(config.values), config.window, config.sinks, config.nonfinite)
+        keys, values = StreamPlan(config.keys), StreamPlan(config.values)
+        return cls(keys, values, config.window, config.sinks, config.nonfinite, config.sink_search)
+
+    @property
+    def searched(self) -> int:
+        """Among how many first tokens the sinks are chosen, 0 for no choice."""
+        return searched(self.sink_search, self.sinks, self.window)
 
     def check(self, key_head_dim: int, value_head_dim: int) -> None:
         """Raise SkvqError if heads of these sizes cannot be packed."""

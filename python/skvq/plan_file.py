@@ -30,7 +30,7 @@ from .tensor_file import read_tensors, take, write_tensors
 
 KIND, VERSION = "quantization plan", 1
 FILE_NAME = "plan.safetensors"
-REGION_OPTIONS = ("window", "sinks", "nonfinite")
+REGION_OPTIONS = ("window", "sinks", "sink_search", "nonfinite")
 _STREAMS = ("keys", "values")
 _STATIC = tuple(x.name for x in dataclasses.fields(StreamPlan) if x.name != "options")
 _CARD = """---
@@ -82,7 +82,7 @@ class QuantizationPlan(ModelHubMixin, library_name="skvq", tags=["kv-cache"], mo
 
     Attributes:
         header: the model, the method, the texts.
-        config: window, sinks and nonfinite of all layers, and the options that layers may differ from.
+        config: window, sinks, sink_search and nonfinite of all layers, and the options that layers may differ from.
         layers: by index.
 
     Raises:
