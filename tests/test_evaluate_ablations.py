@@ -11,7 +11,7 @@ import torch
 
 from skvq import cli
 from skvq.evaluate import Settings, compare, parse_method
-from skvq.evaluate.ablations import TABLES, Ablation, Ablations, _Base, _plan, ablate
+from skvq.evaluate.ablations import TABLES, Ablation, Ablations, _Base, _FittedOnce, _plan, ablate
 from skvq.evaluate.cli import ABLATION_TABLES
 from skvq.evaluate.methods.skvq import Skvq
 from skvq.evaluate.simulation import Simulator
@@ -51,6 +51,7 @@ def test_tables_of_the_papers_method() -> None:
     assert {name: texts_of(x) for name, x in tables.items()} == {
         "window": ["0", "1", "24*", "32", "64", "128", "256"],
         "sinks": ["0", "1", "3*", "5", "16", "64"],
+        "search": ["0*", "16", "64"],
         "group": ["16*", "32"],
         "reorder": ["off", "on*"],
         "clip": ["fitted*", "0.85", "0.9", "0.92", "0.94", "0.96", "1"],
@@ -80,6 +81,7 @@ def test_tables_of_ours() -> None:
     assert {name: texts_of(x) for name, x in tables.items()} == {
         "window": ["1", "24*", "32", "64", "128", "256"],
         "sinks": ["0", "1", "3*", "5", "16", "64"],
+        "search": ["0", "16", "64*"],
         "group": ["32*"],
         "clip": ["0.85", "0.9", "0.92", "0.94", "0.96", "1*", "1.1"],
         "metadata": ["e4m3*", "fp16"],
@@ -92,6 +94,13 @@ def test_tables_of_ours() -> None:
     # an option for both streams gives way to those of the streams
     tables, _ = planned("ours:group_size=32,keys.block=0,values.block=0", "qwen3", head_dim=64)
     assert texts_of(tables["group"]) == ["32*", "64"]
+
+
+def test_a_shared_method_asks_for_what_its_own_does() -> None:
+    for spec in ("ours", "kivi:sink_search=16", "skvq-pre-rope", "skvq"):
+        own, shared = parse_method(spec), _FittedOnce(spec)
+        for name in ("unit", "waits", "needs_calibration", "before_rope", "uses_queries", "sink_search"):
+            assert getattr(shared, name) == getattr(own, name), name
 
 
 def test_what_leaves_nothing_to_pack_is_left_out() -> None:
@@ -146,7 +155,7 @@ def test_rows_are_those_of_compare(tokenizer: Any, tmp_path: Path, monkeypatch: 
     ("base", "tables", "message"),
     [
         ("skvq:bits=2", ["nothing"], "tables: 'nothing': expected some of window, sinks"),
-        ("ours", ["reorder"], "tables: 'reorder': base='ours' has no such option, expected some of window, sinks, gro"),
+        ("ours", ["reorder"], "tables: 'reorder': base='ours' has no such option, expected some of window, sinks, sea"),
         ("kivi:bits=2", ["rope"], "tables: 'rope': base='kivi:bits=2' has no such option"),
         ("nothing", None, "base: method 'nothing': unknown, expected one of"),
         ("skvq:bits=7", None, "base: method 'skvq:bits=7': key_bits=7: expected one of"),
@@ -175,7 +184,7 @@ def test_command_line_from_end_to_end(directory: Path, tmp_path: Path, capsys: p
     assert "left out: window 0: window=0" in shown
     assert "left out: table reorder: base 'ours:keys.block=0,values.block=0' has no such option" in shown
     saved = json.loads((tmp_path / "out.json").read_text())
-    assert list(saved["tables"]) == ["window", "sinks", "group", "clip", "metadata"]
+    assert list(saved["tables"]) == ["window", "sinks", "search", "group", "clip", "metadata"]
     assert (saved["settings"]["window"], saved["settings"]["base"]) == (32, "ours:keys.block=0,values.block=0")
     assert saved["tables"]["clip"]["summaries"][0]["kl"]["half_width"] > 0.0
     assert len(saved["left_out"]) == 2

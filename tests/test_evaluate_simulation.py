@@ -73,6 +73,7 @@ def assert_agree(found: torch.Tensor, expected: torch.Tensor) -> None:
 CASES = [("llama", spec) for spec in METHODS] + [
     (family, spec) for family in FAMILIES[1:] for spec in ("kivi:bits=2,group=16", UNQUERIED)
 ]
+CASES += [("llama", spec) for spec in ("kivi:bits=2,group=16,sink_search=64", "rtn:bits=3,sink_search=8")]
 
 
 @pytest.mark.parametrize(("family", "spec"), CASES)

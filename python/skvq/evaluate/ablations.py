@@ -34,6 +34,7 @@ from .texts import Chunk, cut_chunks, evaluation_and_calibration
 TABLES: dict[str, tuple[Any, ...]] = {
     "window": (0, 1, 32, 64, 128, 256),
     "sinks": (0, 1, 5, 16, 64),
+    "search": (0, 16, 64),  # tokens among which sinks are chosen; 0: the first ones are
     "group": (32, 64, 128),  # and the head's size
     "reorder": (False, True),
     "clip": (0.85, 0.9, 0.92, 0.94, 0.96, 1.0, 1.1),
@@ -98,10 +99,12 @@ class _Base:
 
     def option_names(self, table: str) -> tuple[str, ...]:
         """The options that `table` varies; none where the method has no such option."""
-        if isinstance(self.method, Ours):
-            return _OPTIONS_OF_OURS.get(table, ())
         if isinstance(self.method, Planned):
             return ()
+        if table == "search":  # of any method that does not go by positions
+            return () if self.method.before_rope else ("sink_search",)
+        if isinstance(self.method, Ours):
+            return _OPTIONS_OF_OURS.get(table, ())
         made: Any = self.method  # the registry's methods are dataclasses
         known = {item.name for item in dataclasses.fields(made) if item.init}
         return next((names for names in _OPTIONS[table] if known.issuperset(names)), ())
@@ -249,6 +252,7 @@ class _FittedOnce(Method):
         self.name = spec
         self.waits, self.unit = self.inner.waits, self.inner.unit
         self.needs_calibration, self.before_rope = self.inner.needs_calibration, self.inner.before_rope
+        self.uses_queries, self.sink_search = self.inner.uses_queries, self.inner.sink_search
         self._identity = self.inner.identity()  # before it is fitted, as `measure` takes it
         self._is_fitted = False
 

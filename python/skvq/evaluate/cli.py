@@ -12,7 +12,7 @@ from typing import Any
 from ..arguments import add_counts, add_model, add_output, add_texts, region_counts, whole_number
 
 DEFAULT_METHODS = ("full", "kivi:bits=2", "rotation:bits=2", "ours")
-ABLATION_TABLES = ("window", "sinks", "group", "reorder", "clip", "metadata", "rope")  # of ablations.py
+ABLATION_TABLES = ("window", "sinks", "search", "group", "reorder", "clip", "metadata", "rope")  # of ablations.py
 
 
 def add_commands(commands: Any) -> None:
@@ -49,8 +49,8 @@ def _add_ablate(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "ablate",
         help="tables in which one option of a method is varied",
-        description="One table for each of window, sinks, group size, reorder, clip, metadata, and keys before or "
-        "after RoPE, as far as the base has the option; what is left out is listed with its reason.",
+        description="One table for each of window, sinks, their search, group size, reorder, clip, metadata, and keys "
+        "before or after RoPE, as far as the base has the option; what is left out is listed with its reason.",
     )
     add_model(parser)
     parser.add_argument(

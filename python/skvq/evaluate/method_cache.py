@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..layer import row_numbers
+from ..sinks import inverse_order, reordered, searched, sink_order
 from .memory_bits import EXACT_BITS
 from .methods.base import Geometry, Method, Where
 from .region_rule import RegionRule
@@ -32,6 +33,7 @@ _NOISE = "{}: MethodCache does not take the noise of packed keys off scores, the
 class MethodLayer(DynamicLayer):
     """Sinks, packed past and window of one layer; `keys` and `values` hold what a reader sees.
 
+    Sinks are chosen as `PackedLayer` does it, and lie in front from then on: `order` says where the first rows belong.
     Rows may be quantized before they leave the window, many at a time, since what a method makes of them is fixed as
     soon as their unit exists; they are read as quantized only once the rule says so.
     """
@@ -43,20 +45,37 @@ class MethodLayer(DynamicLayer):
         self.packed_tokens = 0
         self._known = 0  # rows behind the sinks whose quantized form is in `_ahead` or in the store
         self._ahead: tuple[Tensor, Tensor] | None = None  # quantized rows [packed_tokens, _known)
+        self._search = searched(method.sink_search, rule.sinks, rule.window)
+        self._chosen = self._search == 0
+        self.order: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store n tokens and return what they attend to."""
         past = self.get_seq_length()
         count = key_states.shape[2]
+        if not self._chosen and past > 0 and past + count > self._search:
+            self._choose_sinks()
         super().update(key_states, value_states)
+        if not self._chosen and past == 0 and count >= self._search:
+            self._choose_sinks()
         self._pack(self.rule.packed(past + count))
         if past == 0 and count > 1:
             return key_states, value_states
+        keys, values = self._rows()
+        if self.order is not None:
+            keys, values = (reordered(x, inverse_order(self.order)) for x in (keys, values))
         if count == 1 or self.rule.sinks + self.packed_tokens <= past:
-            return self._rows()
+            return keys, values
         fresh = (key_states, value_states)
-        keys, values = (torch.cat([x[:, :, :past], new], 2) for x, new in zip(self._rows(), fresh, strict=True))
+        keys, values = (torch.cat([x[:, :, :past], new], 2) for x, new in zip((keys, values), fresh, strict=True))
         return keys, values
+
+    def _choose_sinks(self) -> None:
+        keys, values = self._rows()
+        if keys.shape[2] > self.rule.sinks:
+            self.order = sink_order(keys, values, self.rule.sinks, self._search)
+            self.keys, self.values = reordered(keys, self.order), reordered(values, self.order)
+        self._chosen = True
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
@@ -100,12 +119,15 @@ class MethodLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; what was packed stays packed.
 
-        Raises ValueError if that would cut a unit of which rows are packed: its exact rows are gone.
+        Raises ValueError if that would cut a unit of which rows are packed, whose exact rows are gone, or tokens among
+        which sinks were chosen.
         """
         before = self.get_seq_length()
         length = before + tokens_to_remove if tokens_to_remove <= 0 else min(before, tokens_to_remove)
         packed = min(self.packed_tokens, max(0, length - self.rule.sinks))
         known = min(self._known, max(self.rule.known(max(0, length)), packed))
+        if self.order is not None and 0 < length < self.order.shape[1]:
+            raise ValueError(f"a crop to {length} tokens: expected at least {self.order.shape[1]}, sinks were chosen")
         if known % self.rule.unit:
             raise ValueError(
                 f"{self.method.name}: a crop to {length} tokens cuts a unit of {self.rule.unit} packed rows"
@@ -120,11 +142,13 @@ class MethodLayer(DynamicLayer):
         self.is_initialized = False
         self.keys = self.values = None
         self.packed_tokens, self._known, self._ahead = 0, 0, None
+        self.order, self._chosen = None, self._search == 0
 
     def _gather(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.get_seq_length():
             keys, values = self._rows()
             self.keys, self.values = change(keys), change(values)
+            self.order = None if self.order is None else change(self.order)
             if self._ahead is not None:
                 self._ahead = (change(self._ahead[0]), change(self._ahead[1]))
 

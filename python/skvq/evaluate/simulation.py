@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from ..sinks import reordered, reordered_positions, searched, sink_order
 from .memory import full_attention_layers
 from .methods.base import Geometry, Method, ReadBack, Where
 from .region_rule import RegionRule
@@ -67,10 +68,19 @@ class MethodPass:
     def attend(self, call: AttentionCall) -> Tensor:
         """Query chunk by query chunk."""
         length = call.keys.shape[1]
-        exact = (call.keys, call.values)
-        packed, rule = exact, None
+        token, span, rule = torch.arange(length), 0, None
         if self.method is not None and call.layer in self.owners:
             rule = rule_of(self.method, self.owners[call.layer], self.window, self.sinks)
+            order = self._order(call)
+            if order is not None:
+                # From here on keys and values lie as in the store; `token` says which token each one is.
+                rows = (reordered(x[None], order)[0] for x in (call.keys, call.values))
+                call, token = replace(call, keys=next(rows), values=next(rows)), reordered_positions(order, length)
+                span = order.shape[1]
+        exact = (call.keys, call.values)
+        packed = exact
+        if rule is not None:
+            assert self.method is not None
             stop = self.sinks + rule.known(length)
             if rule.packed(length):
                 keys, values = self._packed(call, True, stop), self._packed(call, False, stop)
@@ -83,8 +93,17 @@ class MethodPass:
             now = torch.arange(start, min(length, start + QUERY_CHUNK))
             packed_until = torch.zeros_like(now) if rule is None else rule.packed(now + 1)
             packed_until = packed_until + self.sinks if int(packed_until[-1]) else packed_until
-            output[:, :, start : start + QUERY_CHUNK] = _attend_chunk(call, exact, packed, now, packed_until)
+            made = _attend_chunk(call, exact, packed, now, packed_until, token, span)
+            output[:, :, start : start + QUERY_CHUNK] = made
         return output
+
+    def _order(self, call: AttentionCall) -> Tensor | None:
+        """The order [1, span] in which a store holds the first tokens, if that is another one."""
+        assert self.method is not None
+        search = searched(self.method.sink_search, self.sinks, self.window)
+        if not search or call.keys.shape[1] < search:
+            return None
+        return sink_order(call.keys[None], call.values[None], self.sinks, search)
 
     def _packed(self, call: AttentionCall, keys: bool, stop: int) -> ReadBack:
         """Rows [1, Hkv, T, D] of which those behind the sinks and before `stop` are read back, with their noise."""
@@ -120,16 +139,22 @@ def _attend_chunk(
     packed: tuple[Tensor, Tensor],
     now: Tensor,
     packed_until: Tensor,
+    token: Tensor,
+    span: int,
 ) -> Tensor:
-    """Output [Hkv, group, L, Dv] of the queries at times `now` [L]; query i sees tokens [0, packed_until[i]) packed."""
+    """Output [Hkv, group, L, Dv] of the queries at times `now` [L]; query i sees rows [0, packed_until[i]) packed.
+
+    Row j is of token `token[j]`; only the first `span` rows are in another order than their tokens.
+    """
     start, end = int(now[0]), int(now[-1]) + 1
     first = 0 if call.sliding_window is None else max(0, start - call.sliding_window + 1)
     middle = max(first, int(packed_until[0]))
     group, count = call.query.shape[1], end - start
     query = call.query[:, :, start:end].flatten(1, 2)
+    end = max(end, span)
     scores = (query @ packed[0][:, first:end].transpose(1, 2)).unflatten(1, (group, count))
-    token = torch.arange(first, end)
-    is_packed = token[middle - first :] < packed_until[:, None]
+    token = token[first:end]
+    is_packed = torch.arange(middle, end) < packed_until[:, None]
     mixed = bool(is_packed.any())
     if packed is not exact:
         recent = (query @ exact[0][:, middle:end].transpose(1, 2)).unflatten(1, (group, count))

@@ -70,6 +70,8 @@ class Method(ABC):
         needs_calibration: whether `prepare` must have run.
         before_rope: whether `fake_quantize` needs `where.rope` for keys.
         uses_queries: whether `fake_quantize` needs `where.queries` for keys; then `MethodCache` cannot serve it.
+        sink_search: among how many first tokens its sinks are chosen (skvq/sinks.py); 0: they are the first ones.
+            Rows come in the order of the store, chosen sinks in front, and positions count that way.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Method(ABC):
     needs_calibration: bool = False
     before_rope: bool = False
     uses_queries: bool = False
+    sink_search: int = 0
 
     @abstractmethod
     def bits(self, geometry: Geometry, keys: bool) -> float:

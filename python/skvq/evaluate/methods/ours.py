@@ -127,6 +127,7 @@ class Ours(_PackedRows):
         self._codecs = _Codecs()
         self.unit = self.unit_of(0)
         self.uses_queries = _uses_queries(self.config.keys)
+        self.sink_search = self.config.sink_search
         self.name = f"skvq {bits_label(self.config.key_bits, self.config.value_bits)}"
         others = {name: value for name, value in self.options.items() if name not in ("key_bits", "value_bits")}
         if others:
@@ -166,6 +167,7 @@ class Planned(_PackedRows):
         self._codecs = _Codecs()
         self.unit = math.lcm(*(self.unit_of(layer) for layer in self._layers))
         self.uses_queries = any(_uses_queries(plan.keys.options) for plan in self._layers.values())
+        self.sink_search = self._file.config.sink_search
         self.name = f"plan {self.path.stem}"
 
     def layer_plan(self, layer: int) -> LayerPlan:
@@ -179,7 +181,8 @@ class Planned(_PackedRows):
         self._file.check(model, f"plan {str(self.path)!r}")
 
     def identity(self) -> dict[str, Any]:
-        """The file's contents."""
+        """The file's contents, and what a file of before leaves to the default."""
         import hashlib
 
-        return {"class": "Planned", "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return {"class": "Planned", "sha256": digest, "sink_search": self.sink_search}

@@ -1,7 +1,8 @@
 """Methods named on the command line: `full`, `kivi:bits=2`, `ours:key_bits=3,keys.clip=1.1`, `plan:FILE`, ...
 
 A text is `NAME` or `NAME:OPTION=VALUE,...`. Options are the fields of the method's class; `bits` (or `nbits`) stands
-for `key_bits` and `value_bits` together. Adding a method is one file and one line below.
+for `key_bits` and `value_bits` together, and `sink_search=N` gives any method sinks that are chosen (skvq/sinks.py).
+Adding a method is one file and one line below.
 """
 
 from __future__ import annotations
@@ -66,12 +67,24 @@ def parse_method(spec: str) -> Method:
         options = {"options": parse_options(f"method {spec!r}", rest, SHORT)}
     else:
         options = METHODS[name].options | parse_options(f"method {spec!r}", rest, SHORT)
+    search = None if name in ("plan", "ours") else options.pop("sink_search", None)
+    if name not in ("plan", "ours"):
         _check_names(spec, made, options)
     try:
         method: Method = made(**options)
+        if search is not None:
+            _choose_sinks(method, search)
     except (TypeError, ValueError) as error:
         raise ValueError(f"method {spec!r}: {error}") from error
     return method
+
+
+def _choose_sinks(method: Method, search: Any) -> None:
+    if not isinstance(search, int) or isinstance(search, bool) or search < 0:
+        raise ValueError(f"sink_search={search!r}: expected an integer of at least 0")
+    if method.before_rope:
+        raise ValueError("sink_search: expected none for keys before RoPE, which are known by their positions")
+    method.sink_search, method.name = search, f"{method.name}, sinks among {search}"
 
 
 def _check_names(spec: str, made: Any, options: dict[str, Any]) -> None:
