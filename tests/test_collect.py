@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ import tiny_models
 from skvq import SkvqError
 from skvq.calibrate import Statistics, collect
 from skvq.calibrate.collect import sample_slot
-from skvq.calibrate.moments import StreamMoments
+from skvq.calibrate.moments import AttentionMoments, StreamMoments
 from skvq.calibrate.turning import TurnedMoments, Turning, find_turning
 from skvq.evaluate.rope import Rotary
 from skvq.model_layers import cache_argument
 from skvq.reference_parts import turn_tables
+from skvq.sinks import sink_scores
 
 SINKS, BLOCK, WINDOW, LAYER = 3, 32, 16, 1
 OPTIONS: dict[str, Any] = {
@@ -30,7 +32,10 @@ OPTIONS: dict[str, Any] = {
     "sample_length": 80,
     "query_stride": 4,
     "attention_stride": 3,
+    "sink_search": 0,
 }
+# positions whose keys are far from all others of `LAYER` and whose values are short, up to the last that is searched
+PLANTED = (2, 11, SINKS + WINDOW - 1)
 CHUNKS = [tiny_models.prompts(1, length, seed)[0] for seed, length in enumerate((120, 67, 101, 35, 99))]
 
 
@@ -44,8 +49,30 @@ def statistics(llama: Any) -> Statistics:
     return collect(llama, CHUNKS, before_rope=True, texts={"a.txt": "00"}, **OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def recorded(llama: Any) -> list[dict[str, torch.Tensor]]:
+@contextmanager
+def planted(model: Any) -> Iterator[None]:
+    """Makes the tokens at `PLANTED` sinks of `LAYER` by their looks."""
+    attention = model.model.layers[LAYER].self_attn
+
+    def far(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, [t for t in PLANTED if t < output.shape[1]]] += 30.0 * output.std()
+        return output
+
+    def short(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, [t for t in PLANTED if t < output.shape[1]]] *= 0.05
+        return output
+
+    hooks = [attention.k_proj.register_forward_hook(far), attention.v_proj.register_forward_hook(short)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def record_rows(llama: Any) -> list[dict[str, torch.Tensor]]:
     """For every chunk the rows of `LAYER`, float64, in a way that has nothing to do with `collect`."""
     chunks: list[dict[str, torch.Tensor]] = []
     attention = llama.model.layers[LAYER].self_attn
@@ -71,10 +98,46 @@ def recorded(llama: Any) -> list[dict[str, torch.Tensor]]:
     return chunks
 
 
-def rows_of(chunks: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
-    """All rows behind the sinks [Hkv, n, D]; the queries of a kv head's group one after the other."""
-    parts = [chunk[name][:, SINKS:] for chunk in chunks]
-    return torch.cat([x.unflatten(0, (2, -1)).flatten(1, 2) if name == "queries" else x for x in parts], dim=1)
+@pytest.fixture(scope="module")
+def recorded(llama: Any) -> list[dict[str, torch.Tensor]]:
+    return record_rows(llama)
+
+
+class Case(NamedTuple):
+    """A pass, the rows it has read, and the tokens that are sinks of `LAYER`."""
+
+    statistics: Statistics
+    chunks: list[dict[str, torch.Tensor]]
+    sinks: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def chosen(llama: Any) -> Case:
+    """The sinks are those that look like it."""
+    with planted(llama):
+        found = collect(llama, CHUNKS, before_rope=True, **(OPTIONS | {"sink_search": 64}))
+        return Case(found, record_rows(llama), PLANTED)
+
+
+@pytest.fixture(params=["first", "chosen"])
+def case(
+    request: pytest.FixtureRequest, statistics: Statistics, recorded: list[dict[str, torch.Tensor]], chosen: Case
+) -> Case:
+    return chosen if request.param == "chosen" else Case(statistics, recorded, tuple(range(SINKS)))
+
+
+def others(length: int, sinks: tuple[int, ...]) -> list[int]:
+    """All positions but those of the sinks."""
+    return [t for t in range(length) if t not in sinks]
+
+
+def rows_of(case: Case, name: str) -> torch.Tensor:
+    """All rows but the sinks' [Hkv, n, D]; queries behind the first ones, of a kv head's group one after the other."""
+    if name == "queries":
+        parts = [chunk[name][:, SINKS:].unflatten(0, (2, -1)).flatten(1, 2) for chunk in case.chunks]
+    else:
+        parts = [chunk[name][:, others(chunk[name].shape[1], case.sinks)] for chunk in case.chunks]
+    return torch.cat(parts, dim=1)
 
 
 def covariance(rows: torch.Tensor) -> torch.Tensor:
@@ -92,11 +155,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 
 @pytest.mark.parametrize("name", ["keys", "values", "queries", "keys_before_rope"])
-def test_moments_are_those_of_all_rows(
-    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], name: str
-) -> None:
-    found: StreamMoments = getattr(statistics.layers[LAYER], name)
-    rows = rows_of(recorded, name)
+def test_moments_are_those_of_all_rows(case: Case, name: str) -> None:
+    found: StreamMoments = getattr(case.statistics.layers[LAYER], name)
+    rows = rows_of(case, name)
     assert int(found.count) == rows.shape[1]
     assert_close(found.mean, rows.mean(1), 1e-5 if name == "keys_before_rope" else 2e-6)
     assert_close(found.covariance, covariance(rows))
@@ -107,13 +168,10 @@ def test_moments_are_those_of_all_rows(
 
 
 @pytest.mark.parametrize("name", ["keys", "values", "keys_before_rope"])
-def test_block_covariance_is_about_each_blocks_mean(
-    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], name: str
-) -> None:
-    found: StreamMoments = getattr(statistics.layers[LAYER], name)
-    blocks = [
-        block for chunk in recorded for block in chunk[name][:, SINKS:].split(BLOCK, dim=1) if block.shape[1] == BLOCK
-    ]
+def test_block_covariance_is_about_each_blocks_mean(case: Case, name: str) -> None:
+    found: StreamMoments = getattr(case.statistics.layers[LAYER], name)
+    chunks = [rows_of(case._replace(chunks=[chunk]), name) for chunk in case.chunks]
+    blocks = [block for rows in chunks for block in rows.split(BLOCK, dim=1) if block.shape[1] == BLOCK]
     assert int(found.block_count) == BLOCK * len(blocks)
     assert_close(found.block_covariance, torch.stack([covariance(block) for block in blocks]).mean(0))
 
@@ -122,12 +180,13 @@ def test_block_covariance_is_about_each_blocks_mean(
 def test_quantiles_within_a_bin(
     statistics: Statistics, recorded: list[dict[str, torch.Tensor]], probability: float
 ) -> None:
+    case = Case(statistics, recorded, tuple(range(SINKS)))
     for name in ("keys", "values", "queries"):
         found: StreamMoments = getattr(statistics.layers[LAYER], name)
         assert int(found.histogram.sum(-1).unique()) == int(found.count)
-        expected = torch.quantile(rows_of(recorded, name), probability, dim=1, interpolation="nearest")
+        expected = torch.quantile(rows_of(case, name), probability, dim=1, interpolation="nearest")
         # the two neighbours of the exact position may be further apart than a bin
-        rows = rows_of(recorded, name).sort(dim=1).values
+        rows = rows_of(case, name).sort(dim=1).values
         position = probability * (rows.shape[1] - 1)
         gap = rows[:, min(int(position) + 1, rows.shape[1] - 1)] - rows[:, max(int(position) - 1, 0)]
         assert bool(((found.quantile(probability) - expected).abs() <= found.width + gap).all())
@@ -144,62 +203,122 @@ def test_rows_far_from_the_first_ones_are_counted() -> None:
     assert_close(moments.mean, torch.cat([first, first * -1e6], dim=1).double().mean(1))
 
 
-def test_attention_moments(statistics: Statistics, recorded: list[dict[str, torch.Tensor]]) -> None:
-    found = statistics.layers[LAYER].attention
+def test_attention_moments(case: Case) -> None:
+    found = case.statistics.layers[LAYER].attention
     assert found is not None
     expected = {name: torch.zeros_like(x) for name, x in vars(found).items()}
     token_weights = []
-    for chunk in recorded:
+    for chunk in case.chunks:
         length = chunk["keys"].shape[1]
+        kept = others(length, case.sinks)
         token_weight = torch.zeros(2, length, dtype=torch.float64)
         for head, q in ((h // 2, chunk["queries"][h]) for h in range(4)):
             keys, values = chunk["keys"][head], chunk["values"][head]
             for now in range(OPTIONS["attention_stride"] - 1, length, OPTIONS["attention_stride"]):
                 p = (keys[: now + 1] @ q[now]).softmax(0)
-                last = max(SINKS, now + 1 - WINDOW)
-                expected["mass"][head] += torch.stack([p[:SINKS].sum(), p[SINKS:last].sum(), p[last:].sum()])
+                sinks = [t for t in case.sinks if t <= now]
+                packed = [t for t in kept if t <= now - WINDOW]
+                window = [t for t in kept if now - WINDOW < t <= now]
+                expected["mass"][head] += torch.stack([p[x].sum() for x in (sinks, packed, window)])
                 output = p @ values[: now + 1]
                 expected["output_moment"][head] += torch.outer(output, output)
-                distance = (values[SINKS:last] - output).square().sum(-1)
-                weight = (p[SINKS:last].square() * distance).sum()
+                distance = (values[packed] - output).square().sum(-1)
+                weight = (p[packed].square() * distance).sum()
                 expected["query_weight"][head] += weight
                 expected["query_moment"][head] += weight * torch.outer(q[now], q[now])
-                token_weight[head, SINKS:last] += p[SINKS:last].square()
+                token_weight[head, packed] += p[packed].square()
         expected["value_weight"] += token_weight.sum(1)
         expected["value_sum"] += torch.einsum("hn,hnd->hd", token_weight, chunk["values"])
         expected["value_moment"] += torch.einsum("hn,hnd,hne->hde", token_weight, chunk["values"], chunk["values"])
-        token_weights.append(token_weight[:, SINKS:])
+        token_weights.append(token_weight[:, kept])
     for name, value in expected.items():
         assert_close(getattr(found, name), value, 1e-5)
-    rows, weight = rows_of(recorded, "values"), torch.cat(token_weights, dim=1)
+    rows, weight = rows_of(case, "values"), torch.cat(token_weights, dim=1)
     centred = rows - rows.mean(1, keepdim=True)
     direct = torch.einsum("hn,hnd,hne->hde", weight / weight.sum(1, keepdim=True), centred, centred)
     assert_close(found.weighted_value_covariance(rows.mean(1)), direct, 1e-5)
 
 
+# ---- which tokens are left out
+
+
+def test_every_layer_has_sinks_of_its_own(llama: Any, chosen: Case) -> None:
+    ids = CHUNKS[0]
+    with planted(llama), torch.no_grad():
+        one = collect(llama, [ids], **(OPTIONS | {"sink_search": 64}))
+        cache = DynamicCache(config=llama.config)
+        llama(ids[None], **cache_argument(llama, cache))
+    found = []
+    for index, layer in one.layers.items():
+        rows = cache.layers[index]
+        span = SINKS + WINDOW
+        sinks = sink_scores(rows.keys[:, :, :span], rows.values[:, :, :span])[0].topk(SINKS).indices.tolist()
+        assert_close(layer.keys.mean, rows.keys[0, :, others(len(ids), sinks)].double().mean(1))
+        found.append(sorted(sinks))
+    assert found[LAYER] == sorted(PLANTED)
+    assert found[0] != found[LAYER]
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({"sink_search": 64}, SINKS + WINDOW - 1), ({"sink_search": 11}, 10), ({"sink_search": SINKS}, 60)],
+)
+def test_without_a_choice_the_first_tokens_are_left_out(llama: Any, options: dict[str, Any], length: int) -> None:
+    """In chunks too short for it, or if there is nothing to choose from."""
+    with planted(llama):
+        found, expected = (
+            collect(llama, [CHUNKS[0][:length]], before_rope=True, **(OPTIONS | x)) for x in (options, {})
+        )
+    for name, tensor in expected._tensors().items():
+        assert torch.equal(found._tensors()[name], tensor), name
+
+
+def test_no_sinks_at_all(llama: Any) -> None:
+    with planted(llama):
+        found = collect(llama, CHUNKS, **(OPTIONS | {"sinks": 0, "sink_search": 64}))
+    assert int(found.layers[LAYER].keys.count) == found.tokens
+    assert found.layers[LAYER].attention is not None
+    assert not found.layers[LAYER].attention.mass[:, 0].any()
+
+
+def test_sinks_of_attention_may_lie_in_the_window() -> None:
+    """A sink counts as one from its own query on, and never as packed."""
+    generator = torch.Generator().manual_seed(2)
+    keys, values = torch.zeros(1, 6, 4), torch.randn(1, 6, 4, generator=generator)
+    moments = AttentionMoments.empty(1, 4, 4, torch.device("cpu"))
+    is_sink = torch.tensor([False, False, True, False, False, False])
+    moments.update(torch.zeros(1, 6, 4), keys, values, is_sink=is_sink, window=2, stride=1)
+    # every token seen gets the same: of the queries 0 to 5 there are 0, 0, 1, 2, 2, 3 tokens packed with it, if at all
+    packed = 1 / 3 + 2 / 4 + 2 / 5 + 3 / 6
+    sinks = 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6
+    assert_close(moments.mass, torch.tensor([[sinks, packed, 6.0 - sinks - packed]], dtype=torch.float64), 1e-6)
+
+
 # ---- the mean that turns
 
 
-def turned_by_hand(chunks: list[dict[str, torch.Tensor]], model: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def turned_by_hand(case: Case, model: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """In two passes with the model's own rotation: the mean before RoPE, and the covariance about it, rotated."""
     rope = Rotary(model)(layer)
-    plain = [rope.back(chunk["keys"][None].float(), 0)[0, :, SINKS:].double() for chunk in chunks]
+    kept = [others(chunk["keys"].shape[1], case.sinks) for chunk in case.chunks]
+    plain = [
+        rope.back(chunk["keys"][None].float(), 0)[0, :, rows].double()
+        for chunk, rows in zip(case.chunks, kept, strict=True)
+    ]
     mean = torch.cat(plain, dim=1).mean(1)
     centred = []
-    for chunk in chunks:
-        rows = mean[None, :, None].expand(-1, -1, chunk["keys"].shape[1], -1).float()
-        centred.append((chunk["keys"] - rope.forward(rows, 0)[0])[:, SINKS:])
+    for chunk, rows in zip(case.chunks, kept, strict=True):
+        means = mean[None, :, None].expand(-1, -1, chunk["keys"].shape[1], -1).float()
+        centred.append((chunk["keys"] - rope.forward(means, 0)[0])[:, rows])
     z = torch.cat(centred, dim=1)
     return mean, z.mT @ z / z.shape[1]
 
 
-def test_covariance_about_the_turned_mean_is_that_of_two_passes(
-    statistics: Statistics, recorded: list[dict[str, torch.Tensor]], llama: Any
-) -> None:
-    found = statistics.layers[LAYER].keys_turned
+def test_covariance_about_the_turned_mean_is_that_of_two_passes(case: Case, llama: Any) -> None:
+    found = case.statistics.layers[LAYER].keys_turned
     assert found is not None
-    mean, expected = turned_by_hand(recorded, llama, LAYER)
-    assert int(found.count) == int(statistics.layers[LAYER].keys.count)
+    mean, expected = turned_by_hand(case, llama, LAYER)
+    assert int(found.count) == int(case.statistics.layers[LAYER].keys.count)
     assert_close(found.mean, mean, 1e-5)
     assert_close(found.covariance, expected, 1e-5)
     # the first chunk alone has another mean, which is what the correction is for
@@ -207,18 +326,22 @@ def test_covariance_about_the_turned_mean_is_that_of_two_passes(
 
 
 def test_large_means_cost_no_precision() -> None:
-    """Keys with a bias of a hundred deviations, in a model whose rotation leaves half of the channels alone."""
+    """Keys with a bias of a hundred deviations, in a model whose rotation leaves half of the channels alone.
+
+    Of some positions, not one after the other, there are no keys.
+    """
     generator = torch.Generator().manual_seed(1)
     turning = Turning(
         torch.tensor([0.7, 0.7, 0.0, 0.0]), torch.tensor([1, 0, 2, 3]), torch.tensor([-1.0, 1.0, 0.0, 0.0])
     )
     moments, rows = TurnedMoments.empty(1, turning), []
     for length in (50, 80, 30):
-        plain = torch.randn(1, length, 4, dtype=torch.float64, generator=generator) + 100.0
-        cos, sin = turning.tables(0, length)
+        plain = torch.randn(1, length - 3, 4, dtype=torch.float64, generator=generator) + 100.0
+        positions = torch.tensor(others(length, (0, 7, 11)))
+        cos, sin = turning.tables(positions)
         keys = plain * cos + turning.quarter(plain) * sin
-        moments.update(keys.float(), 2)
-        rows.append((plain[:, 2:], cos[2:], sin[2:]))
+        moments.update(keys.float(), positions)
+        rows.append((plain, cos, sin))
     mean = torch.cat([plain for plain, _, _ in rows], dim=1).mean(1)
     z = [(x - mean[:, None]) * cos + turning.quarter(x - mean[:, None]) * sin for x, cos, sin in rows]
     z = torch.cat(z, dim=1)
@@ -389,7 +512,9 @@ def test_chunks_are_checked(llama: Any, chunk: Any) -> None:
         collect(llama, [CHUNKS[0], chunk], **OPTIONS)
 
 
-@pytest.mark.parametrize("options", [{"block": 0}, {"sinks": -1}, {"before_rope": 1}, {"samples": 3}])
+@pytest.mark.parametrize(
+    "options", [{"block": 0}, {"sinks": -1}, {"sink_search": -1}, {"before_rope": 1}, {"samples": 3}]
+)
 def test_options_are_checked(llama: Any, options: dict[str, Any]) -> None:
     with pytest.raises(SkvqError, match=f"{next(iter(options))}=.*expected"):
         collect(llama, CHUNKS, **options)

@@ -2,7 +2,8 @@
 
 Is: an attention function that computes exact attention and shows rows to the moments on the way, the loop over
 chunks, and its continuation after an interruption. Is not: the sums (moments.py), their file (statistics.py), or texts.
-Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D]; token_ids int64 [T].
+Shapes: query [1, Hq, T, D], key and value [1, Hkv, T, D]; token_ids int64 [T]; is_sink bool [T]. In every layer the
+tokens that a cache would keep as sinks are left out of the moments of keys and values, wherever they are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..attention import skvq_attention_forward
 from ..evaluate.rope import Rotary
 from ..fingerprint import ModelFingerprint
 from ..model_layers import decoder_config
+from ..sinks import sink_mask
 from .moments import AttentionMoments, StreamMoments
 from .statistics import CollectOptions, LayerStatistics, Sample, Statistics, chained_sha256
 from .turning import TurnedMoments, turning_or_reason
@@ -189,22 +191,24 @@ class _Collector:
             layer = self._new_layer(index, key, value, scaling)
             self.statistics.layers[index] = layer
             self.statistics.layers = dict(sorted(self.statistics.layers.items()))
-        sinks, block = self.options.sinks, self.options.block
-        keys, values = self._rows(index, "keys", key), self._rows(index, "values", value)
-        layer.keys.update(keys[:, sinks:], block)
-        layer.values.update(values[:, sinks:], block)
+        keys, values, block = self._rows(index, "keys", key), self._rows(index, "values", value), self.options.block
+        options = self.options
+        is_sink = sink_mask(key, value, options.sinks, options.sink_search, options.window)[0]
+        kept = (~is_sink).nonzero()[:, 0]
+        layer.keys.update(keys[:, kept], block)
+        layer.values.update(values[:, kept], block)
         self._queries(layer, query, key.shape[1], scaling)
         if layer.keys_turned is not None:
-            layer.keys_turned.update(keys, sinks)
+            layer.keys_turned.update(keys[:, kept], kept)
         if layer.keys_before_rope is not None:
             plain = self._before_rope(index, key)
-            layer.keys_before_rope.update(plain[0, :, sinks:], block)
+            layer.keys_before_rope.update(plain[0, :, kept], block)
         if layer.attention is not None:
             layer.attention.update(
                 query[0, :].float() * scaling,
                 keys,
                 values,
-                sinks=sinks,
+                is_sink=is_sink,
                 window=self.options.window,
                 stride=self.options.attention_stride,
                 softcap=extra.get("softcap"),

@@ -198,13 +198,17 @@ class AttentionMoments:
         keys: Tensor,
         values: Tensor,
         *,
-        sinks: int,
+        is_sink: Tensor,
         window: int,
         stride: int,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> None:
-        """Add every `stride`th of the scaled queries float32 [Hq, T, D] over keys and values float32 [Hkv, T, D]."""
+        """Add every `stride`th of the scaled queries float32 [Hq, T, D] over keys and values float32 [Hkv, T, D].
+
+        `is_sink`, bool [T], says which tokens are never packed, wherever they are. The others are packed for a query as
+        soon as they are `window` tokens behind it.
+        """
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name).to(keys.device))
         heads, length = keys.shape[:2]
@@ -215,9 +219,9 @@ class AttentionMoments:
             end = int(positions[-1]) + 1
             q = queries[:, positions].unflatten(0, (heads, -1))
             p = _probabilities(q @ keys[:, None, :end].transpose(-1, -2), positions, softcap, sink_logits)
-            packed = (token[:end] >= sinks) & (token[:end] <= positions[:, None] - window)
-            first, share = p[..., :sinks].sum(-1), (p * packed).sum(-1)
-            regions = torch.stack([first, share, p.sum(-1) - first - share], dim=-1)
+            packed = ~is_sink[:end] & (token[:end] <= positions[:, None] - window)
+            sinks, share = p[..., is_sink[:end]].sum(-1), (p * packed).sum(-1)
+            regions = torch.stack([sinks, share, p.sum(-1) - sinks - share], dim=-1)
             self.mass += regions.sum((1, 2), dtype=torch.float64)
             output = p @ values[:, None, :end]
             power = (p * packed).square_()

@@ -22,7 +22,7 @@ from ..tensor_file import read_tensors, take, write_tensors
 from .moments import AttentionMoments, StreamMoments
 from .turning import TurnedMoments
 
-KIND, VERSION = "calibration statistics", 2
+KIND, VERSION = "calibration statistics", 3
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,17 @@ class CollectOptions:
     """What a pass keeps.
 
     Attributes:
-        block: rows that share a mean in block-centred covariances; blocks start behind the sinks.
-        sinks: first tokens of a chunk, left out everywhere but in samples: a cache never packs them.
+        block: rows that share a mean in block-centred covariances; blocks are of rows without the sinks.
+        sinks: tokens of a chunk whose keys and values count nowhere but in samples: a cache never packs them. Of the
+            queries the first `sinks` are left out.
         window: most recent tokens, which the queries of `attention` see as they are.
         sample_tokens: tokens of all samples together (0: no samples).
         sample_length: tokens of one sample, taken from a chunk's beginning.
         query_stride: every so manyth query of a sample is kept.
         attention_stride: every so manyth query is looked at for `attention` (0: none).
         before_rope: whether keys are also counted as they are before the rotary embedding.
+        sink_search: among how many first tokens the sinks are chosen, by each layer's keys and values as in a cache
+            (sinks.py), but not in chunks that are shorter; 0: the first tokens are the sinks.
     """
 
     block: int = 256
@@ -48,6 +51,7 @@ class CollectOptions:
     query_stride: int = 8
     attention_stride: int = 8
     before_rope: bool = False
+    sink_search: int = 64
 
     def __post_init__(self) -> None:
         least = {"block": 1, "window": 1, "sample_length": 1, "query_stride": 1}

@@ -3,7 +3,7 @@
 Is: `Turning`, the rotation R_t of a rotary embedding as R_t m = m·cos(θ t) + (Jm)·sin(θ t), with a frequency θ for
 every channel and J the quarter-turn, a permutation with signs (src/FORMAT.md section 6); `find_turning`, which reads
 both from a model's own rotation; `TurnedMoments`, streaming sums about R_t μ. Is not: the pass over texts (collect.py).
-Shapes: rows float32 [H, T, D], the row of position t at index t; matrices float64 [H, D, D].
+Shapes: rows float32 [H, n, D], their positions int64 [n]; matrices float64 [H, D, D].
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ class Turning:
         """J of rows [..., D]."""
         return rows[..., self.partner] * self.sign.to(rows.dtype)
 
-    def tables(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """cos(θ t) and sin(θ t) of the positions from `start` on, float64 [count, D]."""
-        positions = torch.arange(start, start + count, dtype=torch.float64, device=self.frequencies.device)
-        angles = positions[:, None] * self.frequencies.double()
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos(θ t) and sin(θ t) of the positions int64 [n], float64 [n, D]."""
+        angles = positions.to(self.frequencies.device, torch.float64)[:, None] * self.frequencies.double()
         return angles.cos(), angles.sin()
 
     def matrix(self, position: int) -> Tensor:
         """R_t, float64 [D, D]."""
-        cos, sin = self.tables(position, 1)
+        cos, sin = self.tables(torch.tensor([position]))
         unit = torch.eye(self.frequencies.numel(), dtype=torch.float64, device=self.frequencies.device)
         return (unit * cos + self.quarter(unit) * sin).mT
 
@@ -162,21 +161,20 @@ class TurnedMoments:
         """The rotation."""
         return Turning(self.frequencies, self.partner, self.sign)
 
-    def update(self, keys: Tensor, sinks: int) -> None:
-        """Add the keys [H, T, D] of one chunk from position `sinks` on, after the rotation."""
+    def update(self, keys: Tensor, positions: Tensor) -> None:
+        """Add keys [H, n, D] of one chunk, after the rotation by their positions int64 [n]."""
         for field in fields(self):
             if field.name != "count":
                 setattr(self, field.name, getattr(self, field.name).to(keys.device))
-        rows = keys[:, sinks:]
-        cos, sin = self.turning.tables(sinks, rows.shape[1])
+        cos, sin = self.turning.tables(positions)
         if int(self.count) == 0:
-            self.reference = (rows * cos - self.turning.quarter(rows) * sin).mean(1)
+            self.reference = (keys * cos - self.turning.quarter(keys) * sin).mean(1)
         mean = self.reference[:, None] * cos + self.turning.quarter(self.reference)[:, None] * sin
-        z, tables = (rows - mean).float(), torch.cat([cos, sin], dim=-1).float()
+        z, tables = (keys - mean).float(), torch.cat([cos, sin], dim=-1).float()
         self.comoment += (z.mT @ z).double()
         self.cross += (z.mT @ tables).double()
         self.turns += (tables.mT @ tables).double()
-        self.count += rows.shape[1]
+        self.count += keys.shape[1]
 
     @property
     def drift(self) -> Tensor:

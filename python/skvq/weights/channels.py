@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..config import StreamOptions
 from ..plan import StreamPlan
+from ..sinks import sink_mask
 from .grid import _RoundSTE
 
 NAME = "skvq_weights"
@@ -39,12 +40,14 @@ class ChannelOptions:
     Attributes:
         bits: of a code of keys and values.
         window: most recent tokens that a query sees exactly, its own included.
-        sinks: first tokens that are never quantized.
+        sinks: tokens that are never quantized.
+        sink_search: among how many first tokens they are chosen (skvq/sinks.py).
     """
 
     bits: int = 4
     window: int = 128
     sinks: int = 5
+    sink_search: int = 64
 
 
 class ChannelScales(nn.Module):
@@ -136,13 +139,19 @@ class LayerChannels:
         exact = [x.repeat_interleave(group, 1) for x in (key, value)]
         past_rows = [x.repeat_interleave(group, 1) for x in read]
         now = torch.arange(length)
-        past = (now[None, :] <= now[:, None] - self.options.window) & (now[None, :] >= self.options.sinks)
+        past = now[None, :] <= now[:, None] - self.options.window
+        past = past & ~_is_sink(self.options, key, value)[:, None, None, :]
         query = query * scaling
         scores = torch.where(past, query @ past_rows[0].mT, query @ exact[0].mT)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         weights = scores.masked_fill(now[None, :] > now[:, None], -torch.inf).softmax(-1)
         return weights.masked_fill(~past, 0.0) @ past_rows[1] + weights.masked_fill(past, 0.0) @ exact[1]
+
+
+def _is_sink(options: ChannelOptions, keys: Tensor, values: Tensor) -> Tensor:
+    """Bool [B, T]."""
+    return sink_mask(keys.detach(), values.detach(), options.sinks, options.sink_search, options.window)
 
 
 class ChannelTraining:
@@ -187,6 +196,7 @@ class ChannelTraining:
         """The untrained scales of one layer, from the collected rows."""
         keys, values = (torch.cat([pair[i] for pair in self.rows]) for i in (0, 1))
         self.rows, self.collect = [], None
-        keys, values = (x[:, :, options.sinks :] for x in (keys, values))
+        kept = (~_is_sink(options, keys, values)).nonzero()[:, 1].view(keys.shape[0], 1, -1, 1)
+        keys, values = (x.gather(2, kept.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
         made = [ChannelScales.from_rows(rows, options.bits) for rows in (keys, values)]
         return LayerChannels(made[0], made[1], options)

@@ -127,7 +127,13 @@ def _plan_2d(model: Any, found: Reconstruction, options: QuantizeOptions, digest
     channels = options.reconstruct.channels
     assert channels is not None
     streams = stream_options(channels.bits)
-    config = SkvqConfig(keys=streams, values=streams, window=channels.window, sinks=channels.sinks)
+    config = SkvqConfig(
+        keys=streams,
+        values=streams,
+        window=channels.window,
+        sinks=channels.sinks,
+        sink_search=channels.sink_search,
+    )
     notes = {"ahead": options.reconstruct.ahead, "loss": options.reconstruct.loss, "epochs": options.reconstruct.epochs}
     return QuantizationPlan.for_model(model, config, found.channels, method="wkvquant", texts=digests, notes=notes)
 
