@@ -24,6 +24,8 @@ from ..arguments import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..config import SkvqConfig
     from ..plan import StreamPlan
     from ..plan_file import QuantizationPlan
@@ -91,7 +93,8 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=_bits,
         metavar="BITS",
-        help="instead of both: counted bits of an element with its scales, shared out over all layers, keys and values",
+        help="instead of both: counted bits of an element with its scales, shared out over all layers, keys and values "
+        "by estimate, or evenly if that measures better on the last piece of the texts (on a CPU)",
     )
     group.add_argument(
         "--parts", type=whole_number(1), metavar="N", help="of a row that may differ in bits (default: 4)"
@@ -143,6 +146,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         model,
         [chunk.token_ids for chunk in chunks],
         sinks=config.sinks,
+        sink_search=config.sink_search,
         window=config.window,
         texts={text.name: text.sha256 for text in texts},
         state_path=arguments.state,
@@ -150,7 +154,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     print(f"read: {statistics.describe()}")
-    streams, notes = fit(model, statistics)
+    streams, notes = fit(model, statistics, chunks[-1].token_ids)
     notes |= {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
     plan = QuantizationPlan.for_model(
         model, config, streams, method=arguments.method, texts=statistics.texts, notes=notes
@@ -161,7 +165,8 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     print(f"{time.monotonic() - start:.0f} seconds, peak memory {human_bytes(_peak_bytes())}")
 
 
-Fit = Callable[[Any, "Statistics"], tuple[dict[int, tuple["StreamPlan", "StreamPlan"]], dict[str, Any]]]
+# Of a model, its statistics and one of the chunks that they are of.
+Fit = Callable[[Any, "Statistics", "Tensor"], tuple[dict[int, tuple["StreamPlan", "StreamPlan"]], dict[str, Any]]]
 
 
 def _static(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
@@ -176,13 +181,15 @@ def _static(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
     if arguments.no_noise:
         raise ValueError("--no-noise: expected --method spectral with it")
     config = SkvqConfig.from_options(**_given(arguments, "key_bits", "value_bits", "window", "sinks"))
-    return config, lambda _, statistics: (static_plan(statistics, config), {})
+    return config, lambda _model, statistics, _chunk: (static_plan(statistics, config), {})
 
 
 def _spectral(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
     """Likewise. Every layer has options of its own; those of the plan say no more than the regions."""
     from ..config import SkvqConfig
-    from .spectral_plan import SpectralOptions, spectral_plan
+    from ..plan_file import QuantizationPlan
+    from .choose import best_shared
+    from .spectral_plan import SpectralOptions, SpectralPlan, spectral_plan
 
     per_stream = _given(arguments, "key_bits", "value_bits")
     if arguments.bits is not None and per_stream:
@@ -192,12 +199,23 @@ def _spectral(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
         **per_stream, **_given(arguments, "bits", "parts", "weights"), noise=not arguments.no_noise
     )
 
-    def fit(model: Any, statistics: Statistics) -> tuple[dict[int, tuple[StreamPlan, StreamPlan]], dict[str, Any]]:
-        found = spectral_plan(model, statistics, options)
+    config = SkvqConfig.from_options(**_given(arguments, "window", "sinks"))
+
+    def fit(
+        model: Any, statistics: Statistics, chunk: Tensor
+    ) -> tuple[dict[int, tuple[StreamPlan, StreamPlan]], dict[str, Any]]:
+        def plan_of(fitted: SpectralPlan) -> QuantizationPlan:
+            return QuantizationPlan.for_model(model, config, fitted.streams, method=arguments.method)
+
+        # Predictions are measured on the CPU only.
+        if options.bits is not None and model.device.type == "cpu":
+            found = best_shared(model, statistics, options, plan_of, chunk, progress=True)
+        else:
+            found = spectral_plan(model, statistics, options)
         print(found.describe())
         return found.streams, found.notes
 
-    return SkvqConfig.from_options(**_given(arguments, "window", "sinks")), fit
+    return config, fit
 
 
 def _peak_bytes() -> int:

@@ -246,6 +246,12 @@ def _objective(fit: StreamFit) -> Objective:
     return fit.own if fit.output is None else fit.output
 
 
+def scale_bits(statistics: Statistics) -> float:
+    """Bits of the scales of rows, for an element of keys and values together."""
+    shapes = [x.mean.shape for layer in statistics.layers.values() for x in (layer.keys, layer.values)]
+    return sum(SCALE_BITS * heads for heads, _ in shapes) / sum(heads * dim for heads, dim in shapes)
+
+
 def _choose(fits: Mapping[tuple[int, str], StreamFit], options: SpectralOptions) -> dict[tuple[int, str], Candidate]:
     """Bits of every stream of every layer."""
     given = {key: fit.candidates(options.parts, _objective(fit)) for key, fit in fits.items()}
