@@ -155,7 +155,6 @@ class PackedLayer(CacheLayerMixin):
             return self._native.append(keys, values, query)
         native, past, count, search = self._native, self._native.length, keys.shape[2], self.plan.searched
         if past == 0 and count >= search:
-            native.check(keys, values)  # the rows come in two calls, of which the second must not fail
             order = sink_order(keys, values, self.plan.sinks, search, self._padding_of(keys.shape[0]))
             span = 0 if order is None else order.shape[1]
             if order is not None:
@@ -164,7 +163,11 @@ class PackedLayer(CacheLayerMixin):
                 native.append(taken(keys, order), taken(values, order), first)
             if span < count:
                 rest = None if query is None else query[:, :, -(count - span) :]
-                native.append(keys[:, :, span:], values[:, :, span:], rest)
+                try:
+                    native.append(keys[:, :, span:], values[:, :, span:], rest)
+                except Exception:
+                    native.reset()  # as it was: without tokens
+                    raise
             self.order, self.sinks_chosen = order, True
             return None
         if past > 0 and past + count > search:
