@@ -123,14 +123,13 @@ def test_masks_follow_the_rows() -> None:
     order = sink_order(keys, values, SINKS, SEARCH)
     assert order is not None
     query = torch.randn(2, HEADS, 3, DIM)
-    expected_of = {}
-    for name, shape in (("each", (2, HEADS, 3, 50)), ("one", (1, 1, 1, 50)), ("batch", (2, 1, 1, 50))):
+    for shape in ((2, HEADS, 3, 50), (1, 1, 1, 50), (2, 1, 1, 50)):
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
         mask[..., -1] = True
-        expected_of[name] = scaled_dot_product_attention(query, keys, values, mask)
+        expected = scaled_dot_product_attention(query, keys, values, mask)
         moved = [reordered(x, order) for x in (keys, values)]
         found = scaled_dot_product_attention(query, *moved, reordered_mask(mask, order))
-        torch.testing.assert_close(found, expected_of[name])
+        torch.testing.assert_close(found, expected)
     plain = torch.ones(1, 1, 1, 50, dtype=torch.bool)
     assert reordered_mask(plain, order) is plain
     assert reordered_mask(plain, None) is plain
@@ -239,6 +238,18 @@ def test_crops_keep_the_first_tokens(length: int) -> None:
         assert all(bool(exact[row, sink]) for sink in sinks) or length < SEARCH
     packed.reset()
     assert packed.order is None
+
+
+@pytest.mark.parametrize("length", [40, 12])
+def test_a_crop_of_a_prompt_whose_queries_nobody_saw_keeps_its_first_tokens(length: int) -> None:
+    keys, values = rows(2, 90, {0: (0, 11), 1: (5, 23)})
+    asks: dict[str, Any] = {"keys": {"block": 128, "query_exponent": 0.5}, "values": {"block": 128}}
+    packed = layer(**asks)
+    packed.update(keys, values)
+    assert packed.waiting is not None
+    packed.crop(length - 90)
+    for found, whole in zip(all_rows(packed), (keys, values), strict=True):
+        assert torch.equal(found, whole[:, :, :length])
 
 
 def test_an_error_leaves_the_layer_as_it_was() -> None:

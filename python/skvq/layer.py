@@ -186,13 +186,6 @@ class PackedLayer(CacheLayerMixin):
                 self.order = order
         self.sinks_chosen = True
 
-    def _forget_order(self, length: int) -> None:
-        """Put the first `length` tokens back into the order of their positions, for a crop among the searched ones."""
-        rows = [self._stored(is_key)[:, :, :length] for is_key in (True, False)]
-        self.native.crop(0)
-        self.native.append(*rows)
-        self.order, self.sinks_chosen = None, False
-
     def _stored(self, is_key: bool) -> torch.Tensor:
         """All rows as they are read, in the order of their positions."""
         output = torch.empty(self._shape(is_key), dtype=self.dtype, device=self.device)
@@ -369,14 +362,18 @@ class PackedLayer(CacheLayerMixin):
         """
         length = self.length_after_crop(tokens_to_remove)
         if length < self.get_seq_length():
-            if length and self.order is not None and length < self.order.shape[1]:
-                self._forget_order(length)
-            elif length:
-                self.native.crop(length)
-            else:
-                self.native.reset()  # the next tokens may come in another batch size
+            native = self.native  # with a prompt that waits, and so with its order
+            span = 0 if self.order is None else self.order.shape[1]
+            if not length:
+                native.reset()  # the next tokens may come in another batch size
                 self.padding = ()
-            if length < self.plan.searched:
+            elif length < span:
+                rows = [self._stored(is_key)[:, :, :length] for is_key in (True, False)]
+                native.crop(0)
+                native.append(*rows)
+            else:
+                native.crop(length)
+            if length < max(span, self.plan.searched):
                 self.order, self.sinks_chosen = None, False
             self.version += 1
 
