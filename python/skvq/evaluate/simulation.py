@@ -74,9 +74,9 @@ class MethodPass:
             order = self._order(call)
             if order is not None:
                 # From here on keys and values lie as in the store; `token` says which token each one is.
-                rows = (reordered(x[None], order)[0] for x in (call.keys, call.values))
-                call, token = replace(call, keys=next(rows), values=next(rows)), reordered_positions(order, length)
-                span = order.shape[1]
+                stored_keys, stored_values = (reordered(x[None], order)[0] for x in (call.keys, call.values))
+                call = replace(call, keys=stored_keys, values=stored_values)
+                token, span = reordered_positions(order, length), order.shape[1]
         exact = (call.keys, call.values)
         packed = exact
         if rule is not None:
