@@ -77,11 +77,16 @@ def sink_order(keys: Tensor, values: Tensor, sinks: int, search: int, padding: S
     return None if order.device.type == "cpu" and torch.equal(order, place) else order
 
 
+def text_order(keys: Tensor, values: Tensor, sinks: int, search: int, window: int) -> Tensor | None:
+    """The order that a cache gives the rows of whole texts; None: as they came, as in a text that is too short."""
+    span = searched(search, sinks, window)
+    return sink_order(keys, values, sinks, span) if 0 < span <= keys.shape[2] else None
+
+
 def sink_mask(keys: Tensor, values: Tensor, sinks: int, search: int, window: int) -> Tensor:
     """Which of n tokens a cache keeps as sinks, bool [B, n]: those it chooses, or the first ones of a short text."""
     batch, length = keys.shape[0], keys.shape[2]
-    span = searched(search, sinks, window)
-    order = sink_order(keys, values, sinks, span) if 0 < span <= length else None
+    order = text_order(keys, values, sinks, search, window)
     if order is None:
         return torch.arange(length, device=keys.device).expand(batch, length) < sinks
     return torch.zeros(batch, length, dtype=torch.bool, device=keys.device).scatter_(1, order[:, :sinks], True)

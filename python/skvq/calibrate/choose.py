@@ -65,7 +65,8 @@ def best_shared(
     assert options.bits is not None
     shared = spectral_plan(model, statistics, options)
     fitted = {"shared out by estimate": shared}
-    for keys, values in even_splits(options.bits - scale_bits(statistics)):
+    shapes = [x.mean.shape for layer in statistics.layers.values() for x in (layer.keys, layer.values)]
+    for keys, values in even_splits(options.bits - scale_bits(shapes)):
         even = replace(options, bits=None, key_bits=keys, value_bits=values)
         with suppress(SkvqError):  # heads too narrow for so few bits
             fitted[f"keys {keys:g}, values {values:g}"] = spectral_plan(model, statistics, even)

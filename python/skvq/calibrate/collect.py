@@ -191,8 +191,8 @@ class _Collector:
             layer = self._new_layer(index, key, value, scaling)
             self.statistics.layers[index] = layer
             self.statistics.layers = dict(sorted(self.statistics.layers.items()))
-        keys, values, block = self._rows(index, "keys", key), self._rows(index, "values", value), self.options.block
-        options = self.options
+        options, block = self.options, self.options.block
+        keys, values = self._rows(index, "keys", key), self._rows(index, "values", value)
         is_sink = sink_mask(key, value, options.sinks, options.sink_search, options.window)[0]
         kept = (~is_sink).nonzero()[:, 0]
         layer.keys.update(keys[:, kept], block)
@@ -209,8 +209,8 @@ class _Collector:
                 keys,
                 values,
                 is_sink=is_sink,
-                window=self.options.window,
-                stride=self.options.attention_stride,
+                window=options.window,
+                stride=options.attention_stride,
                 softcap=extra.get("softcap"),
                 sink_logits=extra.get("s_aux"),
             )

@@ -6,7 +6,7 @@ algebra (spectral.py) or the search for bits (allocate.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -246,9 +246,8 @@ def _objective(fit: StreamFit) -> Objective:
     return fit.own if fit.output is None else fit.output
 
 
-def scale_bits(statistics: Statistics) -> float:
-    """Bits of the scales of rows, for an element of keys and values together."""
-    shapes = [x.mean.shape for layer in statistics.layers.values() for x in (layer.keys, layer.values)]
+def scale_bits(shapes: Collection[tuple[int, ...]]) -> float:
+    """Bits of the scales of rows, for an element of all streams together; `shapes` are their kv heads and channels."""
     return sum(SCALE_BITS * heads for heads, _ in shapes) / sum(heads * dim for heads, dim in shapes)
 
 
@@ -261,7 +260,7 @@ def _choose(fits: Mapping[tuple[int, str], StreamFit], options: SpectralOptions)
             for index, name in fits
         }
     elements = {key: fit.shape[0] * fit.shape[1] for key, fit in fits.items()}
-    scales = sum(SCALE_BITS * fit.shape[0] for fit in fits.values()) / sum(elements.values())
+    scales = scale_bits([fit.shape for fit in fits.values()])
     if options.bits <= scales:
         raise SkvqError(f"bits={options.bits:g}: expected more than {scales:g}, the bits of the scales alone")
     return allocate({key: Share(given[key], elements[key]) for key in fits}, options.bits - scales)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from ..sinks import reordered, reordered_positions, searched, sink_order
+from ..sinks import reordered, reordered_positions, text_order
 from .memory import full_attention_layers
 from .methods.base import Geometry, Method, ReadBack, Where
 from .region_rule import RegionRule
@@ -71,10 +71,11 @@ class MethodPass:
         token, span, rule = torch.arange(length), 0, None
         if self.method is not None and call.layer in self.owners:
             rule = rule_of(self.method, self.owners[call.layer], self.window, self.sinks)
-            order = self._order(call)
+            rows = (call.keys[None], call.values[None])
+            order = text_order(*rows, self.sinks, self.method.sink_search, self.window)
             if order is not None:
                 # From here on keys and values lie as in the store; `token` says which token each one is.
-                stored_keys, stored_values = (reordered(x[None], order)[0] for x in (call.keys, call.values))
+                stored_keys, stored_values = (reordered(x, order)[0] for x in rows)
                 call = replace(call, keys=stored_keys, values=stored_values)
                 token, span = reordered_positions(order, length), order.shape[1]
         exact = (call.keys, call.values)
@@ -96,14 +97,6 @@ class MethodPass:
             made = _attend_chunk(call, exact, packed, now, packed_until, token, span)
             output[:, :, start : start + QUERY_CHUNK] = made
         return output
-
-    def _order(self, call: AttentionCall) -> Tensor | None:
-        """The order [1, span] in which a store holds the first tokens, if that is another one."""
-        assert self.method is not None
-        search = searched(self.method.sink_search, self.sinks, self.window)
-        if not search or call.keys.shape[1] < search:
-            return None
-        return sink_order(call.keys[None], call.values[None], self.sinks, search)
 
     def _packed(self, call: AttentionCall, keys: bool, stop: int) -> ReadBack:
         """Rows [1, Hkv, T, D] of which those behind the sinks and before `stop` are read back, with their noise."""

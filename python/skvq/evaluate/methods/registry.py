@@ -58,7 +58,7 @@ def parse_method(spec: str) -> Method:
     name, _, rest = spec.partition(":")
     if name not in METHODS:
         raise ValueError(f"method {spec!r}: unknown, expected one of {', '.join(METHODS)}")
-    made = METHODS[name].load()
+    made, search = METHODS[name].load(), None
     if name == "plan":
         if not rest:
             raise ValueError(f"method {spec!r}: expected plan:FILE")
@@ -67,8 +67,7 @@ def parse_method(spec: str) -> Method:
         options = {"options": parse_options(f"method {spec!r}", rest, SHORT)}
     else:
         options = METHODS[name].options | parse_options(f"method {spec!r}", rest, SHORT)
-    search = None if name in ("plan", "ours") else options.pop("sink_search", None)
-    if name not in ("plan", "ours"):
+        search = options.pop("sink_search", None)
         _check_names(spec, made, options)
     try:
         method: Method = made(**options)
