@@ -9,7 +9,7 @@
 
 use crate::{
     error::{Error, Result},
-    tensor::{Dtype, MaskKind, MaskView, TensorView, TensorViewMut},
+    tensor::{Dtype, MaskKind, MaskView, Row, TensorView, TensorViewMut},
 };
 use dlpark::{
     DlpackFlags,
@@ -17,6 +17,7 @@ use dlpark::{
     python::{ImportedDlpack, consumer::exchange::ExchangeApi, from_dlpack},
 };
 use pyo3::{exceptions::PyTypeError, intern, prelude::*};
+use std::slice;
 
 mod owned;
 pub mod testing;
@@ -76,15 +77,7 @@ impl ImportedTensor {
         self.expect_rank(4, "[batch, heads, tokens, channels]")?;
         let dtype = self.float_dtype()?;
         self.expect_aligned(dtype.size())?;
-        if self.owner.flags().intersects(DlpackFlags::READ_ONLY) {
-            return Err(Error::dlpack(self.name, "expected a writable tensor, found a read-only one"));
-        }
-        if self.owner.flags().intersects(DlpackFlags::IS_COPIED) {
-            return Err(Error::dlpack(
-                self.name,
-                "expected a tensor that shares its memory, its library exported a copy",
-            ));
-        }
+        self.expect_writable()?;
         let (shape, strides) = self.padded();
         // SAFETY: as in `view4`; the exporter lets its memory be written and `self` is borrowed exclusively.
         unsafe { TensorViewMut::from_raw(self.name, self.ptr.cast_mut(), shape, strides, dtype) }
@@ -131,6 +124,67 @@ impl ImportedTensor {
     pub fn matrix_u8(&self) -> Result<(Vec<u8>, [usize; 2])> {
         self.expect_rank(2, "[rows, bytes]")?;
         Ok((self.copy("uint8")?, [self.shape[0] as usize, self.shape[1] as usize]))
+    }
+
+    /// A contiguous uint8 matrix, borrowed, with its shape.
+    pub fn bytes2(&self) -> Result<(&[u8], [usize; 2])> {
+        let shape = self.contiguous_matrix("[rows, bytes]")?;
+        if self.dtype != DLDataType::U8 {
+            return Err(Error::dtype(self.name, "uint8", dtype_name(self.dtype)));
+        }
+        if shape.contains(&0) {
+            return Ok((&[], shape));
+        }
+        // SAFETY: contiguous bytes of a tensor with elements, which the handle keeps alive while `self` is borrowed.
+        Ok((unsafe { slice::from_raw_parts(self.ptr, shape[0] * shape[1]) }, shape))
+    }
+
+    /// A contiguous matrix of f32, f16 or bf16, borrowed as one row, with its shape.
+    pub fn floats2(&self) -> Result<(Row<'_>, [usize; 2])> {
+        let shape = self.contiguous_matrix("[rows, columns]")?;
+        let dtype = self.float_dtype()?;
+        self.expect_aligned(dtype.size())?;
+        let all = [1, 1, 1, shape[0] * shape[1]];
+        // SAFETY: as in `view4`, with the elements of all rows as one: the matrix is contiguous.
+        let view = unsafe { TensorView::from_raw(self.ptr, all, [0, 0, 0, 1], dtype) };
+        Ok((view.row(0, 0, 0).expect("neighbouring channels"), shape))
+    }
+
+    /// A contiguous float32 matrix to write to, with its shape. Promises and refusals as of [`Self::view_mut4`].
+    pub fn floats2_mut(&mut self) -> Result<(&mut [f32], [usize; 2])> {
+        let shape = self.contiguous_matrix("[rows, columns]")?;
+        if self.dtype != DLDataType::F32 {
+            return Err(Error::dtype(self.name, "float32", dtype_name(self.dtype)));
+        }
+        self.expect_aligned(size_of::<f32>())?;
+        self.expect_writable()?;
+        if shape.contains(&0) {
+            return Ok((&mut [], shape));
+        }
+        // SAFETY: as in `bytes2`; the exporter lets its memory be written, the alignment was checked and `self` is borrowed exclusively.
+        Ok((unsafe { slice::from_raw_parts_mut(self.ptr.cast_mut().cast(), shape[0] * shape[1]) }, shape))
+    }
+
+    fn contiguous_matrix(&self, axes: &str) -> Result<[usize; 2]> {
+        self.expect_rank(2, axes)?;
+        let (rows, columns) = (self.shape[0], self.shape[1]);
+        let neighbours = columns <= 1 || self.strides[1] == 1;
+        if !(rows * columns == 0 || neighbours && (rows == 1 || self.strides[0] == columns)) {
+            let expected = format!("a contiguous matrix {axes}, with strides [{columns}, 1]");
+            return Err(Error::value(self.name, expected, format!("strides {:?}", self.strides)));
+        }
+        Ok([rows as usize, columns as usize])
+    }
+
+    fn expect_writable(&self) -> Result<()> {
+        if self.owner.flags().intersects(DlpackFlags::READ_ONLY) {
+            return Err(Error::dlpack(self.name, "expected a writable tensor, found a read-only one"));
+        }
+        if self.owner.flags().intersects(DlpackFlags::IS_COPIED) {
+            let reason = "expected a tensor that shares its memory, its library exported a copy";
+            return Err(Error::dlpack(self.name, reason));
+        }
+        Ok(())
     }
 
     /// Refuses two tensors of one call that share bytes, when one of them is written.

@@ -4,6 +4,7 @@ mod codec;
 mod cuda;
 mod cuda_layer;
 mod cuda_tensors;
+mod weights;
 
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;
@@ -331,6 +332,8 @@ pub mod _native {
     use super::cuda::{PyCompiledKernel, cuda_compile, cuda_compile_many, cuda_nvrtc, cuda_status};
     #[pymodule_export]
     use super::cuda_layer::PyCudaLayer;
+    #[pymodule_export]
+    use super::weights::{weights_decode, weights_multiply};
     #[pymodule_export]
     use super::{PyLayer, SkvqError, available_isas, num_threads, set_num_threads};
     #[pymodule_export]

@@ -316,6 +316,42 @@ def num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Set :func:`num_threads`, at least 1."""
 
+def weights_multiply(
+    rows: _Tensor,
+    codes: _Tensor,
+    scales: _Tensor,
+    zeros: _Tensor,
+    output: _Tensor,
+    *,
+    bits: int,
+    isa: str | None = None,
+) -> None:
+    """Write the product of rows of inputs with packed weights, ``scale * (code - zero)``, to ``output``.
+
+    Args:
+        rows: float32 [N, I]; made for few rows, work grows with N.
+        codes: uint8 [O, bytes of a row]: I for 8 bits, 64 for every 128 inputs for 4 (layout in src/backend/weights.rs).
+        scales: float32 or bfloat16 [O, G], groups of I / G inputs, a multiple of 32.
+        zeros: uint8 [O, G].
+        output: float32 [N, O].
+        bits: 4 or 8.
+        isa: one of :func:`available_isas`; None: the best.
+
+    All are contiguous.
+    """
+
+def weights_decode(
+    codes: _Tensor,
+    scales: _Tensor,
+    zeros: _Tensor,
+    output: _Tensor,
+    *,
+    bits: int,
+    first: int = 0,
+    isa: str | None = None,
+) -> None:
+    """Write the weights of n outputs from ``first`` on to ``output``, float32 [n, I]; the others as above."""
+
 @final
 class CompiledKernel:
     """A CUDA kernel compiled for one architecture."""

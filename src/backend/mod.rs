@@ -5,6 +5,7 @@ pub mod cpu;
 pub mod noise;
 pub mod simd;
 pub mod threads;
+pub mod weights;
 
 #[cfg(test)]
 mod tests;

@@ -212,6 +212,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_u32(source: *const u8) -> I {
+        [_mm256_loadu_si256(source.cast()), _mm256_loadu_si256(source.add(32).cast())]
+    }
+
+    #[inline(always)]
     unsafe fn load_u8(source: *const u8) -> I {
         widen_u8(_mm_loadu_si128(source.cast()))
     }

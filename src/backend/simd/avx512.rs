@@ -156,6 +156,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_u32(source: *const u8) -> __m512i {
+        _mm512_loadu_si512(source.cast())
+    }
+
+    #[inline(always)]
     unsafe fn load_u8(source: *const u8) -> __m512i {
         _mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast()))
     }

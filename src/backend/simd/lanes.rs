@@ -50,6 +50,8 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn load_f16_partial(source: *const u16, n: usize) -> Self::F;
 
     unsafe fn splat_u32(value: u32) -> Self::I;
+    /// 16 little-endian u32.
+    unsafe fn load_u32(source: *const u8) -> Self::I;
     /// 16 bytes, one for each lane.
     unsafe fn load_u8(source: *const u8) -> Self::I;
     unsafe fn load_u8_partial(source: *const u8, n: usize) -> Self::I;

@@ -28,6 +28,7 @@ pub(crate) mod matmul;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
 mod portable;
+pub(crate) mod products;
 pub(crate) mod rows;
 #[cfg(test)]
 mod tests;

@@ -282,6 +282,17 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
+    unsafe fn load_u32(source: *const u8) -> I {
+        // As bytes: the target is little-endian (see mod.rs), and bytes need no alignment.
+        [
+            vreinterpretq_u32_u8(vld1q_u8(source)),
+            vreinterpretq_u32_u8(vld1q_u8(source.add(16))),
+            vreinterpretq_u32_u8(vld1q_u8(source.add(32))),
+            vreinterpretq_u32_u8(vld1q_u8(source.add(48))),
+        ]
+    }
+
+    #[inline(always)]
     unsafe fn load_u8(source: *const u8) -> I {
         widen_u8(vld1q_u8(source))
     }

@@ -136,6 +136,12 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_u32(source: *const u8) -> I {
+        let source = source.cast::<[[u8; 4]; LANES]>().read();
+        lanes!(i, 0, u32::from_le_bytes(source[i]))
+    }
+
+    #[inline(always)]
     unsafe fn load_u8(source: *const u8) -> I {
         let source = source.cast::<[u8; LANES]>().read();
         lanes!(i, 0, u32::from(source[i]))

@@ -371,6 +371,9 @@ unsafe fn memory<S: Lanes>(data: &[u8], n: usize) {
             assert_same("load_f16", floats::<S>(S::load_f16(shorts.as_ptr().cast())), f16);
             assert_same("load_bf16", floats::<S>(S::load_bf16(shorts.as_ptr().cast())), bf16);
             assert_equal("load_u8", integers::<S>(S::load_u8(bytes.as_ptr())), |i| u32::from(bytes[i]));
+            assert_equal("load_u32", integers::<S>(S::load_u32(data.as_ptr())), |i| {
+                u32::from_le_bytes(data[4 * i..4 * i + 4].try_into().expect("four bytes"))
+            });
         }
 
         // Bits above the low byte are dropped; what lies before the target keeps its value, what lies behind is protected.
