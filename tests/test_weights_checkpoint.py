@@ -12,6 +12,8 @@ from skvq import QuantizedDynamicCache, SkvqError
 from skvq.cli import main
 from skvq.weights import ReconstructOptions, WeightOptions, load, reconstruct
 from skvq.weights.checkpoint import write_checkpoint
+from skvq.weights.head import quantized_head
+from skvq.weights.product import PackedLinear
 from skvq.weights.running import Int4Linear
 from tiny_directory import save
 from tiny_models import build, prompts
@@ -96,24 +98,60 @@ def test_int4_products_against_plain_arithmetic() -> None:
     assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
-def test_eight_bit_head(tmp_path: Path) -> None:
-    model, ids = made(tmp_path, "llama"), prompts(2, 24)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_our_product_has_the_logits_of_unpacked_weights(tmp_path: Path, family: str, bits: int) -> None:
+    """Within float noise, for the many rows of a prompt and for single ones."""
+    model = made(tmp_path, family, bits)
+    mine = load(tmp_path, dtype=torch.float32)
+    count = sum(isinstance(x, PackedLinear) for x in mine.modules())
+    assert count == sum(isinstance(x, torch.nn.Linear) for x in model.modules()) - 1
+    for ids in (prompts(2, 24), prompts(1, 1), prompts(1, 3)):
+        torch.testing.assert_close(mine(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_our_product_in_half_precision(tmp_path: Path) -> None:
+    """Nearer to float32 than the same model in bfloat16 throughout, or as near."""
+    model, ids = made(tmp_path), prompts(2, 6)
     exact = model(ids).logits
-    small = load(tmp_path, dtype=torch.float32, head_bits=8)
-    assert float((small(ids).logits - exact).norm() / exact.norm()) < 0.05
-    assert small.lm_head.codes.dtype == torch.int8
+    for dtype in (torch.bfloat16, torch.float16):
+        mine = load(tmp_path, dtype=dtype)(ids).logits
+        half = load(tmp_path, dtype=dtype, backend="dequantized")(ids).logits
+        assert mine.dtype == dtype
+        assert float((mine.float() - exact).norm()) < 1.5 * float((half.float() - exact).norm())
+
+
+def with_low_bit_head(folder: Path, bits: int) -> Any:
+    """The unpacked model whose embedding and output layer are rounded in place."""
+    model = load(folder, dtype=torch.float32, backend="dequantized")
+    for weight in {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}:
+        made = quantized_head(weight.data, bits).dequantize()
+        assert 0.0 < float((made - weight).norm() / weight.norm()) < {8: 0.01, 4: 0.1}[bits]
+        weight.data.copy_(made)
+    return model
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_bit_head(tmp_path: Path, family: str, bits: int) -> None:
+    model, ids = made(tmp_path, family), prompts(2, 24)
+    small = load(tmp_path, dtype=torch.float32, head_bits=bits)
+    torch.testing.assert_close(small(ids).logits, with_low_bit_head(tmp_path, bits)(ids).logits, rtol=1e-4, atol=1e-4)
+    assert small.lm_head.packed.codes.dtype == torch.uint8
+    assert small.lm_head.packed.codes.shape[1] == (64 if bits == 4 else model.config.hidden_size)
     assert small.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 28)
 
 
-def test_eight_bit_head_of_tied_embeddings_is_held_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_low_bit_head_of_tied_embeddings_is_held_once(tmp_path: Path, bits: int) -> None:
     model, options = build("llama", tie_word_embeddings=True), WeightOptions(4, 32)
     found = reconstruct(model, prompts(2, 32), options, ReconstructOptions(epochs=0))
     write_checkpoint(model, found.tensors, options, tmp_path, torch.float32)
-    exact = model(prompts(2, 24)).logits
-    assert torch.equal(load(tmp_path, dtype=torch.float32, backend="dequantized")(prompts(2, 24)).logits, exact)
-    small = load(tmp_path, dtype=torch.float32, head_bits=8)
-    assert small.lm_head.codes.data_ptr() == small.model.embed_tokens.codes.data_ptr()
-    assert float((small(prompts(2, 24)).logits - exact).norm() / exact.norm()) < 0.05
+    exact, ids = model(prompts(2, 24)).logits, prompts(2, 24)
+    assert torch.equal(load(tmp_path, dtype=torch.float32, backend="dequantized")(ids).logits, exact)
+    small = load(tmp_path, dtype=torch.float32, head_bits=bits)
+    assert small.lm_head.packed.codes.data_ptr() == small.model.embed_tokens.packed.codes.data_ptr()
+    torch.testing.assert_close(small(ids).logits, with_low_bit_head(tmp_path, bits)(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_packed_cache_over_packed_weights(tmp_path: Path) -> None:
@@ -147,7 +185,8 @@ def test_three_bits_have_no_int4_product(tmp_path: Path) -> None:
     made(tmp_path, bits=3)
     with pytest.raises(SkvqError, match="has 3 bits, expected 4"):
         load(tmp_path, backend="int4pack")
-    assert not any(isinstance(x, Int4Linear) for x in load(tmp_path, dtype=torch.float32).modules())
+    packed = [x for x in load(tmp_path, dtype=torch.float32).modules() if isinstance(x, PackedLinear)]
+    assert {x.packed.bits for x in packed} == {4}
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
@@ -203,7 +242,7 @@ def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         == 0
     )
     found = json.loads(figures.read_text())
-    assert len(found["rows"]) == 12
+    assert len(found["rows"]) == 20
     assert len(found["products"]) >= 3
     plain, small = found["rows"][0], found["rows"][-1]
     assert plain["speed_ratio"] == plain["memory_ratio"] == 1.0

@@ -60,20 +60,22 @@ def held_bytes(model: Any) -> int:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def _products(options: WeightsOptions) -> list[dict[str, Any]]:
-    from ..weights.running import Int4Linear, read_linears
+def _products(options: WeightsOptions, linears: dict[str, Any], bits: int) -> list[dict[str, Any]]:
+    from ..weights.product import PackedLinear, PackedWeight
+    from ..weights.running import Int4Linear
 
     found: dict[tuple[int, int], Any] = {}
-    for name, weight in read_linears(Path(options.checkpoint), LAYER).items():
+    for name, weight in linears.items():
         found.setdefault((weight.codes.shape[0], weight.codes.shape[1]), (name, weight))
     rows = []
     for (outputs, inputs), (name, weight) in found.items():
         dense = weight.dequantize()
-        half, packed = dense.bfloat16(), Int4Linear(weight, None)
+        half, ours = dense.bfloat16(), PackedLinear(PackedWeight(weight, bits), None)
+        torchs = Int4Linear(weight, None) if bits == 4 else None
         for count in options.rows:
             x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(0))
             y = x.bfloat16()
-            contestants = _contestants(x, y, dense, half, packed)
+            contestants = _contestants(x, y, dense, half, ours, torchs)
             times = time_in_turns(contestants, rounds=7, seconds=6.0, flush=CacheFlush() if count == 1 else None)
             row = {"layer": name, "outputs": outputs, "inputs": inputs, "rows": count}
             rows.append(row | {f"{key}_ms": 1e3 * value.median for key, value in times.items()})
@@ -81,13 +83,16 @@ def _products(options: WeightsOptions) -> list[dict[str, Any]]:
     return rows
 
 
-def _contestants(x: Any, y: Any, dense: Any, half: Any, packed: Any) -> dict[str, Callable[[], object]]:
-    return {
+def _contestants(x: Any, y: Any, dense: Any, half: Any, ours: Any, torchs: Any) -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {
         "float32": lambda: x @ dense.T,
         "bfloat16": lambda: y @ half.T,
-        "int4pack_float32": lambda: packed(x),
-        "int4pack_bfloat16": lambda: packed(y),
+        "packed_float32": lambda: ours(x),
+        "packed_bfloat16": lambda: ours(y),
     }
+    if torchs is not None:
+        found |= {"int4pack_float32": lambda: torchs(x), "int4pack_bfloat16": lambda: torchs(y)}
+    return found
 
 
 def _product_line(row: dict[str, Any]) -> str:
@@ -137,24 +142,29 @@ def _decode(model: Any, cache: Any, token: Any, steps: int) -> list[float]:
     return seconds[1:]
 
 
-def _models(options: WeightsOptions) -> dict[str, Callable[[], Any]]:
+def _models(options: WeightsOptions, bits: int) -> dict[str, Callable[[], Any]]:
     from ..models import load
     from ..weights import load as load_packed
 
     def plain(dtype: str) -> Callable[[], Any]:
         return lambda: load(options.model, dtype=dtype).model
 
-    def packed(dtype: str, bits: int) -> Callable[[], Any]:
-        return lambda: load_packed(options.checkpoint, dtype=getattr(torch, dtype), head_bits=bits)
+    def quantized(dtype: str, backend: str, head_bits: int) -> Callable[[], Any]:
+        return lambda: load_packed(
+            options.checkpoint, dtype=getattr(torch, dtype), backend=backend, head_bits=head_bits
+        )
 
     found = {f"{dtype} weights": plain(dtype) for dtype in options.dtypes}
     for dtype in options.dtypes:
-        found[f"W4 int4pack, {dtype}"] = packed(dtype, 16)
-        found[f"W4 int4pack, {dtype}, 8-bit output layer"] = packed(dtype, 8)
+        if bits == 4:
+            found[f"low-bit, {dtype}, torch's int4 product"] = quantized(dtype, "int4pack", 16)
+        found[f"low-bit, {dtype}"] = quantized(dtype, "auto", 16)
+        for head_bits in (8, 4):
+            found[f"low-bit, {dtype}, {head_bits}-bit output layer"] = quantized(dtype, "auto", head_bits)
     return found
 
 
-def _decoding(options: WeightsOptions) -> list[dict[str, Any]]:
+def _decoding(options: WeightsOptions, bits: int) -> list[dict[str, Any]]:
     from transformers import DynamicCache
 
     from ..cache import QuantizedDynamicCache
@@ -163,7 +173,7 @@ def _decoding(options: WeightsOptions) -> list[dict[str, Any]]:
     text_rows, token, config = _rows_of_text(options)
     gc.collect()
     rows: list[dict[str, Any]] = []
-    for label, make_model in _models(options).items():
+    for label, make_model in _models(options, bits).items():
         model = make_model()
 
         def packed(model: Any = model) -> Any:
@@ -209,11 +219,15 @@ def run_weights(options: WeightsOptions) -> dict[str, Any]:
     """Times products and decoding, and prints both tables. Ratios are to the first dtype with DynamicCache."""
     from transformers.utils import logging as transformers_logging
 
+    from ..weights.running import read_linears
+
     transformers_logging.set_verbosity_error()
     for name in ("model", "checkpoint"):
         if not getattr(options, name):
             raise ValueError(f"{name}={getattr(options, name)!r}: expected a model directory")
-    products = _products(options)
-    rows = _decoding(options)
+    linears, bits = read_linears(Path(options.checkpoint), LAYER)
+    products = _products(options, linears, bits)
+    del linears
+    rows = _decoding(options, bits)
     _print_decoding(rows)
     return make_report("weights", asdict(options), rows, model=Path(options.model).name, products=products)

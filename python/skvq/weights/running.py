@@ -2,11 +2,12 @@
 
 | backend | a linear layer | for |
 |---|---|---|
-| `int4pack` | torch's own int4 product on the CPU, codes stay packed | 4 bits, decoding |
-| `dequantized` | the weights in the model's dtype | everything else |
+| `packed` | our own product, codes stay packed (product.py) | all bits, decoding and prompts |
+| `int4pack` | torch's int4 product on the CPU, codes stay packed | 4 bits, for comparison |
+| `dequantized` | the weights in the model's dtype | groups that are no multiple of 32 |
 
 torch's product computes (code − 8) · scale + zero in bfloat16, for which it has vector code; inputs of another dtype
-are rounded to bfloat16 on the way in. Many rows at once (prompts) take the same way.
+are rounded to bfloat16 on the way in. Many rows at once (prompts) take the same way. `skvq bench weights` compares.
 Is not: a format. Any `pack-quantized` checkpoint with groups, asymmetric or symmetric, is taken, without the package
 compressed-tensors. (Left compressed by transformers, such layers unpack at their first call and stay so.)
 """
@@ -24,14 +25,15 @@ from .._native import SkvqError
 from .blocks import replace_module
 from .checkpoint import FORMAT, QUANT_METHOD
 from .grid import QuantizedWeight
+from .head import HEAD_BITS, quantize_head
 from .packing import unpack, unpacked_weight
+from .product import PackedLinear, PackedWeight
 
-BACKENDS = ("auto", "int4pack", "dequantized")
+BACKENDS = ("auto", "packed", "int4pack", "dequantized")
 PACKED, PARTS = ".weight_packed", ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INT4_GROUPS = (32, 64, 128, 256)  # that torch's product knows
 INT4_OUTPUTS = 16  # what the number of outputs must be a multiple of
-HEAD_BITS = (16, 8)
 
 
 class Int4Linear(nn.Module):
@@ -91,10 +93,10 @@ def load(
     Args:
         directory: of the checkpoint, or a hub id of one.
         dtype: of activations and of what is not quantized; None: what is fastest on this processor.
-        backend: one of those at the head of this file; "auto" takes "int4pack" for layers that it serves and
+        backend: one of those at the head of this file; "auto" takes "packed" for layers that it serves and
             "dequantized" for the others.
-        head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8 rounds them when they
-            are loaded, with a scale for each row.
+        head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8 and 4 round them when
+            they are loaded, with a scale for each row or for 32 inputs.
         attention: transformers' attention implementation.
 
     Raises:
@@ -129,9 +131,7 @@ def load(
         made = _layer(name, _weight(held.pop(name), bits), bits, model.get_submodule(name).bias, backend, dtype)
         replace_module(model, name, made)
     if head_bits != 16:
-        from .head import quantize_head
-
-        quantize_head(model)
+        quantize_head(model, head_bits)
     return model
 
 
@@ -158,15 +158,16 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def read_linears(folder: Path, part: str) -> dict[str, QuantizedWeight]:
-    """The packed weights of a checkpoint whose names contain `part`, without a model around them."""
+def read_linears(folder: Path, part: str) -> tuple[dict[str, QuantizedWeight], int]:
+    """The packed weights of a checkpoint whose names contain `part`, without a model around them, and their bits."""
     import transformers
 
     config: Any = transformers.AutoConfig.from_pretrained(folder)
     bits = checkpoint_bits(getattr(config, "quantization_config", None), str(folder))
     stored = read_folder(folder)
     names = sorted(x.removesuffix(PACKED) for x in stored if x.endswith(PACKED) and part in x)
-    return {name: _weight({x: stored[f"{name}.{x}"] for x in PARTS if f"{name}.{x}" in stored}, bits) for name in names}
+    parts = {name: {x: stored[f"{name}.{x}"] for x in PARTS if f"{name}.{x}" in stored} for name in names}
+    return {name: _weight(held, bits) for name, held in parts.items()}, bits
 
 
 def checkpoint_bits(found: Any, name: str) -> int:
@@ -198,6 +199,8 @@ def _layer(
 ) -> nn.Module:
     if backend == "int4pack" and bits != 4:
         raise SkvqError(f"backend='int4pack': {name} has {bits} bits, expected 4, or the backend 'dequantized'")
-    if backend == "int4pack" or (backend == "auto" and bits == 4 and Int4Linear.serves(weight)):
+    if backend == "int4pack":
         return Int4Linear(weight, bias)
+    if backend == "packed" or (backend == "auto" and PackedWeight.serves(weight)):
+        return PackedLinear(PackedWeight(weight, bits), bias)
     return _linear(weight, bias, dtype)
