@@ -191,6 +191,33 @@ def test_three_bits_have_no_int4_product(tmp_path: Path) -> None:
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs"),
+    [
+        ([], 0),
+        (["--rounding", "compensated"], 0),
+        (["--rounding", "nearest"], 4),
+        (["--rounding", "learnt"], 4),
+        (["--kv-bits", "4"], 4),
+        (["--kv-bits", "4", "--epochs", "0"], 0),
+        (["--epochs", "2"], 2),
+    ],
+)
+def test_what_lives_on_training_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], epochs: int
+) -> None:
+    seen: list[Any] = []
+
+    def remember(source: str, output: Path, options: Any, *, state: Path | None) -> dict[str, Any]:
+        seen.append(options)
+        return {"peak_bytes": None, "plan": None, "checkpoint_bytes": 1, "seconds": {"all": 1.0}}
+
+    monkeypatch.setattr("skvq.weights.quantize.quantize_model", remember)
+    assert main(["quantize", "model", "-o", str(tmp_path / "out"), *arguments]) == 0
+    assert seen[0].reconstruct.epochs == epochs
+
+
 SMALL = ["--group-size", "32", "--samples", "4", "--tokens", "64", "--epochs", "1", "--window", "16", "--sinks", "2"]
 PLAN = ["--plan-chunks", "2", "--plan-tokens", "200"]
 

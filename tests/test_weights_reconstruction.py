@@ -239,7 +239,7 @@ def test_ignored_layers_stay() -> None:
         ({"loss": "huber"}, "loss='huber': expected one of 'mae', 'mse'"),
         ({"ahead": -1}, "ahead=-1: expected an integer of at least 0"),
         ({"rate": 0.0}, "rate=0.0: expected a number above 0"),
-        ({"start": "range"}, "start='range', epochs=5: expected epochs=0"),
+        ({"start": "range", "epochs": 5}, "start='range', epochs=5: expected epochs=0"),
         ({"rounding": "up"}, "rounding='up': expected one of 'nearest', 'compensated', 'learnt'"),
         ({"rounding": "learnt", "epochs": 0}, "rounding='learnt', epochs=0: expected at least one epoch"),
     ],

@@ -55,7 +55,8 @@ class ReconstructOptions:
             (GPTQ), then clips are trained on the weights that came of it; "learnt": every weight has an offset between
             −1/2 and 1/2 before it is rounded, trained by the signs of its gradients with a rate that falls from
             1 / steps to 0 (SignRound).
-        epochs: passes over the samples for each block; 0 leaves the start as it is.
+        epochs: passes over the samples for each block; 0, the default, leaves the start as it is: with compensated
+            rounding training gained nothing that the noise would not hide (docs/weights.md).
         batch: samples of a step.
         rate: AdamW's learning rate of the clips' logits.
         channel_rate: likewise, of shift and scale.
@@ -71,7 +72,7 @@ class ReconstructOptions:
     loss: str = "mae"
     start: str = "search"
     rounding: str = "compensated"
-    epochs: int = 5
+    epochs: int = 0
     batch: int = 1
     rate: float = 0.05
     channel_rate: float = 0.01
