@@ -222,7 +222,14 @@ def changes_of_a_cache(place: torch.device) -> dict[str, Any]:
         found.append(logits_of(twin, prompt[:, 7:8]))
         twin.reset()
         found.append(logits_of(twin, prompt[:1, :9]))
-        return [*found, cache.layers[1].keys.cpu(), cache.layers[1].values.cpu()]
+        # tokens wait for those among which sinks are chosen, are stored, and wait again
+        twin.batch_repeat_interleave(2)
+        twin = copy.deepcopy(twin)
+        found += [logits_of(twin, prompt[:, start : start + count]) for start, count in ((9, 1), (10, 3), (13, 20))]
+        twin.crop(-19)
+        found += [logits_of(twin, prompt[:, start : start + count]) for start, count in ((14, 1), (15, 9), (24, 1))]
+        held = [x.cpu() for one in (cache, twin) for x in (one.layers[1].keys, one.layers[1].values)]
+        return [*found, *held]
 
     largest = 0.0
     for expected, found in zip(*both(run, place), strict=True):
@@ -234,6 +241,7 @@ def changes_of_a_cache(place: torch.device) -> dict[str, Any]:
         keys, values = torch.randn(2, 1, 2, 200, 64, device=place)
         keys[0, 1, 70, 5] = torch.nan
         cache.update(keys, values, 0)
+        cache.layers[0].settle()
         assert cache.stats()["nonfinite_rows"] == {0: 1}
         before = cache.layers[0].get_seq_length()
         wrong: list[tuple[Any, str]] = [

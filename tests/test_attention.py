@@ -87,6 +87,19 @@ def test_handles_are_attended_as_their_decoded_rows(
     assert torch.allclose(got, wanted.transpose(1, 2), atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_column_too_many_of_a_mask_is_left_out(packed: bool) -> None:
+    """As in eager attention of transformers 5.0, whose StableLM and Persimmon make such masks where none is given."""
+    made, new = layer(), (random(B, HEADS, 1, D, seed=3), random(B, HEADS, 1, D, seed=4))
+    key, value = made.update(*new) if packed else new
+    query, tokens = random(B, HEADS * GROUPS, 1, D, seed=6), key.shape[2]
+    wide = torch.zeros(1, 1, 1, tokens + 1)
+    wide[..., 5 if packed else 0] = -1.0
+    wanted, got = (skvq_attention_forward(module(), query, key, value, x)[0] for x in (wide[..., :-1], wide))
+    assert torch.equal(got, wanted)
+    assert made.counts.as_dict()["decoded"] == {}
+
+
 def additive(visible: torch.Tensor) -> torch.Tensor:
     return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
 

@@ -38,10 +38,12 @@ def packed_layer(**options: Any) -> PackedLayer:
     return PackedLayer(LayerPlan.from_config(config), 3, AttentionCounts())
 
 
-def filled(config: Any = LLAMA, tokens: int = 150, **options: Any) -> QuantizedDynamicCache:
+def filled(config: Any = LLAMA, tokens: int = 150, settled: bool = True, **options: Any) -> QuantizedDynamicCache:
     cache = QuantizedDynamicCache(config, **(LOW_BITS | options))
-    for index in range(len(cache)):
+    for index, layer in enumerate(cache.layers):
         cache.update(*states(tokens, seed=index), index)
+        if settled and isinstance(layer, PackedLayer):
+            layer.settle()
     return cache
 
 
@@ -321,20 +323,27 @@ BAD_STATES: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], tuple[Any, An
 
 # An empty layer takes any shape and dtype.
 AGREED_BY_FIRST_TOKENS = ("heads", "batch", "dtype", "head size", "head size of values")
-BAD_CASES = [(name, n) for name in BAD_STATES for n in (0, 150) if n or name not in AGREED_BY_FIRST_TOKENS]
+# Tokens before, and what they do: too few to choose sinks, or a prompt whose queries nobody has shown, or stored.
+BEFORE = ((0, "nothing"), (5, "wait"), (150, "wait"), (150, "are stored"))
+BAD_CASES = [(name, *past) for name in BAD_STATES for past in BEFORE if past[0] or name not in AGREED_BY_FIRST_TOKENS]
 
 
-@pytest.mark.parametrize(("name", "tokens"), BAD_CASES)
-def test_bad_states_change_nothing(name: str, tokens: int) -> None:
+@pytest.mark.parametrize(("name", "tokens", "they"), BAD_CASES)
+def test_bad_states_change_nothing(name: str, tokens: int, they: str) -> None:
     spoil, message = BAD_STATES[name]
     layer = packed_layer()
     if tokens:
         layer.update(*states(tokens))
+    if they == "are stored":
+        layer.settle()
+    waiting = layer.waiting
+    assert (waiting is not None) == (they == "wait")
     before = (layer.get_seq_length(), layer.nbytes, layer.version, layer.keys, layer.values)
     with pytest.raises(SkvqError, match=f"(?s)layer 3: .*{message}" if "layer 3" not in message else message):
         layer.update(*spoil(*states(1)))
     assert layer.is_initialized == bool(tokens)
     assert (layer.get_seq_length(), layer.nbytes) == before[:2]
+    assert layer.waiting is waiting
     if tokens:
         assert torch.equal(layer.keys, before[3])  # type: ignore[arg-type]
         assert torch.equal(layer.values, before[4])  # type: ignore[arg-type]
@@ -374,10 +383,11 @@ BAD_CHANGES: dict[str, tuple[Callable[[QuantizedDynamicCache], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("name", BAD_CHANGES)
-def test_bad_changes_change_no_layer(name: str) -> None:
+def test_bad_changes_change_no_layer(name: str, settled: bool) -> None:
     change, message = BAD_CHANGES[name]
-    cache = filled(GEMMA3)
+    cache = filled(GEMMA3, settled=settled)
     before = contents(cache)
     with pytest.raises(SkvqError, match=message):
         change(cache)
@@ -448,7 +458,9 @@ def test_pickling_is_refused() -> None:
 def test_bytes_and_bits_follow_the_layers() -> None:
     cache = filled(GEMMA3, tokens=600)
     sliding, *packed = cache.layers
-    assert cache.nbytes == sliding.keys.nbytes + sliding.values.nbytes + sum(layer.native.nbytes for layer in packed)
+    orders = 2 * 2 * 10 * 8  # of two layers: the positions of the first ten rows of two sequences
+    native = sum(layer.native.nbytes for layer in packed)
+    assert cache.nbytes == sliding.keys.nbytes + sliding.values.nbytes + native + orders
     elements = 2 * sum(keys.numel() for keys, _ in contents(cache))
     assert cache.bits_per_element == pytest.approx(8 * cache.nbytes / elements)
     assert cache.bits_per_element < 16

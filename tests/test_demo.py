@@ -301,12 +301,35 @@ def test_a_prompt_longer_than_the_text_is_refused(tmp_path: Path) -> None:
         DemoOptions(new_tokens=1)
 
 
-@pytest.mark.model
-def test_demo_model_from_its_package() -> None:
+def skip_without_the_demo_model() -> None:
     try:
         models.find_parts(models.GEMMA3_270M)
     except ExtraNotInstalledError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("prompt", [30, 200])
+def test_pass_through_gives_the_tokens_of_the_stock_cache_on_a_real_model(prompt: int) -> None:
+    """The tokens of the shorter prompt wait for sinks; most of the longer one lies in the store, as it came."""
+    skip_without_the_demo_model()
+    loaded = models.load(dtype="float32")
+    ids = models.packaged_tokens(loaded.tokenizer, demo.PROMPT_TEXT, prompt)
+    packed = QuantizedDynamicCache(loaded.model.config, key_bits=16, value_bits=16, window=70, sinks=5)
+    options = {"max_new_tokens": 48, "do_sample": False}
+    wanted, found = (
+        loaded.model.generate(ids, **cache_argument(loaded.model, cache), **options)
+        for cache in (DynamicCache(config=loaded.model.config), packed)
+    )
+    assert wanted.shape[1] > prompt + 8
+    assert torch.equal(found, wanted)
+    assert packed.stats()["decoded"] == {}
+    assert packed.stats()["packed"] > 0
+
+
+@pytest.mark.model
+def test_demo_model_from_its_package() -> None:
+    skip_without_the_demo_model()
     report = run_demo(DemoOptions(prompt_tokens=512, new_tokens=8, scored_tokens=32))
     assert report["model"]["full_attention_layers"] == 3
     stock, packed = report["runs"][STOCK], report["runs"][PACKED]

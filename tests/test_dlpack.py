@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from skvq import _native
 from skvq._native import SkvqError, testing
 
 
@@ -326,8 +327,8 @@ def test_no_leak() -> None:
     assert process.memory_info().rss - before < 8 * 2**20
 
 
-def test_the_interpreter_is_released() -> None:
-    tensor = torch.ones(1, 1, 200_000, 128)
+def steps_during(call: Callable[[], object]) -> int:
+    """How often another thread of Python comes to its turn meanwhile."""
     started, steps = threading.Event(), [0]
     stop = threading.Event()
 
@@ -341,11 +342,32 @@ def test_the_interpreter_is_released() -> None:
     thread.start()
     started.wait()
     before = steps[0]
-    assert testing.sum_f64(tensor) == tensor.numel()
+    call()
     during = steps[0] - before
     stop.set()
     thread.join()
-    assert during > 10
+    return during
+
+
+def test_the_interpreter_is_released() -> None:
+    tensor = torch.ones(1, 1, 200_000, 128)
+    assert steps_during(lambda: testing.sum_f64(tensor)) > 10
+
+
+def test_the_interpreter_is_released_while_a_layer_packs_and_attends() -> None:
+    codec = {"codebook": "lloyd-max", "rule": "norm", "head_dim": 128}
+    layer = _native.Layer(
+        num_key_value_heads=2,
+        keys=_native.Codec(format="2", **codec),
+        values=_native.Codec(format="1.6", **codec),
+        sinks=5,
+        window=128,
+        dtype="float32",
+    )
+    rows, query = torch.randn(1, 2, 50_000, 128), torch.randn(1, 8, 64, 128)
+    output = torch.empty_like(query)
+    assert steps_during(lambda: layer.append(rows, rows)) > 10
+    assert steps_during(lambda: layer.attend(query, output, scale=0.1, causal=True)) > 10
 
 
 def test_threads_import_the_same_tensor() -> None:

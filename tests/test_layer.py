@@ -5,6 +5,8 @@ Every program of appends, crops and gathers must leave both with the same region
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -246,6 +248,88 @@ def test_float_error_stays_within_twice_that_of_plain_attention(isa: str) -> Non
         # Decoding rounds to the model's dtype and attention does not: that distance belongs to neither.
         slack = {"float32": 2e-7, "float16": 2e-4, "bfloat16": 2e-3}[dtype]
         assert (output.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + slack, dtype
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+def test_attention_at_every_head_size_is_that_on_decoded_rows(head_dim: int, isa: str) -> None:
+    generator = torch.Generator().manual_seed(head_dim)
+    keys, values = (torch.randn(2, 2, 400, head_dim, generator=generator) for _ in range(2))
+    for key_bits, value_bits, length in (("2", "1.6", 1), ("4", "2", 5), ("3", "1.5", 1), ("8", "raw", 9)):
+        codecs = [_native.Codec(**codec_options(bits, head_dim, 128)) for bits in (key_bits, value_bits)]
+        layer = _native.Layer(
+            num_key_value_heads=2, keys=codecs[0], values=codecs[1], sinks=5, window=50, dtype="float32", isa=isa
+        )
+        layer.append(keys + 1.0, values)
+        assert layer.packed_tokens == 345
+        query = torch.randn(2, 8, length, head_dim, generator=generator)
+        output = torch.empty_like(query)
+        layer.attend(query, output, scale=head_dim**-0.5, causal=True)
+        rows = decoded(layer, (head_dim, head_dim), 2, torch.float32)
+        mask = torch.ones(length, 400, dtype=torch.bool).tril(400 - length)
+        wanted = torch.nn.functional.scaled_dot_product_attention(query, *rows, attn_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5, msg=f"K{key_bits} V{value_bits}")
+
+
+def bytes_of_codes(bits: str, width: int) -> int:
+    """The table of FORMAT.md section 1; raw rows are float32 here."""
+    return {
+        "8": width,
+        "4": width // 2,
+        "3": width // 4 + width // 8,
+        "2": width // 4,
+        "1.6": math.ceil(width / 5),
+        "1.5": width // 8 + width // 16,
+        "raw": 4 * width,
+    }[bits]
+
+
+BYTES_OF_METADATA = {"e4m3": 1, "fp16": 2}
+STORED: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "the default's": (("2", {"scale_exponent": 0.5}), ("1.6", {"scale_exponent": 0.0})),
+    "groups": (("4", {"group_size": 32}), ("3", {"group_size": 64, "metadata": "fp16"})),
+    "zero points": (("2", {"group_size": 32, "symmetric": False}), ("1.5", {"group_size": 64})),
+    "fp16": (("8", {"metadata": "fp16", "symmetric": False}), ("raw", {})),
+}
+
+
+@pytest.mark.parametrize("block", [0, 128, 256])
+@pytest.mark.parametrize("name", STORED)
+def test_a_packed_token_takes_the_bytes_of_the_specification(name: str, block: int) -> None:
+    """In a store that grows page by page, to the byte: codes, metadata, and what every block has of statistics."""
+    widths, heads, batch, pages = (128, 192), 2, 3, 5
+    codecs, row_bytes, statistics = [], [], 0
+    for (bits, options), width in zip(STORED[name], widths, strict=True):
+        if not block:
+            options = {key: value for key, value in options.items() if key != "scale_exponent"}
+        codecs.append(_native.Codec(**codec_options(bits, width, block, **options)))
+        row = bytes_of_codes(bits, width)
+        if bits != "raw":
+            parts = 1 if options.get("symmetric", True) else 2
+            row += (
+                width // options.get("group_size", width) * BYTES_OF_METADATA[options.get("metadata", "e4m3")] * parts
+            )
+            scales = 1 if options.get("scale_exponent") == 0.0 else width  # all alike: one
+            statistics += 2 * (width + scales)  # fp16
+        row_bytes.append(row)
+    expected = 256 * sum(row_bytes) + (256 // block * statistics if block else 0)
+    layer = _native.Layer(
+        num_key_value_heads=heads, keys=codecs[0], values=codecs[1], sinks=5, window=128, dtype="float32"
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def grow(tokens: int) -> int:
+        rows = (torch.randn(batch, heads, tokens, width, generator=generator) for width in widths)
+        layer.append(*rows)
+        return int(layer.nbytes)
+
+    grow(5 + 128)
+    sizes = [grow(256) for _ in range(pages)]
+    assert layer.packed_tokens in (256 * pages, 256 * pages - 128)
+    assert [b - a for a, b in pairwise(sizes)][1:] == [batch * heads * expected] * (pages - 2)
+    assert [codec.row_bytes for codec, (bits, _) in zip(codecs, STORED[name], strict=True) if bits != "raw"] == [
+        row for row, (bits, _) in zip(row_bytes, STORED[name], strict=True) if bits != "raw"
+    ]
 
 
 def test_errors_name_what_was_expected_and_change_nothing() -> None:

@@ -102,7 +102,8 @@ def test_a_prompt_whose_queries_nobody_shows_is_stored_without_them() -> None:
     made, keys, values, query = prompt_layer()
     key, _ = made.update(keys, values)
     assert torch.equal(torch.matmul(query[:, ::2], key.transpose(2, 3)), query[:, ::2] @ keys.transpose(2, 3))
-    assert made.native.packed_tokens == 256
+    assert made.native.length == 0
+    assert made.settle().packed_tokens == 256
     assert made.native.query_factors(0, 0) is None
     assert counts(made) == (0, 0)
     twin, *_ = prompt_layer()
@@ -127,7 +128,9 @@ def test_a_waiting_prompt_is_part_of_the_layer() -> None:
     made, keys, values, query = prompt_layer()
     made.update(keys, values)
     twin = copy.deepcopy(made)
-    assert (twin.get_seq_length(), twin.native.packed_tokens) == (300, 256)
+    assert twin.waiting is not None
+    assert (twin.get_seq_length(), twin.settle().packed_tokens) == (300, 256)
+    assert made.waiting is not None
     made.crop(-300)
     assert made.get_seq_length() == 0
     key, value = made.update(keys[:1], values[:1])
@@ -139,7 +142,7 @@ def test_a_waiting_prompt_is_part_of_the_layer() -> None:
     # a query that does not belong to the prompt has no say
     key, value = made.update(keys, values)
     sdpa(query[:, :, :, :].double(), key.double(), value.double(), enable_gqa=True)
-    assert made.native.query_factors(0, 0) is None
+    assert made.settle().query_factors(0, 0) is None
 
 
 def test_handles_look_like_tensors() -> None:
@@ -239,7 +242,7 @@ def test_transformers_ways_of_grouping_heads_stay_packed() -> None:
 
 
 def test_a_causal_call_that_is_the_whole_text_stays_packed() -> None:
-    made = PackedLayer(LayerPlan.from_config(SkvqConfig()), 0, AttentionCounts())
+    made = PackedLayer(LayerPlan.from_config(SkvqConfig(sink_search=0)), 0, AttentionCounts())
     key, value = step(made)
     got = sdpa(query(HEADS, 1), key, value, is_causal=True)
     assert torch.allclose(got, value.decode(), atol=1e-6)

@@ -228,7 +228,7 @@ def test_low_bits_agree_under_every_attention(attention: str) -> None:
 
 def test_the_cache_is_told_once_and_warns_if_not() -> None:
     with pytest.warns(UserWarning, match="attention_mask"):
-        generate("llama", "sdpa", "left-padded", cache_of("llama"))
+        generate("llama", "sdpa", "left-padded", cache_of("llama"), length=70)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     cache = cache_of("llama")
     cache.set_padding(mask)

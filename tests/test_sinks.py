@@ -16,12 +16,14 @@ from skvq import QuantizedDynamicCache
 from skvq.layer import PackedLayer
 from skvq.sinks import (
     inverse_order,
+    keeps_first_rows,
     reordered,
     reordered_mask,
     searched,
     sink_mask,
     sink_order,
     sink_scores,
+    tokens_needed,
 )
 from tiny_models import CONFIGS
 
@@ -141,6 +143,8 @@ def test_masks_follow_the_rows() -> None:
 def test_how_many_are_searched(search: int, sinks: int, window: int, expected: int) -> None:
     assert searched(search, sinks, window) == expected
     assert searched(search, 0, window) == 0
+    assert tokens_needed(expected) == expected
+    assert tokens_needed(expected, (0, 7, 3)) == (expected + 7 if expected else 0)
 
 
 # ---- layers
@@ -181,8 +185,8 @@ def test_attention_on_packed_bytes_is_that_of_the_decoded_rows() -> None:
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cuts", [(24,), (60,), (24, 25, 70), tuple(range(1, 90)), (30, 31, 32)])
-def test_any_cut_behind_the_searched_tokens_stores_the_same(cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("cuts", [(24,), (60,), (24, 25, 70), tuple(range(1, 90)), (30, 31, 32), (7,), (16, 20)])
+def test_any_cut_stores_the_same(cuts: tuple[int, ...]) -> None:
     keys, values = rows(2, 90, {0: (0, 11), 1: (5, 23)})
     whole, parts = layer(), layer()
     whole.update(keys, values)
@@ -195,17 +199,16 @@ def test_any_cut_behind_the_searched_tokens_stores_the_same(cuts: tuple[int, ...
         assert getattr(parts.native, name) == getattr(whole.native, name)
 
 
-def test_a_short_first_call_has_only_its_own_tokens_to_choose_from() -> None:
+def test_a_short_first_call_waits_for_all_the_tokens_to_choose_from() -> None:
     keys, values = rows(1, 90, {0: (7, 20)})
     packed = layer()
     packed.update(keys[:, :, :16], values[:, :, :16])
+    assert packed.order is None
     packed.update(keys[:, :, 16:], values[:, :, 16:])
     assert packed.order is not None
-    assert 7 in packed.order[0, :SINKS]
-    assert 20 not in packed.order[0, :SINKS]
+    assert packed.order[0, :SINKS].tolist() == [7, 20]
     exact = (all_rows(packed)[0] == keys).all(-1).all(1)[0]
-    assert bool(exact[7])
-    assert not bool(exact[20])
+    assert exact.nonzero()[:, 0].tolist() == [7, 20, *range(90 - WINDOW, 90)]
 
 
 def test_changes_of_the_batch_take_the_order_along() -> None:
@@ -235,9 +238,53 @@ def test_crops_keep_the_first_tokens(length: int) -> None:
     packed.update(keys[:, :, length:], values[:, :, length:])
     exact = (all_rows(packed)[0] == keys).all(-1).all(1)
     for row, sinks in ((0, (0, 11)), (1, (5, 23))):
-        assert all(bool(exact[row, sink]) for sink in sinks) or length < SEARCH
+        assert all(bool(exact[row, sink]) for sink in sinks)
     packed.reset()
     assert packed.order is None
+
+
+@pytest.mark.parametrize("length", [22, 12, 6])
+def test_a_crop_that_keeps_all_sinks_touches_no_row(length: int) -> None:
+    """What was packed stays so, beside the same sinks, whatever comes later."""
+    keys, values = rows(2, 90, {0: (0, 4), 1: (2, 5)})
+    packed = layer()
+    packed.update(keys, values)
+    before, order = all_rows(packed), packed.order
+    assert order is not None
+    packed.crop(length - 90)
+    assert packed.waiting is None
+    assert (packed.native.sink_tokens, packed.native.packed_tokens) == (SINKS, length - SINKS)
+    assert packed.order is not None
+    assert torch.equal(packed.order, order[:, :length])
+    assert keeps_first_rows(order, length)
+    more = rows(2, 200, {0: (0, 1), 1: (1, 3)}, seed=5)
+    packed.update(*more)
+    for one, other in zip(all_rows(packed), before, strict=True):
+        assert torch.equal(one[:, :, :length], other[:, :, :length])
+    exact = (all_rows(packed)[0][:, :, :length] == keys[:, :, :length]).all(-1).all(1)
+    assert [row.nonzero()[:, 0].tolist() for row in exact] == [[0, 4], [2, 5]]
+    packed.crop(4 - packed.get_seq_length())  # and a sink is removed
+    assert not keeps_first_rows(order, 4)
+    for one, other in zip(all_rows(packed), before, strict=True):
+        assert torch.equal(one, other[:, :, :4])
+
+
+@pytest.mark.parametrize("length", [23, 20, 4, 1])
+def test_a_crop_where_nothing_is_packed_opens_the_choice_again(length: int) -> None:
+    """The layer is as if the tokens that were removed had never been there."""
+    keys, values = rows(2, SINKS + WINDOW, {0: (0, 11), 1: (5, 22)})
+    more = rows(2, 90, {0: (0, 3), 1: (1, 2)}, seed=4)
+    packed, never = layer(), layer()
+    packed.update(keys, values)
+    assert packed.order is not None
+    packed.crop(length - SINKS - WINDOW)
+    never.update(keys[:, :, :length], values[:, :, :length])
+    for one in (packed, never):
+        assert one.order is None
+        one.update(*more)
+    assert torch.equal(packed.order, never.order)  # type: ignore[arg-type]
+    for found, wanted in zip(all_rows(packed), all_rows(never), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("length", [40, 12])

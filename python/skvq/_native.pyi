@@ -330,7 +330,7 @@ def weights_multiply(
 
     Args:
         rows: float32 [N, I]; made for few rows, work grows with N.
-        codes: uint8 [O, bytes of a row]: I for 8 bits, 64 for every 128 inputs for 4 (layout in src/backend/weights.rs).
+        codes: uint8 [O, bytes of a row]: I for 8 bits, 64 for every 128 inputs for 4; layout in src/backend/weights.rs.
         scales: float32 or bfloat16 [O, G], groups of I / G inputs, a multiple of 32.
         zeros: uint8 [O, G].
         output: float32 [N, O].

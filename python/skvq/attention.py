@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .packed import PackedStates, packed_attention, prompt_tensors
+from .packed import PackedStates, packed_attention, prompt_mask, prompt_tensors
 
 NAME = "skvq"
 
@@ -45,10 +45,16 @@ def skvq_attention_forward(
     Without a mask, query l of L sees the tokens up to T - L + l of a causal module. `softcap` bounds scores by
     softcap * tanh(score / softcap); `s_aux` [Hq] are logits that join each softmax without a value.
     """
+    if attention_mask is not None and attention_mask.shape[-1] == key.shape[2] + 1:
+        # transformers 5.0 makes one a column too wide for some families (StableLM, Persimmon), where it is given none
+        attention_mask = attention_mask[..., :-1]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    key, value = prompt_tensors(query, key, value) or (key, value)
+    prompt = prompt_tensors(query, key, value)
+    if prompt is not None:
+        attention_mask = prompt_mask(query, key, attention_mask)
+        key, value = prompt
     if isinstance(key, PackedStates) and position_bias is None:
         output = packed_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap, s_aux)
         if output is not None:

@@ -152,7 +152,8 @@ class QuantizedDynamicCache(Cache):
 
         Padding then takes no place of a sink, has no part in the statistics that rows are quantized with, and stays
         hidden from attention. Without this call a padded sequence is served too, with more error at low bits. It lasts
-        until the cache is reset.
+        until the cache is reset. Nothing of the batch is packed before its shortest sequence has as many tokens as
+        sinks are chosen among.
 
         Args:
             attention_mask: [B, n] as the tokenizer made it, 0 for padding; each row may become several sequences.
@@ -170,7 +171,10 @@ class QuantizedDynamicCache(Cache):
     # ---- changes of all layers: checked first, so that a refused one changes no layer ------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens: 0 or a negative count (older transformers: also a length to keep, if positive)."""
+        """Remove the last tokens: 0 or a negative count (older transformers: also a length to keep, if positive).
+
+        What was packed stays packed; where fewer tokens are left than sinks are chosen among, see `PackedLayer.crop`.
+        """
         packed, stock = self._packed_layers(), self._stock_layers()
         for layer in packed:
             layer.length_after_crop(tokens_to_remove)
@@ -204,15 +208,17 @@ class QuantizedDynamicCache(Cache):
     def reserve(self, tokens: int) -> None:
         """Take memory for so many tokens in all, so that a decode step can be captured; after the prompt.
 
+        Of a text that is shorter than what sinks are chosen among (`sink_search`), they are chosen now.
+
         For layers without statistics of blocks: plans, and options with `block=0`. The layer may still grow beyond
         that, but not by replays. A crop gives back what was reserved.
 
         Raises:
             SkvqError: a layer is not on a GPU, has statistics of blocks or raw rows, or as many tokens already.
         """
-        for layer, store in self._stores_on_gpu("reserve"):
+        for layer, _ in self._stores_on_gpu("reserve"):
             try:
-                store.reserve(tokens)
+                layer.reserve(tokens)
             except SkvqError as error:
                 raise SkvqError(f"layer {layer.index}: {error}") from None
 
@@ -311,11 +317,14 @@ class QuantizedDynamicCache(Cache):
         """Counts since the cache was made.
 
         Returns:
-            "packed": attention calls computed on packed bytes; "prefill": prompts attended in full precision;
+            "packed": attention calls computed on packed bytes; "prefill": calls attended in full precision: prompts,
+            and tokens that came before sinks could be chosen (`sink_search`);
             "decoded": for each reason, how often keys or values of a layer were decoded to a plain tensor;
             "score_noise": for each layer with packed keys, the standard deviation of their scores' error as the codec
-            expects it, at the first step that saw any; "nonfinite_rows": for each layer on a GPU that packed rows with
-            a NaN or an infinity, how many (of keys and of values), for which this call waits.
+            expects it, at the first step that attended to any (where the cache warns if it is large: nothing is known
+            when a model is loaded, or in a prompt, which attends to itself as it is); "nonfinite_rows": for each layer
+            on a GPU that packed rows with a NaN or an infinity, how many (of keys and of values), for which this call
+            waits.
         """
         broken = {layer.index: layer.nonfinite_rows() for layer in self._packed_layers()}
         return self._counts.as_dict() | {"nonfinite_rows": {index: count for index, count in broken.items() if count}}

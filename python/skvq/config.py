@@ -301,7 +301,7 @@ class SkvqConfig:
         window: the most recent tokens, kept in the model's dtype (the current one included).
         sinks: tokens at the beginning, kept in the model's dtype.
         sink_search: among how many first tokens the sinks are chosen, by their keys and values (sinks.py); 0: the very
-            first ones are. At most `sinks` + `window` are looked at.
+            first ones are. At most `sinks` + `window` are looked at. Until as many are there, nothing is packed.
         keys, values: everything about the packing of keys and of values.
         nonfinite: "raise" refuses keys or values with NaN or infinity; "propagate" stores such rows as NaN. On a GPU
             both store them, and `cache.stats()` counts them.

@@ -17,11 +17,12 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ._native import CudaLayer, Layer, SkvqError
-from .cuda_store import DEVICE_TYPES
 from .display import LayerFigures
 from .packed import AttentionCounts, PromptSnapshot, Snapshot
-from .plan import DTYPE_NAMES, LayerPlan
-from .sinks import inverse_order, reordered, sink_order, taken
+from .plan import LayerPlan
+from .sinks import inverse_order, keeps_first_rows, sink_order, taken, tokens_needed
+from .states_form import HeldForm, form_problem
+from .waiting import SeenQueries, WaitingRows, fill
 
 
 def _stock_crop_takes_length() -> bool:
@@ -41,14 +42,15 @@ CROP_TAKES_LENGTH_ZERO = "max_length" in inspect.signature(DynamicLayer.crop).pa
 class PackedLayer(CacheLayerMixin):
     """Sinks, packed past and window of one layer.
 
-    A prompt (several tokens into an empty layer) is attended in full precision. Where its queries have a say in how its
-    keys are packed it waits for them: `update` returns handles that give back the given tensors (packed.py), and
-    attention on them, or the next use of the layer, stores it. Afterwards `update` returns handles to what is packed; a
-    call with several tokens attends to its own tokens in full precision and to those before as they are stored.
+    What is given to an empty layer waits, as plain tensors, until all that decides how it is packed is known, and is
+    attended in full precision meanwhile: `update` returns tensors, or handles that give plain tensors back (packed.py).
+    Sinks are chosen among the first `plan.searched` tokens of every sequence, so fewer of them wait for more, in as
+    many calls as they come (sinks.py). Where queries have a say in how keys are packed, the call that completes them
+    waits for its own: attention on what it returned, or the next use of the layer, stores all, the chosen rows first
+    (`order` says where the store's first rows belong), as if it had come in one call.
 
-    Sinks are chosen among the first `plan.searched` tokens as soon as these are there, and the store is given them
-    before the others: `order` says where its first rows belong. Tokens that come later, one by one or many at a time,
-    change nothing about it; a first call of fewer tokens with a second one of many has the first one's to choose from.
+    Afterwards `update` returns handles to what is packed; a call with several tokens attends to its own tokens in full
+    precision and to those before as they are stored.
     """
 
     is_compileable = False
@@ -65,9 +67,10 @@ class PackedLayer(CacheLayerMixin):
         self.counts = counts
         self.is_initialized = False
         self.padding: tuple[int, ...] = ()  # of each sequence of the next prompt
-        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None  # a prompt that is not stored yet
+        self.waiting: WaitingRows | None = None  # all tokens, while the store has none
+        self.seen: dict[int, SeenQueries] = {}  # queries of waiting rows, by attention that reads them: mostly one
+        self.readers = 0  # that have shown the queries of the last call
         self.order: torch.Tensor | None = None  # positions [B, span] of the store's first rows; None: as they came
-        self.sinks_chosen = plan.searched == 0
         self.wants_queries = False
         self.version = 0
         self.decoded_version = -1
@@ -75,9 +78,7 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def native(self) -> Layer | CudaLayer:
-        """The native store, with everything in it."""
-        if self.waiting is not None:
-            self._store_prompt(None)
+        """The native store; without rows that wait, for which there is `settle`."""
         return self._native
 
     @native.setter
@@ -101,7 +102,7 @@ class PackedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store n tokens; see the class for what is returned. After an error the layer is as before.
+        """Take n tokens; see the class for what is returned. After an error the layer is as before.
 
         Raises:
             SkvqError: keys or values are not [B, Hkv, n, D] of one dtype on one device, differ from what the layer
@@ -110,25 +111,8 @@ class PackedLayer(CacheLayerMixin):
         was_initialized = self.is_initialized
         if not was_initialized:
             self.lazy_initialization(key_states, value_states)
-        native = self.native
-        past = native.length
-        keys, values = key_states, value_states
         try:
-            if past == 0 and self.padding:
-                native.set_padding(self._padding_of(keys.shape[0]))
-            needs_no_gradient = not (keys.requires_grad or values.requires_grad)
-            if not needs_no_gradient:
-                keys, values = self._detached(keys, values)
-            if type(native) is CudaLayer:
-                keys, values = _with_whole_rows(keys), _with_whole_rows(values)
-            count = keys.shape[2]
-            if count == 0 and past and self._problem(keys, values) is None:
-                return self._snapshot().handles()
-            waits = past == 0 and count > 1 and native.wants_queries and needs_no_gradient
-            if waits:
-                native.check(keys, values)
-            else:
-                self._append(keys, values)
+            return self._updated(key_states, value_states)
         except Exception as error:
             problem = self._problem(key_states, value_states)
             if not was_initialized:
@@ -136,55 +120,104 @@ class PackedLayer(CacheLayerMixin):
             if problem is None and not isinstance(error, SkvqError):
                 raise
             raise SkvqError(f"layer {self.index}: {problem or error}") from error
-        self.version += 1
-        if past == 0:
-            self.wants_queries = native.wants_queries
-            if waits:
-                self.counts.prefill += 1
-                self.waiting = (keys, values)
-                return PromptSnapshot.of(self, keys, values).handles()
-            if count > 1:
-                self.counts.prefill += 1
+
+    def _updated(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = key_states, value_states
+        needs_no_gradient = not (keys.requires_grad or values.requires_grad)
+        if not needs_no_gradient:
+            keys, values = self._detached(keys, values)
+        if type(self._native) is CudaLayer:
+            keys, values = _with_whole_rows(keys), _with_whole_rows(values)
+        past, count, waiting = self.get_seq_length(), keys.shape[2], self.waiting
+        if count == 0 and past and self._problem(keys, values) is None:
+            return self._snapshot().handles() if waiting is None else self._waiting_handles(waiting)
+        if past == 0 or (waiting is not None and past < self._needed):
+            rows = self._joined(keys, values, needs_no_gradient)
+            if rows.length == 1 and self.waiting is None:
+                return self._snapshot().handles()
+            self.counts.prefill += 1
+            if past == 0 and not (self.wants_queries and needs_no_gradient):
                 return key_states, value_states
-        fresh = (keys, values) if count > 1 else (None, None)
-        return self._snapshot(*fresh).handles()
+            return self._waiting_handles(rows)
+        if waiting is None:
+            self._native.append(keys, values)
+        else:  # a prompt whose queries nobody showed
+            self._check_joining(keys, values)
+            store, order = self._built(waiting, self.seen.get(0))
+            store.append(keys, values)
+            self._hold(store, order)
+        self._count_call()
+        return self._snapshot(*((keys, values) if count > 1 else (None, None))).handles()
 
-    def _append(self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor | None = None) -> None:
-        """Rows to the store, with a choice of sinks where it is due; `query` is that of the last of these tokens."""
-        if self.sinks_chosen:
-            return self._native.append(keys, values, query)
-        native, past, count, search = self._native, self._native.length, keys.shape[2], self.plan.searched
-        if past == 0 and count >= search:
-            order = sink_order(keys, values, self.plan.sinks, search, self._padding_of(keys.shape[0]))
-            span = 0 if order is None else order.shape[1]
-            if order is not None:
-                known = 0 if query is None else max(0, query.shape[2] - (count - span))
-                first = query[:, :, :known] if query is not None and known else None
-                native.append(taken(keys, order), taken(values, order), first)
-            if span < count:
-                rest = None if query is None else query[:, :, -(count - span) :]
-                try:
-                    native.append(keys[:, :, span:], values[:, :, span:], rest)
-                except Exception:
-                    native.reset()  # as it was: without tokens
-                    raise
-            self.order, self.sinks_chosen = order, True
-            return None
-        if past > 0 and past + count > search:
-            self._choose_sinks()
-        return native.append(keys, values, query)
+    def _count_call(self) -> None:
+        self.version += 1
+        self.readers = 0
+        if self.waiting is None and self.seen:
+            self.seen = {}
 
-    def _choose_sinks(self) -> None:
-        """Among stored tokens, all of them exact still."""
-        native = self._native
-        if self.plan.sinks < native.length <= self.plan.searched and not self.counts.capturing:
-            rows = self._stored(True), self._stored(False)
-            order = sink_order(*rows, self.plan.sinks, self.plan.searched, self._padding_of(native.batch_size))
-            if order is not None:
-                native.crop(0)
-                native.append(*(reordered(x, order) for x in rows))
-                self.order = order
-        self.sinks_chosen = True
+    @property
+    def _needed(self) -> int:
+        """Tokens that must be known before any is stored."""
+        return tokens_needed(self.plan.searched, self.padding)
+
+    def _check_joining(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Refuse rows that cannot be stored with those that wait."""
+        if self.waiting is not None and (problem := self._problem(keys, values)) is not None:
+            raise SkvqError(problem)
+        self._padding_of(keys.shape[0])
+        self._native.check(keys, values)
+
+    def _joined(self, keys: torch.Tensor, values: torch.Tensor, shows_queries: bool) -> WaitingRows:
+        """All rows, those that wait and these: they wait on, or are stored if nothing is missing."""
+        self._check_joining(keys, values)
+        rows = WaitingRows(keys, values) if self.waiting is None else self.waiting.followed_by(keys, values)
+        if rows.length < self._needed:
+            self.waiting = rows = rows.owned() if self.waiting is None else rows
+        elif self._native.wants_queries and shows_queries and rows.length > 1:
+            self.waiting = rows
+        else:
+            self._hold(*self._built(rows, self.seen.get(0)))
+        self.wants_queries = self._native.wants_queries
+        self._count_call()
+        return rows
+
+    def _waiting_handles(self, rows: WaitingRows) -> tuple[torch.Tensor, torch.Tensor]:
+        return PromptSnapshot.of(self, rows.keys, rows.values, self._padding_of(rows.keys.shape[0])).handles()
+
+    def _built(self, rows: WaitingRows, seen: SeenQueries | None) -> tuple[Layer | CudaLayer, torch.Tensor | None]:
+        """A store with these rows, of which these queries were seen, and its order; the layer stays as it is."""
+        store, plan, padding = self._native.clone(), self.plan, self._padding_of(rows.keys.shape[0])
+        if padding and not store.batch_size:
+            store.set_padding(padding)
+        order = None
+        if plan.searched:
+            order = sink_order(rows.keys, rows.values, plan.sinks, plan.searched, padding)
+        fill(store, rows, order, seen)
+        return store, order
+
+    def _hold(self, store: Layer | CudaLayer, order: torch.Tensor | None) -> None:
+        """Nothing waits any more."""
+        self._native, self.order, self.waiting = store, order, None
+        self.wants_queries = store.wants_queries
+        self.seen.pop(0, None)
+
+    def settle(self) -> Layer | CudaLayer:
+        """Store what waits, with the queries seen so far, and return the store.
+
+        If that is fewer tokens than are looked at for sinks, these are chosen among what is there.
+        """
+        if self.waiting is not None:
+            self._hold(*self._built(self.waiting, self.seen.get(0)))
+        return self._native
+
+    def reserve(self, tokens: int) -> None:
+        """Settle, and take memory for so many tokens in all; for stores on a GPU. Refused, it changes nothing."""
+        waiting, seen = self.waiting, self.seen.get(0)
+        store, order = (self._native, self.order) if waiting is None else self._built(waiting, seen)
+        if not isinstance(store, CudaLayer):
+            raise SkvqError("a store on the CPU, expected one on a GPU")
+        store.reserve(tokens)
+        self._hold(store, order)
 
     def _stored(self, is_key: bool) -> torch.Tensor:
         """All rows as they are read, in the order of their positions."""
@@ -193,8 +226,8 @@ class PackedLayer(CacheLayerMixin):
         return output
 
     def decode_into(self, output: torch.Tensor, is_key: bool) -> None:
-        """Keys [B, Hkv, T, Dk] or values [B, Hkv, T, Dv] of all tokens, decoded."""
-        native = self.native
+        """Keys [B, Hkv, T, Dk] or values [B, Hkv, T, Dv] of all tokens of the store, decoded."""
+        native = self._native
         (native.decode_keys if is_key else native.decode_values)(output)
         if self.order is not None:
             output[:, :, : self.order.shape[1]] = taken(output, inverse_order(self.order))
@@ -203,21 +236,22 @@ class PackedLayer(CacheLayerMixin):
         return Snapshot(self, self._shape(True), self._shape(False), self.dtype, self.device, keys, values)
 
     def take_queries(self, query: torch.Tensor) -> None:
-        """Queries [B, Hq, L, Dk] of the last L tokens; see the class."""
-        if self.waiting is not None:
-            self._store_prompt(query)
+        """Queries [B, Hq, L, Dk] of the last L tokens; see the class. Layers that share these keys come one by one."""
+        length, reader = self.get_seq_length(), self.readers
+        seen = self.seen.get(reader)
+        seen = SeenQueries(query, length) if seen is None else seen.followed_by(query, length)
+        if self.waiting is None:
+            self._native.observe_queries(seen.query)
+        elif length < self._needed:
+            self.seen[reader] = seen
         else:
-            self._native.observe_queries(query)
+            try:
+                store, order = self._built(self.waiting, seen)
+            except Exception as error:
+                raise SkvqError(f"layer {self.index}: {error}") from error
+            self._hold(store, order)
+        self.readers += 1
         self.wants_queries = self._native.wants_queries
-
-    def _store_prompt(self, query: torch.Tensor | None) -> None:
-        assert self.waiting is not None
-        (keys, values), self.waiting = self.waiting, None
-        try:
-            self._append(keys, values, query)
-        except Exception as error:
-            self._drop_store()
-            raise SkvqError(f"layer {self.index}: {error}") from error
 
     def _padding_of(self, batch: int) -> list[int]:
         """Padding of each sequence of a batch in which `generate` has repeated every prompt; empty: none."""
@@ -238,48 +272,24 @@ class PackedLayer(CacheLayerMixin):
                 "keys and values that need a gradient reached a packed cache: no gradient flows through stored tokens. "
                 "Run the model under torch.no_grad() or torch.inference_mode().",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return keys.detach(), values.detach()
 
     def _problem(self, keys: torch.Tensor, values: torch.Tensor) -> str | None:
         """What is wrong with the form of keys and values, in words; None if nothing is."""
-        for name, x in (("key_states", keys), ("value_states", values)):
-            if not isinstance(x, torch.Tensor) or x.ndim != 4:
-                got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-                return f"{name}: got {got}, expected a tensor [batch, num_key_value_heads, tokens, head_dim]"
-            if x.device.type not in DEVICE_TYPES:
-                return f"{name}: on device {x.device}, expected {' or '.join(DEVICE_TYPES)}"
-            if self.is_initialized and x.device != self.device:
-                return f"{name}: on device {x.device}, expected {self.device} as the tokens stored before"
-            if x.dtype not in DTYPE_NAMES:
-                return f"{name}: dtype {x.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}"
-            if 0 in (x.shape[0], x.shape[1], x.shape[3]):
-                return f"{name}: shape {tuple(x.shape)}, expected at least one sequence, head and channel"
-        if keys.device != values.device:
-            return f"value_states: on device {values.device}, expected {keys.device} as key_states"
-        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
-            return (
-                f"value_states: {values.dtype} {tuple(values.shape)}, expected batch, heads, tokens and dtype of "
-                f"key_states, {keys.dtype} {tuple(keys.shape)}"
-            )
-        if not self.is_initialized:
-            return None
-        batch = self.native.batch_size if self.native.length else keys.shape[0]
-        for name, x, head_dim in (("key_states", keys, self.key_dim), ("value_states", values, self.value_dim)):
-            if (x.shape[0], x.shape[1], x.shape[3]) != (batch, self._heads, head_dim) or x.dtype != self.dtype:
-                return (
-                    f"{name}: {x.dtype} {tuple(x.shape)}, expected {self.dtype} with batch {batch}, {self._heads} "
-                    f"heads and head_dim {head_dim} as the tokens stored before"
-                )
-        return None
+        held = None
+        if self.is_initialized:
+            batch = self.batch_rows or None
+            held = HeldForm(self.device, self.dtype, batch, self._heads, self.key_dim, self.value_dim)
+        return form_problem(keys, values, held)
 
     # ---- lengths -----------------------------------------------------------------------------------------------------
 
     def get_seq_length(self) -> int:
-        """Stored tokens."""
+        """Tokens, with those that wait."""
         if self.waiting is not None:
-            return self.waiting[0].shape[2]
+            return self.waiting.length
         return self._native.length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
@@ -299,39 +309,49 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def batch_rows(self) -> int:
-        """Sequences in the store, 0 while it is empty."""
-        return self.native.batch_size if self.get_seq_length() else 0
+        """Sequences, 0 without tokens."""
+        if self.waiting is not None:
+            return self.waiting.keys.shape[0]
+        return self._native.batch_size if self.get_seq_length() else 0
 
     # ---- reads -------------------------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """All keys [B, Hkv, T, Dk], decoded; None while the layer is empty."""
+        """All keys [B, Hkv, T, Dk], decoded, those that wait as they came; None while the layer is empty."""
         return self._decoded(True)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """All values [B, Hkv, T, Dv], decoded; None while the layer is empty."""
+        """All values [B, Hkv, T, Dv], decoded, those that wait as they came; None while the layer is empty."""
         return self._decoded(False)
 
     def _decoded(self, is_key: bool) -> torch.Tensor | None:
         if not self.get_seq_length():
             return None
+        if self.waiting is not None:
+            rows = (self.waiting.keys if is_key else self.waiting.values).clone()
+            for row, count in zip(rows, self._padding_of(rows.shape[0]), strict=False):
+                row[:, :count] = 0.0
+            return rows
         self.counts.decoded["layer.keys" if is_key else "layer.values"] += 1
         return self._stored(is_key)
 
     def _shape(self, is_key: bool) -> tuple[int, int, int, int]:
-        native = self.native
+        native = self._native
         return native.batch_size, self._heads, native.length, self.key_dim if is_key else self.value_dim
 
     def figures(self) -> LayerFigures:
-        """Regions, bytes and elements, for tables."""
-        if not self.get_seq_length():
+        """Regions, bytes and elements, for tables; of tokens that wait none is packed."""
+        batch, length = self.batch_rows, self.get_seq_length()
+        if not length:
             return LayerFigures(self.kind, 0, 0, 0, 0, 0, self.nbytes, 0)
-        native = self.native
-        elements = native.batch_size * self._heads * native.length * (self.key_dim + self.value_dim)
+        native, sinks = self._native, min(length, self.plan.sinks)
         regions = (native.sink_tokens, native.packed_tokens, native.window_tokens)
-        return LayerFigures(self.kind, native.batch_size, self._heads, *regions, self.nbytes, elements)
+        if self.waiting is not None:
+            regions = (sinks, 0, length - sinks)
+        elements = batch * self._heads * length * (self.key_dim + self.value_dim)
+        return LayerFigures(self.kind, batch, self._heads, *regions, self.nbytes, elements)
 
     @property
     def kind(self) -> str:
@@ -340,12 +360,17 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, metadata, statistics, sinks, window and unused page rows."""
-        return self.native.nbytes if self.is_initialized else 0
+        """Bytes held: codes, metadata, statistics, sinks, window, unused page rows, the order of the first rows; rows
+        that wait, and queries that were seen of them.
+        """
+        order = 0 if self.order is None else self.order.nbytes
+        waiting = 0 if self.waiting is None else self.waiting.nbytes
+        seen = sum(x.query.nbytes for x in self.seen.values())
+        return (self._native.nbytes if self.is_initialized else 0) + order + waiting + seen
 
     def nonfinite_rows(self) -> int:
         """Packed rows of keys and of values that were not finite, as a store on a GPU counts them; waits for it."""
-        store = self.native if self.is_initialized else None
+        store = self._native if self.is_initialized else None
         return store.nonfinite_rows() if isinstance(store, CudaLayer) else 0
 
     def __repr__(self) -> str:
@@ -357,25 +382,48 @@ class PackedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: a negative count (with older transformers also a length to keep, if positive).
 
-        Tokens that were packed stay packed, also if they come within the window again. (But where fewer tokens are left
-        than sinks are chosen among, the choice is open again, and these few are packed anew when the text has grown.)
+        Tokens that were packed stay packed, also if they come within the window again. Where fewer tokens are left than
+        sinks are chosen among and none of them is packed, they wait again, as if the others had never been there.
+        (But where, of so few tokens, some are packed and a chosen sink is removed, the packed ones wait as they are
+        read, and are packed a second time when the text has grown.)
         """
-        length = self.length_after_crop(tokens_to_remove)
-        if length < self.get_seq_length():
-            native = self.native  # with a prompt that waits, and so with its order
-            span = 0 if self.order is None else self.order.shape[1]
-            if not length:
-                native.reset()  # the next tokens may come in another batch size
-                self.padding = ()
-            elif length < span:
-                rows = [self._stored(is_key)[:, :, :length] for is_key in (True, False)]
-                native.crop(0)
-                native.append(*rows)
-            else:
-                native.crop(length)
-            if length < max(span, self.plan.searched):
-                self.order, self.sinks_chosen = None, False
-            self.version += 1
+        length, waiting = self.length_after_crop(tokens_to_remove), self.waiting
+        if length == self.get_seq_length():
+            return
+        if not length:
+            self._native.reset()  # the next tokens may come in another batch size
+            self.waiting, self.seen, self.order, self.padding = None, {}, None, ()
+        elif waiting is not None:
+            self.waiting = waiting.first(length)
+            self.seen = {reader: x for reader, seen in self.seen.items() if (x := seen.first(length)) is not None}
+        elif length >= self._needed or self._packed_stay(length):
+            self._native.crop(length)
+            self.order = None if self.order is None else self.order[:, :length]
+        else:
+            self._native, self.waiting = self._first_rows(length)
+            self.order, self.seen = None, {}
+            self.wants_queries = self._native.wants_queries
+        self.version += 1
+
+    def _packed_stay(self, length: int) -> bool:
+        """Whether a crop leaves packed tokens and they are among the first rows of the store, as all that are left."""
+        packed = min(self._native.packed_tokens, length - self.plan.sinks)
+        return packed > 0 and keeps_first_rows(self.order, length)
+
+    def _first_rows(self, length: int) -> tuple[Layer | CudaLayer, WaitingRows]:
+        """The first tokens as they are read, and a store without tokens that knows the queries that were seen."""
+        store, span = self._native.clone(), 0 if self.order is None else self.order.shape[1]
+        store.crop(max(length, span))
+        made = []
+        for width, decode in ((self.key_dim, store.decode_keys), (self.value_dim, store.decode_values)):
+            shape = (store.batch_size, self._heads, store.length, width)
+            rows = torch.empty(shape, dtype=self.dtype, device=self.device)
+            decode(rows)
+            if self.order is not None:
+                rows[:, :, :span] = taken(rows, inverse_order(self.order))
+            made.append(rows)
+        store.crop(0)
+        return store, WaitingRows(*made).first(length)
 
     def length_after_crop(self, tokens_to_remove: int) -> int:
         """The length that `crop` leaves. Raises SkvqError if there is none."""
@@ -392,13 +440,22 @@ class PackedLayer(CacheLayerMixin):
 
     def gather(self, indices: list[int]) -> None:
         """New batch row i is old row `indices[i]`; no packed data is copied."""
-        if self.get_seq_length():
-            padding = self._padding_of(self.native.batch_size)
-            self.native.gather(indices)
-            self.padding = tuple(padding[row] for row in indices) if padding else ()
-            if self.order is not None:
-                self.order = self.order[indices]
-            self.version += 1
+        batch, waiting = self.batch_rows, self.waiting
+        if not batch:
+            return
+        padding = self._padding_of(batch)
+        if waiting is not None:
+            if not indices or any(not 0 <= row < batch for row in indices):
+                raise SkvqError(f"indices: expected rows of the batch, 0..{batch}, got {indices}")
+            waiting = waiting.gathered(indices)
+        seen = {reader: x.gathered(indices) for reader, x in self.seen.items()}
+        if self._native.batch_size:
+            self._native.gather(indices)
+        self.waiting, self.seen = waiting, seen
+        self.padding = tuple(padding[row] for row in indices) if padding else ()
+        if self.order is not None:
+            self.order = self.order[indices]
+        self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i of the batch becomes row `beam_idx[i]`."""
@@ -421,8 +478,8 @@ class PackedLayer(CacheLayerMixin):
         if self.is_initialized:
             del self._native
         self.is_initialized = False
-        self.waiting = None
-        self.order, self.sinks_chosen = None, self.plan.searched == 0
+        self.waiting, self.seen, self.readers = None, {}, 0
+        self.order = None
         self.wants_queries = False
         self.version += 1
 
@@ -440,8 +497,8 @@ class PackedLayer(CacheLayerMixin):
         memo[id(self)] = twin
         twin.counts = copy.deepcopy(self.counts, memo)
         if self.is_initialized:
-            twin._native = self.native.clone()
-            twin.waiting = None
+            twin._native = self._native.clone()
+            twin.seen = dict(self.seen)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -226,20 +226,44 @@ class Snapshot:
 
 
 class PromptSnapshot(Snapshot):
-    """The keys and values of a prompt, which attends to itself as it is; its queries are seen on the way.
+    """The keys and values of a text that is not stored yet: a prompt, and calls that come before sinks are chosen.
 
-    Decoding gives the prompt's own tensors, at any time.
+    They are attended as they are; queries are seen on the way. Decoding gives plain tensors, at any time.
     """
 
-    __slots__ = ()
+    __slots__ = ("padding",)
+
+    padding: Sequence[int]
 
     @classmethod
-    def of(cls, source: Any, keys: torch.Tensor, values: torch.Tensor) -> PromptSnapshot:
-        """Of keys [B, Hkv, T, Dk] and values [B, Hkv, T, Dv]; `source` has at least `version`, `wants_queries`
-        and `take_queries`.
+    def of(cls, source: Any, keys: torch.Tensor, values: torch.Tensor, padding: Sequence[int] = ()) -> PromptSnapshot:
+        """Of keys [B, Hkv, T, Dk] and values [B, Hkv, T, Dv] that begin with `padding` [B] tokens of padding; `source`
+        has at least `version`, `wants_queries` and `take_queries`.
         """
         key_shape, value_shape = (cast(tuple[int, int, int, int], tuple(x.shape)) for x in (keys, values))
-        return cls(source, key_shape, value_shape, keys.dtype, keys.device, keys, values)
+        made = cls(source, key_shape, value_shape, keys.dtype, keys.device, keys, values)
+        made.padding = padding
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        twin = cast(PromptSnapshot, super().__deepcopy__(memo))
+        twin.padding = self.padding
+        return twin
+
+    def mask(self, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """A mask for the queries of the last `length` tokens, with padding hidden as in a store.
+
+        The first call of a text brings its own mask; a sequence of nothing but padding sees what the mask lets it.
+        """
+        tokens = self.key_shape[2]
+        if not self.padding or length == tokens:
+            return mask
+        padding = torch.tensor(self.padding, device=self.device)[:, None]
+        seen = (torch.arange(tokens, device=self.device) >= padding) | (padding >= tokens)
+        seen = seen[:, None, None]
+        if mask is None:
+            return seen
+        return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, torch.finfo(mask.dtype).min)
 
     def attend(
         self,
@@ -254,7 +278,7 @@ class PromptSnapshot(Snapshot):
         raise SkvqError(f"layer {self.source.index}: expected a prompt to attend to its own tensors")
 
     def decode(self, is_key: bool, reason: str) -> torch.Tensor:
-        """The tensors that `update` was given."""
+        """Keys or values as the layer was given them."""
         return cast(torch.Tensor, self.fresh_keys if is_key else self.fresh_values)
 
 
@@ -274,6 +298,11 @@ def prompt_tensors(
     if source.version == snapshot.version and source.wants_queries and _fits(query, snapshot):
         source.take_queries(query.detach())
     return key.decode(), value.decode()
+
+
+def prompt_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask for attention on the tensors that `prompt_tensors` gives for the handle `key`."""
+    return cast(PromptSnapshot, cast(PackedStates, key)._snapshot).mask(mask, query.shape[2])
 
 
 def _fits(query: torch.Tensor, snapshot: Snapshot) -> bool:
@@ -471,6 +500,8 @@ def _scaled_dot_product_attention(
     """torch's function where at least one operand is a handle."""
     prompt = prompt_tensors(query, key, value)
     if prompt is not None:
+        if not is_causal:
+            attn_mask = prompt_mask(query, key, attn_mask)
         return _sdpa(query, *prompt, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     reason = _why_not_packed(query, key, value, attn_mask, dropout_p)
     if reason is None:

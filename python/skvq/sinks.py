@@ -6,10 +6,14 @@ are short. Packed with the others such a key is off by several times the usual e
 may go there, that error is most of what a packed cache costs (tests/bench/LOG.md). So the rows that are kept in full
 precision are chosen among the first `sink_search` tokens.
 
-Is: the choice, and the order that it puts rows into: the chosen ones first, then the others as they were. Attention
-does not mind the order of what it attends to, so a store that is given its rows in this order needs to know nothing
-more. Is not: a store. Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv], an order int64 [B, span]: the positions of
-the first `span` rows of a store.
+The choice is a matter of the text, not of the calls that it comes in: it is made once as many tokens are known as are
+looked at (`tokens_needed`), and until then none is stored.
+
+Is: the choice, when it is made, and the order that it puts rows into: the chosen ones first, then the others as they
+were. Attention does not mind the order of what it attends to, so a store that is given its rows in this order needs to
+know nothing more. Is not: a store.
+Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv], an order int64 [B, span]: the positions of the first `span` rows
+of a store.
 """
 
 from __future__ import annotations
@@ -27,6 +31,14 @@ def searched(search: int, sinks: int, window: int) -> int:
     """Among how many first tokens sinks are chosen, 0 for no choice. None of them may be packed before the choice."""
     span = min(search, sinks + window)
     return span if 0 < sinks < span else 0
+
+
+def tokens_needed(span: int, padding: Sequence[int] = ()) -> int:
+    """How many tokens of a batch must be known before its sinks are chosen: `span` (`searched`) behind every padding.
+
+    A text that ends before needs no choice: without padding, all of it fits into sinks and window. 0 for no choice.
+    """
+    return span + max(padding, default=0) if span else 0
 
 
 def sink_scores(keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -80,7 +92,7 @@ def sink_order(keys: Tensor, values: Tensor, sinks: int, search: int, padding: S
 def text_order(keys: Tensor, values: Tensor, sinks: int, search: int, window: int) -> Tensor | None:
     """The order that a cache gives the rows of whole texts; None: as they came, as in a text that is too short."""
     span = searched(search, sinks, window)
-    return sink_order(keys, values, sinks, span) if 0 < span <= keys.shape[2] else None
+    return sink_order(keys, values, sinks, span) if 0 < tokens_needed(span) <= keys.shape[2] else None
 
 
 def sink_mask(keys: Tensor, values: Tensor, sinks: int, search: int, window: int) -> Tensor:
@@ -95,6 +107,11 @@ def sink_mask(keys: Tensor, values: Tensor, sinks: int, search: int, window: int
 def inverse_order(order: Tensor) -> Tensor:
     """Where in a store the first positions lie [B, span]."""
     return order.argsort(dim=1)
+
+
+def keeps_first_rows(order: Tensor | None, length: int) -> bool:
+    """Whether the first `length` rows of a store are those of the first `length` tokens; reads an order back."""
+    return order is None or bool((order[:, :length] < length).all())
 
 
 def reordered_positions(order: Tensor, length: int) -> Tensor:

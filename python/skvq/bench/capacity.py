@@ -252,6 +252,7 @@ class Growing:
         for index in range(len(self.cache.layers)):
             keys, values = self._random_rows(index)
             self.cache.update(keys[:, :, :count], values[:, :, :count], index)
+            self.cache.layers[index].settle()  # no attention will show queries
 
     def _random_rows(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a chunk, the same every time: what a row costs does not depend on what it holds."""

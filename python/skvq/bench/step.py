@@ -74,7 +74,7 @@ def _measure(options: StepOptions, tokens: int) -> dict[str, Any]:
     key, value = keys[:, :, :1].contiguous(), values[:, :, :1].contiguous()
     query = torch.randn(1, options.num_attention_heads, 1, options.head_dim).to(dtype)
     for layer in cache.layers:
-        layer.native = _TimedStore(layer.native)
+        layer.native = _TimedStore(layer.settle())
     grouped = options.num_attention_heads != options.num_key_value_heads
     update, attention, kernel = [], [], []
     with torch.no_grad():

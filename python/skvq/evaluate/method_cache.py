@@ -1,7 +1,8 @@
 """`MethodCache`: a transformers cache that quantizes with any `Method`, step by step, and keeps what is read back.
 
 Is: the stepping twin of the parallel simulation, for generation and tasks. A prompt attends to itself in full
-precision; a later call of several tokens attends to them in full precision, and to those before as they are stored.
+precision, and so do all tokens up to the call with which sinks are chosen; a later call of several tokens attends to
+them in full precision, and to those before as they are stored.
 Is not: compact (decoded rows are held in the model's dtype), and for methods that know positions (keys before RoPE, a
 mean that turns) not for left-padded batches, whose positions do not start at 0. Nor does it take noise off scores
 (`Method.score_noise`): the model's attention makes them, from decoded rows. It warns once where a method asks for that;
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..layer import row_numbers
-from ..sinks import inverse_order, reordered, searched, sink_order
+from ..sinks import inverse_order, keeps_first_rows, reordered, searched, sink_order, tokens_needed
 from .memory_bits import EXACT_BITS
 from .methods.base import Geometry, Method, Where
 from .region_rule import RegionRule
@@ -33,7 +34,8 @@ _NOISE = "{}: MethodCache does not take the noise of packed keys off scores, the
 class MethodLayer(DynamicLayer):
     """Sinks, packed past and window of one layer; `keys` and `values` hold what a reader sees.
 
-    Sinks are chosen as `PackedLayer` does it, and lie in front from then on: `order` says where the first rows belong.
+    Sinks are chosen when and as `PackedLayer` does it, and lie in front from then on: `order` says where the first rows
+    belong.
     Rows may be quantized before they leave the window, many at a time, since what a method makes of them is fixed as
     soon as their unit exists; they are read as quantized only once the rule says so.
     """
@@ -53,14 +55,14 @@ class MethodLayer(DynamicLayer):
         """Store n tokens and return what they attend to."""
         past = self.get_seq_length()
         count = key_states.shape[2]
-        if not self._chosen and past > 0 and past + count > self._search:
-            self._choose_sinks()
+        waited = not self._chosen
         super().update(key_states, value_states)
-        if not self._chosen and past == 0 and count >= self._search:
+        exact = self._rows()
+        if waited and past + count >= tokens_needed(self._search):
             self._choose_sinks()
         self._pack(self.rule.packed(past + count))
-        if past == 0 and count > 1:
-            return key_states, value_states
+        if waited or (past == 0 and count > 1):
+            return exact
         keys, values = self._rows()
         if self.order is not None:
             keys, values = (reordered(x, inverse_order(self.order)) for x in (keys, values))
@@ -72,9 +74,8 @@ class MethodLayer(DynamicLayer):
 
     def _choose_sinks(self) -> None:
         keys, values = self._rows()
-        if keys.shape[2] > self.rule.sinks:
-            self.order = sink_order(keys, values, self.rule.sinks, self._search)
-            self.keys, self.values = reordered(keys, self.order), reordered(values, self.order)
+        self.order = sink_order(keys, values, self.rule.sinks, self._search)
+        self.keys, self.values = reordered(keys, self.order), reordered(values, self.order)
         self._chosen = True
 
     def _rows(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +106,8 @@ class MethodLayer(DynamicLayer):
         made = []
         for held, is_key in zip(self._rows(), (True, False), strict=True):
             rows = held[:, :, begin:end].float()
-            read = self.method.read_back(rows, Where(self.index, is_key, begin, self._rope if is_key else None))
+            rope = self._rope.in_order(self.order) if is_key and self._rope is not None else None
+            read = self.method.read_back(rows, Where(self.index, is_key, begin, rope))
             if read.rows.shape != rows.shape:
                 found, expected = tuple(read.rows.shape), tuple(rows.shape)
                 raise ValueError(f"{self.method.name}: fake_quantize returned {found}, expected {expected}")
@@ -119,20 +121,33 @@ class MethodLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; what was packed stays packed.
 
-        Raises ValueError if that would cut a unit of which rows are packed, whose exact rows are gone, or tokens among
-        which sinks were chosen.
+        Where fewer tokens are left than sinks are chosen among and none of them is packed, the choice is open again.
+
+        Raises ValueError if that would cut a unit of which rows are packed, whose exact rows are gone, or if it leaves
+        packed rows of so few tokens without a sink that was chosen among more.
         """
         before = self.get_seq_length()
         length = before + tokens_to_remove if tokens_to_remove <= 0 else min(before, tokens_to_remove)
         packed = min(self.packed_tokens, max(0, length - self.rule.sinks))
         known = min(self._known, max(self.rule.known(max(0, length)), packed))
-        if self.order is not None and 0 < length < self.order.shape[1]:
-            raise ValueError(f"a crop to {length} tokens: expected at least {self.order.shape[1]}, sinks were chosen")
-        if known % self.rule.unit:
+        reopens = length < tokens_needed(self._search) and not packed
+        if not reopens and length < tokens_needed(self._search) and not keeps_first_rows(self.order, length):
+            raise ValueError(f"a crop to {length} tokens: expected all chosen sinks among them, since some are packed")
+        if known % self.rule.unit and not reopens:
             raise ValueError(
                 f"{self.method.name}: a crop to {length} tokens cuts a unit of {self.rule.unit} packed rows"
             )
+        held = self.keys, self.values
         super().crop(tokens_to_remove)
+        if reopens:
+            if self.order is not None:
+                inverse = inverse_order(self.order)
+                self.keys, self.values = (reordered(x, inverse)[:, :, :length] for x in held if x is not None)
+            self.packed_tokens, self._known, self._ahead = 0, 0, None
+            self.order, self._chosen = None, False
+            return
+        if self.order is not None:
+            self.order = self.order[:, :length]
         if self._ahead is not None:
             self._ahead = (self._ahead[0][:, :, : known - packed], self._ahead[1][:, :, : known - packed])
         self.packed_tokens, self._known = packed, known
