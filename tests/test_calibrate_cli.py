@@ -1,24 +1,27 @@
 """`skvq calibrate` and `skvq inspect`, from the command line to the files, on a tiny model."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tiny_directory
 from skvq import QuantizedDynamicCache, SkvqConfig, StreamOptions, cli
-from skvq.calibrate import Statistics
+from skvq.calibrate import Statistics, choose
 from skvq.calibrate.static import static_plan
+from skvq.evaluate.texts import cut_chunks, read_text
 from skvq.inspect_plan import plan_report, plan_table
 from skvq.model_layers import cache_argument
 from skvq.models import load
 from skvq.plan import StreamPlan
 from skvq.plan_file import QuantizationPlan
 
-TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 60
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 90
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,54 @@ def test_the_spectral_method(
     assert (tmp_path / "plan").read_bytes() == first
 
 
+def test_bits_are_chosen_on_a_piece_that_nothing_is_fitted_to(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = torch.randint(0, len(tiny_directory.CHARACTERS), (7000,), generator=torch.Generator().manual_seed(0))
+    text = "".join(tiny_directory.CHARACTERS[i] for i in numbers)
+    (tmp_path / "noise.txt").write_text(text, encoding="utf-8")
+    fitted: list[list[torch.Tensor]] = []
+    compared: list[tuple[int, torch.Tensor]] = []
+    real_collect, real_best = importlib.import_module("skvq.calibrate.collect").collect, choose.best_shared
+
+    def seen_collect(model: Any, chunks: Any, **options: Any) -> Any:
+        fitted.append(list(chunks))
+        return real_collect(model, chunks, **options)
+
+    def seen_best(model: Any, statistics: Any, options: Any, plan_of: Any, token_ids: Any, **more: Any) -> Any:
+        compared.append((statistics.chunks, token_ids))
+        return real_best(model, statistics, options, plan_of, token_ids, **more)
+
+    monkeypatch.setattr("skvq.calibrate.collect.collect", seen_collect)
+    monkeypatch.setattr("skvq.calibrate.choose.best_shared", seen_best)
+    line = f"calibrate {folder}/model --texts {tmp_path}/noise.txt -o {tmp_path}/plan --chunks 2 --tokens 300 "
+    line += f"--window 16 --dtype float32 --state {tmp_path}/state "
+    assert cli.main([*line.split(), "--bits", "1.9"]) == 0
+    tokenizer = load(str(folder / "model"), dtype="float32").tokenizer
+    pieces = [x.token_ids for x in cut_chunks(tokenizer, [read_text(tmp_path / "noise.txt")], 3, 300)]
+    assert [torch.equal(x, y) for x, y in zip(fitted[0], pieces[:2], strict=True)] == [True, True]
+    [(chunks, held_out)] = compared
+    assert chunks == 2
+    assert torch.equal(held_out, pieces[2])
+    assert not any(torch.equal(x, held_out) for x in fitted[0])
+    # the state is that of the two pieces, whatever is fitted from it
+    assert Statistics.load(tmp_path / "state").chunks == 2
+    assert QuantizationPlan.load(tmp_path / "plan").header.notes["chunks"] == 2
+    assert cli.main(line.split()) == 0
+    assert len(compared) == 1
+    assert len(fitted[1]) == 2
+
+
+def test_the_packages_text_has_room_for_what_is_read_of_it(folder: Path, tmp_path: Path) -> None:
+    line = f"calibrate {folder}/model -o {tmp_path}/plan --window 16 --dtype float32 --method"
+    assert cli.main([*line.split(), "static"]) == 0
+    header = QuantizationPlan.load(tmp_path / "plan").header
+    assert list(header.texts) == ["northanger_abbey"]
+    assert (header.notes["chunks"], header.notes["tokens"]) == (2, 4096)
+    assert cli.main([*line.split(), "spectral", "--bits", "1.9", "--tokens", "300"]) == 0
+    assert QuantizationPlan.load(tmp_path / "plan").header.notes["chunks"] == 1
+
+
 def test_static_scales_give_every_channel_the_same_spread(folder: Path) -> None:
     statistics = Statistics.load(folder / "state")
     given = SkvqConfig(keys={"scale_exponent": 1.0}, values={"scale_exponent": 0.0, "bits": 2})
@@ -184,6 +235,7 @@ def test_every_kind_of_stream_can_be_drawn(folder: Path, tmp_path: Path) -> None
         ("calibrate {}/model -o {}/p --method static --key-bits 2.5", "key_bits=2.5: expected one of 16, 8, 4"),
         ("calibrate {}/model -o {}/none/plan", "expected a file in an existing directory"),
         ("calibrate {}/model --texts {}/a.txt -o {}/p --tokens 9000", "has no 9000 tokens left for its chunk 1"),
+        ("calibrate {}/model --texts {}/a.txt {}/a.txt -o {}/p", "texts: two are named 'a.txt', expected names that"),
         (
             "calibrate {}/model --texts {}/a.txt -o {}/p --tokens 300 --chunks 2 --window 16 --state {}/state",
             "the state of a pass with texts",

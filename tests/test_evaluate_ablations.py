@@ -74,6 +74,7 @@ def test_tables_of_the_papers_method() -> None:
     assert (changed.pre_rope, changed.group, changed.key_bits) == (True, 16, 2)
     tables, _ = planned("skvq-pre-rope:bits=2,group=16")
     assert texts_of(tables["rope"]) == ["after RoPE", "before RoPE*"]
+    assert texts_of(tables["search"]) == ["0*", "16", "64"]
 
 
 def test_tables_of_ours() -> None:

@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from skvq import cli, evaluate
+from skvq import SkvqConfig, StreamOptions, cli, evaluate
 from skvq.evaluate import Geometry, Method, MethodCache, Settings, Where, compare, measure, parse_method
+from skvq.evaluate.ablations import ablate
 from skvq.evaluate.divergence import ChunkReference, OutputHead, block_error
 from skvq.evaluate.report import Estimate, Report
 from skvq.evaluate.simulation import Simulator
-from skvq.evaluate.texts import Text, check_apart, cut_chunks, read_text
+from skvq.evaluate.texts import Text, check_apart, check_not_fitted, cut_chunks, digests, packaged_texts, read_text
 from skvq.model_layers import cache_argument
+from skvq.plan import StreamPlan
+from skvq.plan_file import QuantizationPlan
 from tiny_directory import save
 from tiny_models import build, prompts
 
@@ -194,6 +197,85 @@ def test_texts_that_overlap_are_refused(texts: list[Path], tmp_path: Path) -> No
     for part in ("0.5-0.5", "0.9-0.1", "0-2", "0.1.2-1"):
         with pytest.raises(ValueError, match="0 <= FROM < TO <= 1"):
             read_text(f"{texts[0]}#{part}")
+
+
+def test_names_are_of_the_file_and_the_part(texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts[0].parent)
+    sources = ("text0.txt", "./text0.txt", "../" + texts[0].parent.name + "//text0.txt", "./text0.txt#0-0.5")
+    assert [read_text(x).name for x in sources] == ["text0.txt"] * 3 + ["text0.txt#0-0.5"]
+    assert digests([read_text(x) for x in sources[2:]]) == {read_text(x).name: read_text(x).sha256 for x in sources[2:]}
+    with pytest.raises(ValueError, match=r"two are named 'text0.txt', expected names that tell them apart"):
+        digests([read_text(x) for x in sources])
+
+
+@pytest.mark.parametrize(
+    ("fitted", "measured", "overlap"),
+    [
+        ("text0.txt", "text0.txt", True),
+        ("text0.txt", "copy.txt", True),
+        ("text0.txt#0-0.5", "half.txt", True),
+        ("text0.txt#0-0.5", "text0.txt", True),
+        ("text0.txt", "text0.txt#0.5-1", True),
+        ("text0.txt#0-0.5", "text0.txt#0.4-1", True),
+        ("text0.txt#0.2-0.3", "copy.txt#0-1", True),
+        ("text0.txt#0-0.5", "text0.txt#0.5-1", False),
+        ("text0.txt#0-0.5", "copy.txt#0.5-1", False),
+        ("text0.txt", "text1.txt", False),
+        ("text0.txt#0-0.5", "other/text0.txt", False),  # another file of the same name
+    ],
+)
+def test_what_was_fitted_to_an_evaluation_text_is_known(
+    texts: list[Path], fitted: str, measured: str, overlap: bool
+) -> None:
+    """By names and digests alone, which is what a plan holds."""
+    folder, content = texts[0].parent, texts[0].read_text()
+    (folder / "other").mkdir(exist_ok=True)
+    for name, written in (("copy.txt", content), ("half.txt", content[: len(content) // 2]), ("other/text0.txt", "x")):
+        (folder / name).write_text(written)
+    held = digests([read_text(folder / fitted), read_text(texts[2])])
+    evaluation = [read_text(texts[1]), read_text(folder / measured)] if overlap else [read_text(folder / measured)]
+    if not overlap:
+        check_not_fitted("a plan", held, evaluation)
+        return
+    name = Path(measured).name
+    with pytest.raises(
+        ValueError, match=f"a plan was fitted to '{fitted}' .* overlaps with the evaluation text '{name}'"
+    ):
+        check_not_fitted("a plan", held, evaluation)
+
+
+def test_names_that_are_no_parts_are_whole_texts() -> None:
+    [text] = packaged_texts(["mansfield_park"])
+    for name in ("mansfield_park", "mine", "mine#0.9-0.1", "mine#0.1.2-1"):
+        with pytest.raises(ValueError, match="overlaps with the evaluation text 'mansfield_park'"):
+            check_not_fitted("a plan", {name: text.sha256}, [text])
+        check_not_fitted("a plan", {name: "ab" * 32}, [text])
+
+
+def test_plans_that_were_fitted_to_an_evaluation_text_are_refused(
+    directory: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    model, stream = build("llama"), StreamPlan(StreamOptions(bits=4))
+    held = digests([read_text(f"{texts[0]}#0-0.5")])
+    plan = QuantizationPlan.for_model(
+        model, SkvqConfig(), dict.fromkeys(range(3), (stream, stream)), method="", texts=held
+    )
+    plan.save(tmp_path / "a.safetensors")
+    spec, tokenizer = f"plan:{tmp_path}/a.safetensors", AutoTokenizer.from_pretrained(directory)
+    sizes: dict[str, Any] = {"chunks": 1, "tokens": 300, "score_from": 200}
+    apart = compare(model, tokenizer, [spec], [f"{texts[0]}#0.5-1"], **sizes)
+    assert apart.rows[0]["kl"] > 0.0
+    assert ablate(model, tokenizer, spec, ["sinks"], [f"{texts[0]}#0.5-1"], **sizes).ablations
+    message = r"plan '.*a.safetensors' was fitted to 'text0.txt#0-0.5'"
+    with pytest.raises(ValueError, match=message):
+        compare(model, tokenizer, ["full", spec], [texts[1], f"{texts[0]}#0.4-1"], **sizes)
+    with pytest.raises(ValueError, match=message):
+        ablate(model, tokenizer, spec, ["sinks"], [texts[0]], **sizes)
+    for command in (["compare", "--methods", "full", spec], ["ablate", "--base", spec]):
+        assert cli.main(["eval", *command, "--model", str(directory), "--texts", str(texts[0])]) == 1
+        assert "was fitted to 'text0.txt#0-0.5'" in capsys.readouterr().err
 
 
 class Characters:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from skvq import SkvqConfig, StreamOptions
 from skvq.evaluate.calibration_rows import CalibrationRows
 from skvq.evaluate.methods import METHODS, Geometry, Method, Where, parse_method
 from skvq.evaluate.methods.kvquant import fit_levels
+from skvq.evaluate.methods.ours import Planned
 from skvq.evaluate.methods.quantizers import nearest_level
 from skvq.evaluate.methods.skvq import CLIP_GRID, cluster_channels
 from skvq.evaluate.simulation import Simulator
 from skvq.plan import LayerPlan, StreamPlan
+from skvq.plan_file import QuantizationPlan
 from tiny_models import build, prompts
 
 HEADS, WIDTH = 2, 64
@@ -235,6 +239,25 @@ def test_ours_follows_its_options_and_static_data() -> None:
     assert float((read - given).abs().max()) < 0.03
 
 
+def test_a_plan_in_memory_is_its_file(tmp_path: Path) -> None:
+    model, shift = build("llama", head_dim=WIDTH), torch.randn(HEADS, WIDTH)
+    stream = StreamPlan(StreamOptions(bits=4), shift=shift)
+    plan = QuantizationPlan.for_model(model, SkvqConfig(), dict.fromkeys(range(3), (stream, stream)), method="test")
+    plan.save(tmp_path / "a.safetensors")
+    file, memory = parse_method(f"plan:{tmp_path}/a.safetensors"), Planned(plan, "tried")
+    assert (file.name, memory.name) == ("plan a", "tried")
+    assert file.identity() == memory.identity()
+    given = torch.randn(1, HEADS, 7, WIDTH)
+    assert torch.equal(*(x.fake_quantize(given, Where(0, True, 5)) for x in (file, memory)))
+    assert file.bits(GEOMETRY, True) == memory.bits(GEOMETRY, True)
+    with pytest.raises(ValueError, match="plan 'tried' was made for another model"):
+        memory.check_model(build("qwen3"))
+    with pytest.raises(ValueError, match="plan 'tried': nothing for layer 3"):
+        memory.layer_plan(3)
+    with pytest.raises(ValueError, match="name='': expected one for a plan that is no file"):
+        Planned(plan)
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +269,6 @@ def test_ours_follows_its_options_and_static_data() -> None:
         ("rtn:bits", "not an option, expected NAME=VALUE"),
         ("rtn:sink_search=-1", "sink_search=-1: expected an integer of at least 0"),
         ("rtn:sink_search=x", "sink_search='x'"),
-        ("skvq-pre-rope:sink_search=64", "expected none for keys before RoPE"),
         ("rtn:bits=7", "key_bits=7: expected one of 8, 6"),
         ("rtn:key_bits=2,bits=3", "key_bits is given twice"),
         ("rtn:metadata=fp32", "metadata='fp32'"),

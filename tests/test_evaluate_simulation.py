@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import parts_examples
 import skvq
@@ -23,12 +24,13 @@ from skvq.evaluate.methods import Geometry, Method, parse_method
 from skvq.evaluate.methods.base import Where
 from skvq.evaluate.methods.ours import _Codecs, _PackedRows, reference_codec
 from skvq.evaluate.region_rule import RegionRule
-from skvq.evaluate.rope import Rotary
+from skvq.evaluate.rope import Rotary, before_rope
 from skvq.evaluate.simulation import AttentionCall, MethodPass, Simulator
 from skvq.model_layers import cache_argument
 from skvq.plan import LayerPlan, StreamPlan
 from skvq.plan_file import QuantizationPlan
 from skvq.reference_layer import ReferenceLayer
+from skvq.sinks import reordered, text_order
 from tiny_models import build, prompts
 
 SINKS, WINDOW = 3, 24
@@ -247,12 +249,67 @@ def test_a_method_before_rope_gets_the_models_rotation() -> None:
     cache: Any = MethodCache(llama.config, parse_method("full"))
     llama(prompts(1, 5), **cache_argument(llama, cache))
     assert torch.allclose(rope.back(cache.layers[0].keys, 0), before, atol=1e-4)
-    method = parse_method("skvq:bits=4,pre_rope=true,reorder=false,clip=1")
     token_ids = prompts(1, 120)[0]
-    cache = MethodCache(llama.config, method, WINDOW, SINKS, Rotary(llama))
-    assert_agree(simulated("llama", method, token_ids), stepped("llama", cache, token_ids))
+    for search in (0, 64):
+        method = parse_method(f"skvq:bits=4,pre_rope=true,reorder=false,clip=1,sink_search={search}")
+        cache = MethodCache(llama.config, method, WINDOW, SINKS, Rotary(llama))
+        assert_agree(simulated("llama", method, token_ids), stepped("llama", cache, token_ids))
+        assert all((layer.order is None) == (search == 0) for layer in cache.layers)
     with pytest.raises(ValueError, match="expected Rotary"):
         MethodCache(llama.config, method)
+
+
+class RoundedBeforeRope(Method):
+    """Keys before RoPE are rounded to tenths; what was given of layer 0 is kept, row by row of the store."""
+
+    name, before_rope, sink_search = "rounded before RoPE", True, 64
+
+    def __init__(self) -> None:
+        self.given: list[torch.Tensor] = []
+
+    def bits(self, geometry: Geometry, keys: bool) -> float:
+        return 16.0
+
+    def fake_quantize(self, rows: torch.Tensor, where: Where) -> torch.Tensor:
+        def quantize(plain: torch.Tensor) -> torch.Tensor:
+            if where.layer == 0:
+                self.given.append(plain)
+            return plain.round(decimals=1)
+
+        return before_rope(rows, where.rope, where.start, quantize) if where.keys else rows
+
+
+def test_keys_before_rope_are_known_by_their_positions_where_sinks_are_chosen() -> None:
+    """Against the projection's own output: each row is turned back, and forth, by the position of its token."""
+    llama, token_ids = model("llama"), prompts(2, 120, 8)
+    layer, base = llama.base_model.layers[0], llama.base_model
+    hidden = layer.input_layernorm(base.embed_tokens(token_ids))
+    before, values = (
+        project(hidden).unflatten(-1, (2, 16)).transpose(1, 2)
+        for project in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    )
+    tables = base.rotary_emb(hidden, torch.arange(120)[None])
+    exact, rounded = (apply_rotary_pos_emb(x, x, *tables)[1] for x in (before, before.round(decimals=1)))
+    order = text_order(exact, values, SINKS, 64, WINDOW)
+    assert order is not None
+    assert not torch.equal(order[0], order[1])
+    packed = slice(SINKS, 120 - WINDOW)
+    stored = reordered(before, order)
+    # a prompt, and every later row as it leaves the window
+    method = RoundedBeforeRope()
+    cache = MethodCache(llama.config, method, WINDOW, SINKS, Rotary(llama))
+    for piece in (token_ids[:, :60], *token_ids[:, 60:].split(1, dim=1)):
+        llama(piece, **cache_argument(llama, cache))
+    torch.testing.assert_close(torch.cat(method.given, dim=2)[:, :, : 120 - WINDOW - SINKS], stored[:, :, packed])
+    found: Any = cache.layers[0]
+    expected = reordered(exact, order)
+    expected[:, :, packed] = reordered(rounded, order)[:, :, packed]
+    torch.testing.assert_close(found.keys, expected, atol=1e-4, rtol=1e-4)
+    # the simulation
+    method = RoundedBeforeRope()
+    simulated("llama", method, token_ids[1])
+    [given] = method.given
+    torch.testing.assert_close(given[0], stored[1, :, SINKS:], atol=1e-4, rtol=1e-4)
 
 
 def test_the_rule_is_the_native_stores() -> None:

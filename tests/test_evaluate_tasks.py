@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache, QuantizedCache
 
-from skvq import QuantizedDynamicCache
+from skvq import QuantizedDynamicCache, SkvqConfig, StreamOptions
 from skvq.evaluate import long_generation, retrieval, shared_prefill, tasks_cli
 from skvq.evaluate.cache_spec import CacheDefaults, parse_cache, parse_caches, parse_options
 from skvq.evaluate.long_generation import LongGenerationOptions, run_long_generation
@@ -18,7 +18,10 @@ from skvq.evaluate.retrieval import RetrievalOptions, run_retrieval
 from skvq.evaluate.retrieval_cases import TASKS, CaseMaker, Haystack, PromptFormat
 from skvq.evaluate.task_records import RecordFile
 from skvq.evaluate.task_statistics import mean_and_error, wilson_interval
+from skvq.evaluate.texts import Text, digests, packaged_texts, read_text
 from skvq.model_layers import cache_argument
+from skvq.plan import StreamPlan
+from skvq.plan_file import QuantizationPlan
 from tiny_directory import save
 from tiny_models import build, prompts
 
@@ -316,6 +319,27 @@ def test_options_of_a_stream_are_nested() -> None:
     }
 
 
+def fitted_plan(model: Any, path: Path, texts: list[Text]) -> Path:
+    stream = StreamPlan(StreamOptions(bits=4))
+    pairs = dict.fromkeys(range(model.config.num_hidden_layers), (stream, stream))
+    config = SkvqConfig(window=16, sinks=3)
+    QuantizationPlan.for_model(model, config, pairs, method="test", texts=digests(texts)).save(path)
+    return path
+
+
+def test_a_plan_is_read_once_and_refused_on_its_own_texts(model: Any, tmp_path: Path) -> None:
+    path = fitted_plan(model, tmp_path / "a", [Text("mine", PROSE)])
+    given = CacheDefaults(window=8, sinks=2, evaluation=[Text("other", "x" * 99)])
+    make = parse_cache(f"plan:{path},sinks=0", model, given)
+    parse_cache(f"method:plan:{path}", model, given)
+    path.unlink()
+    assert (make().skvq_config.window, make().skvq_config.sinks) == (8, 0)
+    fitted_plan(model, path, [Text("mine", PROSE)])
+    for kind in ("plan", "method:plan"):
+        with pytest.raises(ValueError, match=f"cache '{kind}:{path}': plan '{path}' was fitted to 'mine'"):
+            parse_cache(f"{kind}:{path}", model, CacheDefaults(evaluation=[Text("its copy", PROSE)]))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -461,3 +485,28 @@ def test_the_commands_write_table_json_and_plot(
     assert math.isfinite(report["rows"][1]["kl"])
     assert report["rows"][1]["first_difference"] is None
     assert (tmp_path / "r.png").stat().st_size > 5000 < (tmp_path / "g.png").stat().st_size
+
+
+def test_the_commands_refuse_plans_of_their_texts(folder: Path, model: Any, tmp_path: Path) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text(PROSE)
+    path = fitted_plan(model, tmp_path / "plan", [read_text(f"{text}#0-0.5")])
+    common = f"--model {folder} --dtype float32 --threads 1 --caches dynamic plan:{path}"
+    sizes = "--prompts 1 --prompt-tokens 40 --new-tokens 8 --forced-only"
+    for command in (f"retrieval {common} --lengths 900", f"generation {common} {sizes}"):
+        with pytest.raises(ValueError, match=r"was fitted to 'prose.txt#0-0.5' .* evaluation text 'prose.txt'"):
+            run_command(f"{command} --texts {text}")
+    run_command(f"generation {common} {sizes} --texts {text}#0.5-1")
+    # the package's own text, where none are given
+    fitted_plan(model, path, packaged_texts(["mansfield_park"]))
+    with pytest.raises(ValueError, match="was fitted to 'mansfield_park'"):
+        run_command(f"generation {common} {sizes}")
+
+
+def test_a_task_with_data_of_its_own_has_no_texts_to_refuse(folder: Path, model: Any, tmp_path: Path) -> None:
+    path = fitted_plan(model, tmp_path / "plan", packaged_texts(["mansfield_park"]))
+    parser = argparse.ArgumentParser()
+    tasks_cli.add_commands(parser.add_subparsers(required=True))
+    line = f"longbench --data {tmp_path} --model {folder} --dtype float32 --caches plan:{path}"
+    _, made = tasks_cli._load(parser.parse_args(line.split()))
+    assert list(made) == [f"plan:{path}"]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -89,6 +90,8 @@ def test_a_loaded_plan_is_the_saved_one(saved: Path) -> None:
 def test_the_same_plan_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     QuantizationPlan.load(saved).save(tmp_path / "b.safetensors")
     assert saved.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert plan().sha256 == hashlib.sha256(saved.read_bytes()).hexdigest()
+    assert plan(nonfinite="propagate").sha256 != plan().sha256
     assert len(list(tmp_path.iterdir())) == 2
 
 

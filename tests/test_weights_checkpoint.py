@@ -249,6 +249,18 @@ def test_quantize_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert by_name[candidates[3]]["rise_over_weights_percent"] is not None
 
 
+def test_a_plan_that_was_fitted_to_the_evaluation_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out, text = save(tmp_path / "model"), tmp_path / "w4", tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {i} of a text that is short." for i in range(400)))
+    assert main(["quantize", str(source), "-o", str(out), *SMALL, *PLAN, "--texts", str(text)]) == 0
+    candidate = f"{out}+plan:{out / 'plan.safetensors'}"
+    arguments = ["eval", "weights", "--model", str(source), "--candidates", candidate, "--texts", str(text)]
+    assert main(arguments) == 1
+    assert "was fitted to 'text.txt'" in capsys.readouterr().err
+
+
 def test_the_plan_of_a_quantized_model_is_named_in_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(tmp_path / "model")
     arguments = ["eval", "weights", "--model", str(source), "--candidates", "gptq:bits=4"]

@@ -12,6 +12,7 @@ some, so a plan without them is the same bytes as ever, and a release that knows
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from ._native import SkvqError
 from .config import SkvqConfig, StreamOptions
 from .fingerprint import ModelFingerprint
 from .plan import LayerPlan, StreamPlan
-from .tensor_file import read_tensors, take, write_tensors
+from .tensor_file import read_tensors, take, tensor_bytes, write_tensors
 
 KIND, VERSION = "quantization plan", 1
 FILE_NAME = "plan.safetensors"
@@ -191,6 +192,15 @@ class QuantizationPlan(ModelHubMixin, library_name="skvq", tags=["kv-cache"], mo
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file."""
+        write_tensors(path, KIND, VERSION, *self._contents())
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(tensor_bytes(KIND, VERSION, *self._contents())).hexdigest()
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Header and tensors."""
         tensors = {}
         for index, name, stream in self._streams():
             for static in _STATIC:
@@ -211,7 +221,7 @@ class QuantizationPlan(ModelHubMixin, library_name="skvq", tags=["kv-cache"], mo
             "layers": options,
             "counted_bits": {name: self.average_bits((name,)) for name in _STREAMS},
         }
-        write_tensors(path, KIND, VERSION, header, tensors)
+        return header, tensors
 
     @classmethod
     def load(cls, path: Path | str, model_or_config: Any = None) -> QuantizationPlan:

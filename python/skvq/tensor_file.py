@@ -24,15 +24,19 @@ from ._native import SkvqError
 _ENTRY = "skvq"
 
 
+def tensor_bytes(kind: str, version: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """The contents of such a file."""
+    text = json.dumps({**header, "kind": kind, "format_version": version}, sort_keys=True, allow_nan=False)
+    # Tensors that share memory would be refused, views of larger ones would be saved whole.
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(tensors.items())}
+    return save(plain, metadata={_ENTRY: text})
+
+
 def write_tensors(
     path: Path | str, kind: str, version: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write the file at `path`, replacing what is there only when the new one is complete."""
-    target = Path(path)
-    text = json.dumps({**header, "kind": kind, "format_version": version}, sort_keys=True, allow_nan=False)
-    # Tensors that share memory would be refused, views of larger ones would be saved whole.
-    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(tensors.items())}
-    data = save(plain, metadata={_ENTRY: text})
+    target, data = Path(path), tensor_bytes(kind, version, header, tensors)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as out:

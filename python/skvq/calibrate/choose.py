@@ -3,18 +3,16 @@
 The budget of `--bits` can be shared out over all streams by what errors should do to the attention outputs
 (spectral_plan.py). That is a first-order estimate, layer by layer; what errors of early layers become further on it
 does not know, and on some models an even split is better. So plans of both kinds are made, and the one stays whose
-predictions on a piece of the calibration texts have the least KL divergence from full precision.
+predictions have the least KL divergence from full precision on a piece of text that none of them was fitted to.
 
 Is: the candidates and the choice. Is not: the fit, nor how predictions are measured (evaluate/).
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +54,7 @@ def best_shared(
         statistics: what every candidate is fitted to.
         options: with `bits`.
         plan_of: a whole plan from what was fitted.
-        token_ids: int64 [T], of which the predictions are compared, from the middle on.
+        token_ids: int64 [T], of which the predictions are compared, from the middle on; not of `statistics`.
         progress: a bar on stderr.
     """
     from ..evaluate.comparison import Settings, measure
@@ -73,18 +71,12 @@ def best_shared(
     plans = {name: plan_of(x) for name, x in fitted.items()}
     config = plans["shared out by estimate"].config
     settings = Settings(config.window, config.sinks, score_from=token_ids.numel() // 2)
-    with tempfile.TemporaryDirectory() as folder:
-        methods = {}
-        for number, (name, plan) in enumerate(plans.items()):
-            path = Path(folder) / f"{number}.safetensors"
-            plan.save(path)
-            methods[name] = Planned(path)
-        report = measure(model, list(methods.values()), [token_ids], settings=settings, progress=progress)
-    found = {row["method"]: row["kl"] for row in report.rows}
-    divergence = {name: found[method.name] for name, method in methods.items()}
+    methods = [Planned(plan, name) for name, plan in plans.items()]
+    report = measure(model, methods, [token_ids], settings=settings, progress=progress)
+    divergence = {row["method"]: row["kl"] for row in report.rows}
     best = min(divergence, key=lambda name: divergence[name])
     figures = "; ".join(
         f"{name} ({plans[name].average_bits():.3f} bits): {value:.5f}" for name, value in divergence.items()
     )
-    remark = f"bits are {best}: KL divergence on {token_ids.numel()} tokens of the calibration texts was {figures}"
+    remark = f"bits are {best}: KL divergence on {token_ids.numel()} tokens that nothing is fitted to was {figures}"
     return replace(fitted[best], remarks=[*fitted[best].remarks, remark])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 METHODS = ("spectral", "static")
 WEIGHTS = ("query", "attention")  # as in spectral_plan.py, which loads torch
+CHUNKS, PACKAGED_CHUNKS = 16, 2  # pieces that are read where none are asked for; the package's text is short
 
 
 def add_commands(commands: Any) -> None:
@@ -69,12 +70,14 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("--value-bits", type=_bits, metavar="BITS", help="likewise (default: 1.5, for static 1.6)")
     _add_spectral(parser)
-    counts = {
-        **region_counts(1),
-        "--chunks": (1, 16, "pieces of text that are read"),
-        "--tokens": (2, 2048, "of a piece"),
-    }
-    add_counts(parser, counts)
+    parser.add_argument(
+        "--chunks",
+        type=whole_number(1),
+        metavar="N",
+        help=f"pieces of text that the plan is fitted to (default: {CHUNKS}, of the package's text {PACKAGED_CHUNKS}, "
+        "with --bits 1)",
+    )
+    add_counts(parser, {**region_counts(1), "--tokens": (2, 2048, "of a piece")})
     parser.add_argument(
         "--state",
         type=Path,
@@ -94,7 +97,7 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
         type=_bits,
         metavar="BITS",
         help="instead of both: counted bits of an element with its scales, shared out over all layers, keys and values "
-        "by estimate, or evenly if that measures better on the last piece of the texts (on a CPU)",
+        "by estimate, or evenly if that measures better on one more piece of the texts (on a CPU)",
     )
     group.add_argument(
         "--parts", type=whole_number(1), metavar="N", help="of a row that may differ in bits (default: 4)"
@@ -127,7 +130,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     from ..bench.machine import set_threads
     from ..display import human_bytes
-    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, packaged_texts, read_text
+    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, digests, packaged_texts, read_text
     from ..inspect_plan import plan_table
     from ..models import load
     from ..plan_file import QuantizationPlan
@@ -138,23 +141,27 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {str(arguments.output)!r}: expected a file in an existing directory")
     texts = [read_text(x) for x in arguments.texts] or packaged_texts(CALIBRATION_TEXTS)
+    sha256 = digests(texts)
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype)
     model = loaded.model.to(arguments.device)
-    chunks = cut_chunks(loaded.tokenizer, texts, arguments.chunks, arguments.tokens)
+    # What --bits chooses by is measured on the CPU only, on a piece that is no part of the statistics or their state.
+    held_out = int(arguments.bits is not None and model.device.type == "cpu")
+    count = arguments.chunks or (CHUNKS if arguments.texts else PACKAGED_CHUNKS - held_out)
+    chunks = [x.token_ids for x in cut_chunks(loaded.tokenizer, texts, count + held_out, arguments.tokens)]
     statistics = collect(
         model,
-        [chunk.token_ids for chunk in chunks],
+        chunks[:count],
         sinks=config.sinks,
         sink_search=config.sink_search,
         window=config.window,
-        texts={text.name: text.sha256 for text in texts},
+        texts=sha256,
         state_path=arguments.state,
-        total=len(chunks),
+        total=count,
         progress=True,
     )
     print(f"read: {statistics.describe()}")
-    streams, notes = fit(model, statistics, chunks[-1].token_ids)
+    streams, notes = fit(model, statistics, chunks[count] if held_out else None)
     notes |= {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
     plan = QuantizationPlan.for_model(
         model, config, streams, method=arguments.method, texts=statistics.texts, notes=notes
@@ -165,8 +172,10 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     print(f"{time.monotonic() - start:.0f} seconds, peak memory {human_bytes(_peak_bytes())}")
 
 
-# Of a model, its statistics and one of the chunks that they are of.
-Fit = Callable[[Any, "Statistics", "Tensor"], tuple[dict[int, tuple["StreamPlan", "StreamPlan"]], dict[str, Any]]]
+# Of a model, its statistics and a chunk that they are not of, None where nothing is measured.
+Fit = Callable[
+    [Any, "Statistics", "Tensor | None"], tuple[dict[int, tuple["StreamPlan", "StreamPlan"]], dict[str, Any]]
+]
 
 
 def _static(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
@@ -202,16 +211,15 @@ def _spectral(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
     config = SkvqConfig.from_options(**_given(arguments, "window", "sinks"))
 
     def fit(
-        model: Any, statistics: Statistics, chunk: Tensor
+        model: Any, statistics: Statistics, chunk: Tensor | None
     ) -> tuple[dict[int, tuple[StreamPlan, StreamPlan]], dict[str, Any]]:
         def plan_of(fitted: SpectralPlan) -> QuantizationPlan:
             return QuantizationPlan.for_model(model, config, fitted.streams, method=arguments.method)
 
-        # Predictions are measured on the CPU only.
-        if options.bits is not None and model.device.type == "cpu":
-            found = best_shared(model, statistics, options, plan_of, chunk, progress=True)
-        else:
+        if chunk is None:
             found = spectral_plan(model, statistics, options)
+        else:
+            found = best_shared(model, statistics, options, plan_of, chunk, progress=True)
         print(found.describe())
         return found.streams, found.notes
 

@@ -101,8 +101,8 @@ class _Base:
         """The options that `table` varies; none where the method has no such option."""
         if isinstance(self.method, Planned):
             return ()
-        if table == "search":  # of any method that does not go by positions
-            return () if self.method.before_rope else ("sink_search",)
+        if table == "search":  # of any method
+            return ("sink_search",)
         if isinstance(self.method, Ours):
             return _OPTIONS_OF_OURS.get(table, ())
         made: Any = self.method  # the registry's methods are dataclasses
@@ -344,6 +344,7 @@ def ablate(
     lengths = [tokens] if isinstance(tokens, int) else list(tokens)
     settings = Settings(window=window, sinks=sinks, score_from=score_from)
     varied = _Base(base, settings, model, min(lengths))
+    varied.method.check_texts(evaluation)
     ablations, left_out = _plan(varied, tables)
     pieces = [piece for length in lengths for piece in cut_chunks(tokenizer, evaluation, chunks, length)]
     specs = {variant.spec for ablation in ablations for variant in ablation.variants}

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..models import ExtraNotInstalledError
 from .shared_prefill import MakeCache
 from .spec_options import parse_options
+
+if TYPE_CHECKING:
+    from .texts import Text
 
 STOCK_OPTIONS: dict[str, dict[str, Any]] = {
     "quanto": {"nbits": 4},
@@ -38,6 +41,7 @@ class CacheDefaults:
     window: int = 128
     sinks: int = 5
     calibration: Sequence[Any] = ()  # chunks of token numbers, int64 [T] each, for methods that are fitted
+    evaluation: Sequence[Text] = ()  # what caches are measured on; plans that were fitted to it are refused
 
     def regions(self) -> dict[str, int]:
         """Window and sinks, as keyword arguments."""
@@ -62,12 +66,16 @@ def _packed(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache
 
 def _plan(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
     from ..cache import QuantizedDynamicCache
+    from ..plan_file import QuantizationPlan
+    from .texts import check_not_fitted
 
     path, _, options = rest.partition(",")
     if not path:
         raise ValueError(f"cache {spec!r}: expected plan:FILE or plan:FILE,NAME=VALUE")
     changes = {**given.regions(), **parse_options(f"cache {spec!r}", options)}
-    return lambda: QuantizedDynamicCache.from_plan(model, path, **changes)
+    plan = QuantizationPlan.load(path, model).with_regions(**changes)
+    check_not_fitted(f"plan {path!r}", plan.header.texts, given.evaluation)
+    return lambda: QuantizedDynamicCache.from_plan(model, plan)
 
 
 def _method(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:
@@ -78,6 +86,7 @@ def _method(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache
     from .simulation import Simulator
 
     method = parse_method(rest)
+    method.check_texts(given.evaluation)
     if method.needs_calibration:
         if not given.calibration:
             raise ValueError(f"{method.name} needs calibration texts, there are none")
@@ -105,10 +114,12 @@ def parse_cache(spec: str, model: Any, given: CacheDefaults | None = None) -> Ma
     Args:
         spec: `KIND` or `KIND:OPTIONS`, see the head of this file.
         model: the model that will run on the caches.
-        given: `window` and `sinks` of the kinds that have them (packed, plan, method), and calibration chunks.
+        given: `window` and `sinks` of the kinds that have them (packed, plan, method), calibration chunks, and the
+            texts of the evaluation.
 
     Raises:
-        ValueError: an unknown kind or option, or a model that the cache refuses.
+        ValueError: an unknown kind or option, a model that the cache refuses, or a plan that was fitted to a text of
+            the evaluation.
         ExtraNotInstalledError: the cache needs a package that is missing.
     """
     kind, _, rest = spec.partition(":")

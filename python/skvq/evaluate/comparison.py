@@ -237,13 +237,15 @@ def compare(
         name: of the model, in the report.
 
     Raises:
-        ValueError: as `measure`; also texts that overlap or are too short.
+        ValueError: as `measure`; also texts that overlap or are too short, or a plan that was fitted to one of them.
 
     Example:
         >>> print(compare(model, tokenizer, ["kivi:bits=2", "ours", MyMethod()]).table())
     """
     evaluation, fitted = evaluation_and_calibration(texts, calibration_texts)
     chosen = [parse_method(method) if isinstance(method, str) else method for method in methods]
+    for method in chosen:
+        method.check_texts(evaluation)
     lengths = [tokens] if isinstance(tokens, int) else list(tokens)
     pieces = [piece for length in lengths for piece in cut_chunks(tokenizer, evaluation, chunks, length)]
     calibration = []

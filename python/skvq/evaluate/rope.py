@@ -3,7 +3,8 @@
 A transformers cache gets keys after RoPE. `Rope.back` takes them where they were before, with the model's own tables
 and its own `apply_rotary_pos_emb` (so how it pairs channels does not matter here); `Rope.forward` rotates again.
 Is not: exact for half-precision models, whose keys were rounded after RoPE.
-Shapes: rows float32 [B, H, n, D] at positions start, start + 1, …; tables float32 [1, n, D].
+Shapes: rows float32 [B, H, n, D] at places start, start + 1, … of a text or store; positions int64 [1|B, n], tables
+float32 [1|B, n, D].
 """
 
 from __future__ import annotations
@@ -20,23 +21,36 @@ Tables = tuple[Tensor, Tensor]
 
 
 class Rope:
-    """The rotation of one layer."""
+    """The rotation of one layer; `order` int64 [B, span]: the positions of a store's first rows (skvq/sinks.py)."""
 
-    def __init__(self, tables: Callable[[int, int], Tables], apply: Callable[..., Any]) -> None:
-        self._tables = tables
-        self._apply = apply
+    def __init__(
+        self, tables: Callable[[Tensor], Tables], apply: Callable[..., Any], order: Tensor | None = None
+    ) -> None:
+        self._tables, self._apply, self._order = tables, apply, order
         self._two = "k" in inspect.signature(apply).parameters
+
+    def in_order(self, order: Tensor | None) -> Rope:
+        """The same rotation for rows of a store in this order; None: in that of the text."""
+        return Rope(self._tables, self._apply, order)
 
     def forward(self, rows: Tensor, start: int) -> Tensor:
         """Rotate rows as the model does."""
-        cos, sin = self._tables(start, rows.shape[2])
+        cos, sin = self._tables_of(rows, start)
         return self._turn(rows, cos, sin)
 
     def back(self, rows: Tensor, start: int) -> Tensor:
         """The inverse of `forward`, also where the tables carry a factor (YaRN)."""
-        cos, sin = self._tables(start, rows.shape[2])
+        cos, sin = self._tables_of(rows, start)
         square = cos.square() + sin.square()
         return self._turn(rows, cos / square, -sin / square)
+
+    def _tables_of(self, rows: Tensor, start: int) -> Tables:
+        end = start + rows.shape[2]
+        positions = torch.arange(start, end)[None]
+        if self._order is not None and start < self._order.shape[1]:
+            first = self._order[:, start:end].to(positions.device)
+            positions = torch.cat([first, positions[:, first.shape[1] :].expand(first.shape[0], -1)], dim=1)
+        return self._tables(positions)
 
     def _turn(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned = self._apply(rows, rows[:, :, :, :], cos, sin)[1] if self._two else self._apply(rows, cos, sin)
@@ -74,10 +88,9 @@ class Rotary:
         options = {"layer_type": types[layer]} if by_type and types else {}
         example = torch.empty(1, dtype=self._dtype, device=self._model.device)
 
-        def tables(start: int, count: int) -> Tables:
-            positions = torch.arange(start, start + count, device=example.device)[None]
+        def tables(positions: Tensor) -> Tables:
             with torch.no_grad():
-                cos, sin = rotary(example, positions, **options)
+                cos, sin = rotary(example, positions.to(example.device), **options)
             return cos.float(), sin.float()
 
         rope = Rope(tables, apply)
@@ -97,7 +110,9 @@ class Rotary:
 
 
 def before_rope(rows: Tensor, rope: Rope | None, start: int, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-    """`quantize` applied to keys as they were before RoPE. Raises ValueError where the rotation is not known."""
+    """`quantize` applied to keys as they were before RoPE, `start` being the place of the first one in its text or, if
+    `rope` has an order, its store. Raises ValueError where the rotation is not known.
+    """
     if rope is None:
         raise ValueError("rope=None: expected the model's rotation, since keys are quantized before RoPE")
     return rope.forward(quantize(rope.back(rows, start)), start)

@@ -68,7 +68,7 @@ class MethodPass:
     def attend(self, call: AttentionCall) -> Tensor:
         """Query chunk by query chunk."""
         length = call.keys.shape[1]
-        token, span, rule = torch.arange(length), 0, None
+        token, span, rule, order = torch.arange(length), 0, None, None
         if self.method is not None and call.layer in self.owners:
             rule = rule_of(self.method, self.owners[call.layer], self.window, self.sinks)
             rows = (call.keys[None], call.values[None])
@@ -84,7 +84,7 @@ class MethodPass:
             assert self.method is not None
             stop = self.sinks + rule.known(length)
             if rule.packed(length):
-                keys, values = self._packed(call, True, stop), self._packed(call, False, stop)
+                keys, values = (self._packed(call, x, stop, order) for x in (True, False))
                 packed = (keys.rows[0], values.rows[0])
                 if keys.noise is not None:
                     call, packed = self._with_noise(call), (_beside(keys.rows[0], -keys.noise[0]), packed[1])
@@ -98,11 +98,13 @@ class MethodPass:
             output[:, :, start : start + QUERY_CHUNK] = made
         return output
 
-    def _packed(self, call: AttentionCall, keys: bool, stop: int) -> ReadBack:
+    def _packed(self, call: AttentionCall, keys: bool, stop: int, order: Tensor | None) -> ReadBack:
         """Rows [1, Hkv, T, D] of which those behind the sinks and before `stop` are read back, with their noise."""
         assert self.method is not None
         rows, layer = call.keys if keys else call.values, self.owners[call.layer]
-        rope = self.rotary(layer) if keys and self.rotary is not None and self.method.before_rope else None
+        rope = None
+        if keys and self.rotary is not None and self.method.before_rope:
+            rope = self.rotary(layer).in_order(order)
         given = rows[:, self.sinks : stop]
         queries = call.query if keys and self.method.uses_queries else None
         read = self.method.read_back(given[None], Where(layer, keys, self.sinks, rope, queries))

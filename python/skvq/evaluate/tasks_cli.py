@@ -154,20 +154,22 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Callable[[], An
     from .cache_spec import CacheDefaults, parse_caches
     from .texts import check_apart, cut_chunks, read_text
 
-    fitted = [read_text(source) for source in arguments.calibration_texts]
-    check_apart(fitted, _texts(arguments))
+    fitted, evaluation = [read_text(source) for source in arguments.calibration_texts], _texts(arguments)
+    check_apart(fitted, evaluation)
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype, attention=arguments.attention)
     chunks = [chunk.token_ids for chunk in cut_chunks(loaded.tokenizer, fitted, 4, 2048)] if fitted else []
-    given = CacheDefaults(window=arguments.window, sinks=arguments.sinks, calibration=chunks)
+    given = CacheDefaults(arguments.window, arguments.sinks, chunks, evaluation)
     return loaded, parse_caches(arguments.caches, loaded.model, given)
 
 
 def _texts(arguments: argparse.Namespace) -> list[Any]:
+    """Those of the evaluation; none for a task that brings its own."""
     from .texts import EVALUATION_TEXTS, packaged_texts, read_text
 
-    given = getattr(arguments, "texts", None)
-    return [read_text(source) for source in given] if given else packaged_texts(EVALUATION_TEXTS)
+    if not hasattr(arguments, "texts"):
+        return []
+    return [read_text(source) for source in arguments.texts] or packaged_texts(EVALUATION_TEXTS)
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,31 @@ EVALUATION_TEXTS = ("mansfield_park",)  # of the package
 CALIBRATION_TEXTS = ("northanger_abbey",)
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer takes for prose, so that a slice of text holds enough tokens
 _PART = re.compile(r"(?P<path>.+)#(?P<start>[0-9.]+)-(?P<end>[0-9.]+)")
+_ALL = (0.0, 1.0)
 _PASSAGE = 80  # shortest line that counts as a passage of its own
 _SHARED = 0.02  # share of passages in common from which two texts overlap
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from."""
+    """A text and where it is from.
+
+    Attributes:
+        name: of the file, and the part of it that this is.
+        content: what is read.
+        whole: contents of the file that it is from; None: the content itself.
+        share: which part of that it is: from, to.
+    """
 
     name: str
     content: str
+    whole: str | None = None
+    share: tuple[float, float] = _ALL
 
     @property
     def sha256(self) -> str:
         """Of the content."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
+        return _sha256(self.content)
 
     def described(self) -> dict[str, str]:
         """Name and SHA-256, for a report."""
@@ -49,12 +59,13 @@ def read_text(source: str | Path) -> Text:
     Raises ValueError if the part is not one, OSError if the file cannot be read.
     """
     match = _PART.fullmatch(str(source))
-    path, share = (Path(source), (0.0, 1.0)) if match is None else (Path(match["path"]), _share(str(source), match))
+    path, share = (Path(source), _ALL) if match is None else (Path(match["path"]), _share(str(source), match))
     content = path.read_text(encoding="utf-8", errors="ignore")
-    part = content[int(share[0] * len(content)) : int(share[1] * len(content))]
+    part = content[_characters(content, share)]
     if not part.strip():
         raise ValueError(f"text {str(source)!r} is empty")
-    return Text(path.name + str(source)[len(str(path)) :], part)
+    suffix = "" if match is None else str(source)[len(match["path"]) :]
+    return Text(path.name + suffix, part, content, share)
 
 
 def _share(source: str, match: re.Match[str]) -> tuple[float, float]:
@@ -65,6 +76,15 @@ def _share(source: str, match: re.Match[str]) -> tuple[float, float]:
     if not 0.0 <= start < end <= 1.0:
         raise ValueError(f"text {source!r}: expected FILE#FROM-TO with 0 <= FROM < TO <= 1")
     return start, end
+
+
+def _characters(content: str, share: tuple[float, float]) -> slice:
+    """Those of a part."""
+    return slice(int(share[0] * len(content)), int(share[1] * len(content)))
+
+
+def _sha256(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def packaged_texts(names: Sequence[str]) -> list[Text]:
@@ -84,6 +104,48 @@ def check_apart(calibration: Sequence[Text], evaluation: Sequence[Text]) -> None
                     f"calibration text {fitted.name!r} and evaluation text {measured.name!r} overlap "
                     f"({len(common)} passages in common): expected different texts"
                 )
+
+
+def digests(texts: Sequence[Text]) -> dict[str, str]:
+    """SHA-256 by name, as plans keep them. Raises ValueError if two texts have one name."""
+    found = {text.name: text.sha256 for text in texts}
+    if len(found) < len(texts):
+        names = [text.name for text in texts]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"texts: two are named {repeated!r}, expected names that tell them apart")
+    return found
+
+
+def check_not_fitted(what: str, fitted: Mapping[str, str], evaluation: Sequence[Text]) -> None:
+    """Raise ValueError if something was fitted to an evaluation text, or to a part of its file that overlaps with it.
+
+    Names and digests tell that much: the part that a name says, cut from the file at hand, has the digest or has not.
+    Passages that two files share are not found, nor is a file that was changed since.
+
+    Args:
+        what: was fitted, for the message, such as "plan 'a.safetensors'".
+        fitted: SHA-256 of the texts that it was fitted to, by names as of `Text`: what `digests` gave.
+        evaluation: the texts that it is to be measured on.
+    """
+    for name, sha256 in fitted.items():
+        for measured in evaluation:
+            if sha256 == measured.sha256 or _is_overlapping_part(name, sha256, measured):
+                raise ValueError(
+                    f"{what} was fitted to {name!r} (SHA-256 {sha256[:12]}…), which overlaps with the evaluation text "
+                    f"{measured.name!r}: expected other texts, or parts of a file that do not overlap"
+                )
+
+
+def _is_overlapping_part(name: str, sha256: str, measured: Text) -> bool:
+    """Whether `name` is a part of the file that `measured` is from, or all of it, and has characters of `measured`."""
+    match = _PART.fullmatch(name)
+    try:
+        share = _ALL if match is None else _share(name, match)
+    except ValueError:  # a name of someone else's making
+        share = _ALL
+    whole = measured.content if measured.whole is None else measured.whole
+    fitted, own = _characters(whole, share), _characters(whole, measured.share)
+    return max(fitted.start, own.start) < min(fitted.stop, own.stop) and sha256 == _sha256(whole[fitted])
 
 
 def evaluation_and_calibration(

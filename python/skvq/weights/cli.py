@@ -153,14 +153,15 @@ def _run_evaluation(arguments: argparse.Namespace) -> None:
 
     from ..bench.machine import make_report, set_threads, write_json
     from ..evaluate.comparison import Settings
+    from ..evaluate.methods import parse_method
     from ..evaluate.texts import EVALUATION_TEXTS, cut_chunks, packaged_texts, read_text
     from .compare import Candidate, compare_weights, summarize, table
 
-    for text in arguments.candidates:
-        Candidate.parse(text)  # refused before a model is loaded
+    texts = [read_text(x) for x in arguments.texts] or packaged_texts(EVALUATION_TEXTS)
+    for text in arguments.candidates:  # refused before a model is loaded
+        parse_method(Candidate.parse(text).cache).check_texts(texts)
     settings = Settings(arguments.window, arguments.sinks, arguments.score_from)
     set_threads(arguments.threads)
-    texts = [read_text(x) for x in arguments.texts] or packaged_texts(EVALUATION_TEXTS)
     chunks = cut_chunks(AutoTokenizer.from_pretrained(arguments.model), texts, arguments.chunks, arguments.tokens)
     noted = {
         "window": settings.window,

@@ -24,7 +24,7 @@ from ..bench.machine import describe_machine, peak_resident_bytes, write_json
 from ..calibrate.collect import collect
 from ..calibrate.spectral_plan import SpectralOptions, spectral_plan
 from ..config import SkvqConfig
-from ..evaluate.texts import CALIBRATION_TEXTS, Text, cut_chunks, packaged_texts, read_text
+from ..evaluate.texts import CALIBRATION_TEXTS, Text, cut_chunks, digests, packaged_texts, read_text
 from ..models import load
 from ..plan_file import FILE_NAME, QuantizationPlan
 from .channels import stream_options
@@ -98,19 +98,19 @@ def quantize_model(
     trained = time.monotonic() - start
     size = write_checkpoint(loaded.model, found.tensors, options.weights, output)
     loaded.tokenizer.save_pretrained(output)
-    digests = {text.name: text.sha256 for text in texts}
+    sha256 = digests(texts)
     for name in (FILE_NAME, PLAN_2D):
         (output / name).unlink(missing_ok=True)
     if found.channels:
-        _plan_2d(loaded.model, found, options, digests).save(output / PLAN_2D)
+        _plan_2d(loaded.model, found, options, sha256).save(output / PLAN_2D)
     predicted = None
     if options.plan is not None:
-        plan, predicted = _plan(loaded, texts, options, digests, progress)
+        plan, predicted = _plan(loaded, texts, options, sha256, progress)
         plan.save(output / FILE_NAME)
     report = {
         "model": loaded.name,
         "settings": json.loads(json.dumps(asdict(options), default=str)),
-        "texts": digests,
+        "texts": sha256,
         "bits_per_weight": options.weights.bits_per_weight,
         "checkpoint_bytes": size,
         "seconds": {"weights": round(trained, 1), "all": round(time.monotonic() - start, 1)},
@@ -123,7 +123,7 @@ def quantize_model(
     return report
 
 
-def _plan_2d(model: Any, found: Reconstruction, options: QuantizeOptions, digests: dict[str, str]) -> QuantizationPlan:
+def _plan_2d(model: Any, found: Reconstruction, options: QuantizeOptions, sha256: dict[str, str]) -> QuantizationPlan:
     channels = options.reconstruct.channels
     assert channels is not None
     streams = stream_options(channels.bits)
@@ -135,11 +135,11 @@ def _plan_2d(model: Any, found: Reconstruction, options: QuantizeOptions, digest
         sink_search=channels.sink_search,
     )
     notes = {"ahead": options.reconstruct.ahead, "loss": options.reconstruct.loss, "epochs": options.reconstruct.epochs}
-    return QuantizationPlan.for_model(model, config, found.channels, method="wkvquant", texts=digests, notes=notes)
+    return QuantizationPlan.for_model(model, config, found.channels, method="wkvquant", texts=sha256, notes=notes)
 
 
 def _plan(
-    loaded: Any, texts: list[Text], options: QuantizeOptions, digests: dict[str, str], progress: bool
+    loaded: Any, texts: list[Text], options: QuantizeOptions, sha256: dict[str, str], progress: bool
 ) -> tuple[QuantizationPlan, str]:
     assert options.plan is not None
     chunks = cut_chunks(loaded.tokenizer, texts, options.plan_chunks, options.plan_tokens)
@@ -148,7 +148,7 @@ def _plan(
         [chunk.token_ids for chunk in chunks],
         sinks=options.sinks,
         window=options.window,
-        texts=digests,
+        texts=sha256,
         total=len(chunks),
         progress=progress,
     )
@@ -156,6 +156,6 @@ def _plan(
     config = SkvqConfig(window=options.window, sinks=options.sinks)
     notes = fitted.notes | {"chunks": statistics.chunks, "tokens": statistics.tokens, "weights": options.weights.bits}
     plan = QuantizationPlan.for_model(
-        loaded.model, config, fitted.streams, method="spectral", texts=digests, notes=notes
+        loaded.model, config, fitted.streams, method="spectral", texts=sha256, notes=notes
     )
     return plan, fitted.describe()

@@ -8,7 +8,7 @@ Shapes: rows float32 [B, Hkv, n, D].
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ from ..region_rule import Waits
 if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows
     from ..rope import Rope
+    from ..texts import Text
 
 
 Fit = TypeVar("Fit")
@@ -40,8 +41,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Where:
-    """Where rows come from: layer, keys or values, the position of the first row, the layer's rotation (if known), and
-    for methods that use them the queries [Hkv, group, T, D] of all tokens, scaled as scores are.
+    """Where rows come from: layer, keys or values, the place of the first row in its store, the layer's rotation (if
+    known) of rows at such places, and for methods that use them the queries [Hkv, group, T, D] of all tokens, scaled as
+    scores are.
     """
 
     layer: int
@@ -71,7 +73,8 @@ class Method(ABC):
         before_rope: whether `fake_quantize` needs `where.rope` for keys.
         uses_queries: whether `fake_quantize` needs `where.queries` for keys; then `MethodCache` cannot serve it.
         sink_search: among how many first tokens its sinks are chosen (skvq/sinks.py); 0: they are the first ones.
-            Rows come in the order of the store, chosen sinks in front, and positions count that way.
+            Rows come in the order of the store, chosen sinks in front, and positions count that way; `where.rope`
+            knows which token each row is.
     """
 
     name: str
@@ -111,6 +114,9 @@ class Method(ABC):
 
     def check_model(self, model: Any) -> None:  # noqa: B027 - most methods serve any model
         """Raise ValueError if the method was made for another model."""
+
+    def check_texts(self, texts: Sequence[Text]) -> None:  # noqa: B027 - most methods come with nothing fitted
+        """Raise ValueError if the method was fitted before, and to one of these evaluation texts."""
 
     def fitted(self, held: Mapping[tuple[int, bool], Fit], layer: int, keys: bool) -> Fit:
         """What `prepare` found for one stream of a layer. Raises ValueError if it has not run."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from ...plan import LayerPlan, StreamPlan
 from ...reference import ReferenceCodec
 from .base import Geometry, Method, ReadBack, Where
 from .quantizers import bits_label
+
+if TYPE_CHECKING:
+    from ...plan_file import QuantizationPlan
+    from ..texts import Text
 
 
 def reference_codec(plan: StreamPlan, head_dim: int) -> ReferenceCodec:
@@ -153,36 +159,48 @@ def _flat(options: dict[str, Any], prefix: str = "") -> list[str]:
 
 @dataclass(eq=False)
 class Planned(_PackedRows):
-    """The packed cache with a calibrated plan, read from `path`."""
+    """The packed cache with a calibrated plan: a file, or one in memory under a name of its own."""
 
-    path: Path
-    name: str = field(init=False)
+    source: Path | QuantizationPlan
+    name: str = ""
 
     def __post_init__(self) -> None:
         from ...plan_file import QuantizationPlan
 
-        self.path = Path(self.path)
-        self._file = QuantizationPlan.load(self.path)
-        self._layers: dict[int, LayerPlan] = dict(self._file.layers)
+        if isinstance(self.source, QuantizationPlan):
+            if not self.name:
+                raise ValueError("name='': expected one for a plan that is no file")
+            self._plan, self._what = self.source, f"plan {self.name!r}"
+        else:
+            self.source = Path(self.source)
+            self._plan, self._what = QuantizationPlan.load(self.source), f"plan {str(self.source)!r}"
+            self.name = self.name or f"plan {self.source.stem}"
+        self._layers: dict[int, LayerPlan] = dict(self._plan.layers)
         self._codecs = _Codecs()
         self.unit = math.lcm(*(self.unit_of(layer) for layer in self._layers))
         self.uses_queries = any(_uses_queries(plan.keys.options) for plan in self._layers.values())
-        self.sink_search = self._file.config.sink_search
-        self.name = f"plan {self.path.stem}"
+        self.sink_search = self._plan.config.sink_search
 
     def layer_plan(self, layer: int) -> LayerPlan:
-        """The plan of one layer. Raises ValueError if the file has none."""
+        """The plan of one layer. Raises ValueError if the plan has none."""
         if layer not in self._layers:
-            raise ValueError(f"plan {str(self.path)!r}: nothing for layer {layer}, expected all packed layers")
+            raise ValueError(f"{self._what}: nothing for layer {layer}, expected all packed layers")
         return self._layers[layer]
 
     def check_model(self, model: Any) -> None:
         """Raise SkvqError, naming what differs."""
-        self._file.check(model, f"plan {str(self.path)!r}")
+        self._plan.check(model, self._what)
+
+    def check_texts(self, texts: Sequence[Text]) -> None:
+        """Raise ValueError if the plan was fitted to one of them, or to a part of its file that overlaps with it."""
+        from ..texts import check_not_fitted
+
+        check_not_fitted(self._what, self._plan.header.texts, texts)
 
     def identity(self) -> dict[str, Any]:
         """The file's contents, and what a file of before leaves to the default."""
-        import hashlib
-
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        if isinstance(self.source, Path):
+            digest = hashlib.sha256(self.source.read_bytes()).hexdigest()
+        else:
+            digest = self.source.sha256
         return {"class": "Planned", "sha256": digest, "sink_search": self.sink_search}

@@ -62,7 +62,7 @@ def parse_method(spec: str) -> Method:
     if name == "plan":
         if not rest:
             raise ValueError(f"method {spec!r}: expected plan:FILE")
-        options: dict[str, Any] = {"path": Path(rest)}
+        options: dict[str, Any] = {"source": Path(rest)}
     elif name == "ours":
         options = {"options": parse_options(f"method {spec!r}", rest, SHORT)}
     else:
@@ -81,8 +81,6 @@ def parse_method(spec: str) -> Method:
 def _choose_sinks(method: Method, search: Any) -> None:
     if not isinstance(search, int) or isinstance(search, bool) or search < 0:
         raise ValueError(f"sink_search={search!r}: expected an integer of at least 0")
-    if method.before_rope:
-        raise ValueError("sink_search: expected none for keys before RoPE, which are known by their positions")
     method.sink_search, method.name = search, f"{method.name}, sinks among {search}"
 
 
