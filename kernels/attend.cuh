@@ -25,7 +25,7 @@ struct FoldedQueries {
     static constexpr bool in_registers = K::tiles * Tiles <= 8 && !Bytes;
     const u32* fragments[Tiles];
     u32 kept[in_registers ? Tiles : 1][in_registers ? K::tiles : 1][2];
-    ByteQueries<K> bytes[Bytes ? Tiles : 1];
+    ByteQueries<K> bytes[Tiles];  // for `Bytes`; NVRTC before 12.4 looks at calls that `if constexpr` leaves out of a lambda
     float unit[Tiles][2], noise[Tiles][2];
     float shifted[Tiles][2];  // what all scores of a query have
     const float* extras[Tiles];

@@ -363,7 +363,8 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             const bool whole = which * many_rows >= limits.whole_begin * page_rows && (which + 1) * many_rows <= limits.whole_end * page_rows;
 #pragma unroll 1
             for (int block = 0; block < many_blocks; block += at_once) {
-                ManyScores<at_once> scores;
+                // Not `at_once`: NVRTC before 12.9 crashes where a constant of a function is the argument of an alias of arrays.
+                ManyScores<blocks_at_once<V>> scores;
                 score_many<K, at_once>(rows.key_levels, rows.key_numbers, block, queries, lane, scores);
                 const int first_row = which * many_rows + block * block_rows + lane % 4 * 2;
                 if (whole) {

@@ -56,6 +56,16 @@ def real_nvrtc() -> str:
     return run(code)[0].strip()
 
 
+def nvrtc_choices() -> list[str]:
+    """For `nvrtc_path`: this machine's, and those whose paths `SKVQ_TEST_NVRTC` lists as PATH lists folders."""
+    return ["found", *filter(None, os.environ.get("SKVQ_TEST_NVRTC", "").split(os.pathsep))]
+
+
+def nvrtc_path(which: str) -> str:
+    """Its path; the test is skipped where none is found."""
+    return (real_nvrtc() or pytest.skip("no NVRTC here")) if which == "found" else which
+
+
 def start(
     code: str, driver: Path | None = None, arguments: Sequence[str] = (), **environment: str
 ) -> "subprocess.Popen[str]":

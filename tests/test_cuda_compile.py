@@ -4,17 +4,16 @@ What the cache does is tested with a stand-in of NVRTC (stand_ins/nvrtc.c), comp
 one that the search finds, and those whose paths `SKVQ_TEST_NVRTC` lists.
 """
 
-import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from cuda_stand_ins import build_nvrtc, finish, run, start
+from cuda_stand_ins import build_nvrtc, finish, nvrtc_choices, nvrtc_path, run, start
 from skvq import _native
 from skvq._native import CompiledKernel, SkvqError
-from skvq.cuda_runtime import find_nvrtc
 
 FILE = "portable.cuh"
 REAL = ("repack.cuh", "skvq::rows_to_page", ["skvq::Layout<skvq::keys, 128, 2, 128, 1, 1>"])
@@ -209,6 +208,11 @@ def test_refusals_name_what_was_wrong(nvrtc: str, tmp_path: Path) -> None:
     assert message(old, FILE, "fill", [], "sm_80") == (
         f"dlsym of the CUDA compiler {old}: it lacks nvrtcGetLoweredName"
     )
+    older = build_nvrtc(tmp_path / "11.8", 11, 8)
+    refused = f"nvrtcVersion of the CUDA compiler {older}: found NVRTC 11.8, expected 12.0 or newer"
+    assert message(older, FILE, "fill", [], "sm_80", tmp_path) == refused
+    with pytest.raises(SkvqError, match=re.escape(refused)):
+        _native.cuda_nvrtc(older)
 
 
 def test_what_a_compiler_serves(nvrtc: str) -> None:
@@ -218,17 +222,9 @@ def test_what_a_compiler_serves(nvrtc: str) -> None:
 # ---- real compilers --------------------------------------------------------------------------------------------------
 
 
-def real_compilers() -> list[str]:
-    listed = [path for path in os.environ.get("SKVQ_TEST_NVRTC", "").split(os.pathsep) if path]
-    try:
-        return [find_nvrtc(), *listed]
-    except SkvqError:
-        return listed
-
-
-@pytest.fixture(params=real_compilers() or [pytest.param(None, marks=pytest.mark.skip(reason="no NVRTC here"))])
+@pytest.fixture(params=nvrtc_choices())
 def real(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    return nvrtc_path(request.param)
 
 
 def test_a_kernel_compiles_for_every_architecture(real: str, tmp_path: Path) -> None:
@@ -242,6 +238,18 @@ def test_a_kernel_compiles_for_every_architecture(real: str, tmp_path: Path) -> 
         assert "registers" in kernel.log
         assert "0 bytes spill stores" in kernel.log
     assert all(kernel.cached for kernel in _native.cuda_compile_many(real, jobs, tmp_path))
+
+
+def test_python_reads_text_afterwards_as_before(real: str) -> None:
+    """NVRTC before 12.6 changes the locale of the thread that it runs in."""
+    code = f"""
+        from locale import CODESET, nl_langinfo
+        from skvq import _native
+        before = nl_langinfo(CODESET)
+        kernel = _native.cuda_compile({real!r}, *{REAL!r}, "sm_80")
+        print(before, nl_langinfo(CODESET), kernel.cached)
+    """
+    assert run(code, SKVQ_CACHE_DIR="", LC_ALL="C.UTF-8")[0] == "UTF-8 UTF-8 False\n"
 
 
 def test_the_compiler_says_what_is_wrong_with_an_instance(real: str, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::panic::resume_unwind;
 use std::path::Path;
-use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::{ptr, thread};
 
 use libloading::Library;
 
@@ -18,6 +19,8 @@ type Program = *mut c_void;
 type Strings = *const *const c_char;
 
 const COMPILATION_FAILED: c_int = 6; // NVRTC_ERROR_COMPILATION
+/// The oldest version that all kernels are compiled with in tests (docs/cuda.md); NVRTC 11 does not know sm_90a.
+const OLDEST: (c_int, c_int) = (12, 0);
 
 // The signatures are those of nvrtc.h, unchanged from CUDA 12.0 to 13.x.
 function_table! { Functions:
@@ -94,6 +97,10 @@ impl Nvrtc {
         // SAFETY: both point to integers of this frame.
         nvrtc.check("nvrtcVersion", unsafe { (nvrtc.functions.version)(&raw mut major, &raw mut minor) })?;
         nvrtc.version = (major, minor);
+        if nvrtc.version < OLDEST {
+            let reason = format!("found NVRTC {major}.{minor}, expected {}.{} or newer", OLDEST.0, OLDEST.1);
+            return Err(Error::nvrtc(path, "nvrtcVersion", reason));
+        }
         open_builtins(path, nvrtc.version);
         nvrtc.architectures = nvrtc.list_architectures()?;
         Ok(nvrtc)
@@ -128,7 +135,14 @@ impl Nvrtc {
     }
 
     /// Compiles one kernel; safe to call from many threads at once.
+    ///
+    /// In a thread of its own: NVRTC before 12.6 leaves the one that it ran in with another locale, in which Python takes text files for ASCII.
     pub fn compile(&self, unit: &Unit) -> Result<Output> {
+        let compiled = thread::scope(|scope| scope.spawn(|| self.compile_here(unit)).join());
+        compiled.unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    fn compile_here(&self, unit: &Unit) -> Result<Output> {
         let program = ProgramHandle::new(self, unit)?;
         let expression = c_string("expression", unit.expression)?;
         // SAFETY: a live program that only this thread uses; the string outlives it.
