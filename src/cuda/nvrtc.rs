@@ -19,7 +19,7 @@ type Program = *mut c_void;
 type Strings = *const *const c_char;
 
 const COMPILATION_FAILED: c_int = 6; // NVRTC_ERROR_COMPILATION
-/// The oldest version that all kernels are compiled with in tests (docs/cuda.md); NVRTC 11 does not know sm_90a.
+/// The oldest version that all kernels are compiled with in tests (docs/cuda.md); NVRTC 11 does not know `sm_90a`.
 const OLDEST: (c_int, c_int) = (12, 0);
 
 // The signatures are those of nvrtc.h, unchanged from CUDA 12.0 to 13.x.
