@@ -1,6 +1,7 @@
 """Kernels compiled by NVRTC for every architecture: no spills, few registers, few instructions, the emulator's names.
 
-Needs NVRTC (`pip install nvidia-cuda-nvrtc`; torch's CUDA builds bring it), no GPU and no header; nvdisasm for counts.
+Needs NVRTC 13 (`pip install nvidia-cuda-nvrtc`; torch's CUDA 13 builds bring it), no GPU and no header; nvdisasm for
+counts. Older versions compile the kernels too (test_cuda_warmup.py), into code that these limits are not about.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from skvq.cuda_runtime import major_version
 from skvq.reference import ReferenceCodec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
@@ -115,7 +117,8 @@ JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
 
 @cache
 def nvrtc() -> ctypes.CDLL | None:
-    found = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/libnvrtc.so.*"))
+    places = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/libnvrtc.so.*"))
+    found = [path for path in places if (major_version(str(path)) or 0) >= 13]
     if not found:
         return None
     # Some wheels' libraries find their other half only if it is loaded already.
@@ -124,7 +127,7 @@ def nvrtc() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(found[0]))
 
 
-pytestmark = pytest.mark.skipif(nvrtc() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
+pytestmark = pytest.mark.skipif(nvrtc() is None, reason="no NVRTC 13: pip install nvidia-cuda-nvrtc")
 
 
 def compile_one(job: tuple[str, str]) -> tuple[str, str, bytes]:
