@@ -121,7 +121,8 @@ def test_bits_are_chosen_on_a_piece_that_nothing_is_fitted_to(
     (tmp_path / "noise.txt").write_text(text, encoding="utf-8")
     fitted: list[list[torch.Tensor]] = []
     compared: list[tuple[int, torch.Tensor]] = []
-    real_collect, real_best = importlib.import_module("skvq.calibrate.collect").collect, choose.best_shared
+    module = importlib.import_module("skvq.calibrate.collect")  # the package has a function of that name
+    real_collect, real_best = module.collect, choose.best_shared
 
     def seen_collect(model: Any, chunks: Any, **options: Any) -> Any:
         fitted.append(list(chunks))
@@ -131,8 +132,8 @@ def test_bits_are_chosen_on_a_piece_that_nothing_is_fitted_to(
         compared.append((statistics.chunks, token_ids))
         return real_best(model, statistics, options, plan_of, token_ids, **more)
 
-    monkeypatch.setattr("skvq.calibrate.collect.collect", seen_collect)
-    monkeypatch.setattr("skvq.calibrate.choose.best_shared", seen_best)
+    monkeypatch.setattr(module, "collect", seen_collect)
+    monkeypatch.setattr(choose, "best_shared", seen_best)
     line = f"calibrate {folder}/model --texts {tmp_path}/noise.txt -o {tmp_path}/plan --chunks 2 --tokens 300 "
     line += f"--window 16 --dtype float32 --state {tmp_path}/state "
     assert cli.main([*line.split(), "--bits", "1.9"]) == 0

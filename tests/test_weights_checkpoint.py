@@ -275,7 +275,7 @@ def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     source, out = save(tmp_path / "model"), tmp_path / "w4"
     assert main(["quantize", str(source), "-o", str(out), *SMALL, "--no-plan"]) == 0
     figures = tmp_path / "bench.json"
-    sizes = ["--tokens", "700", "--new-tokens", "2", "--rows", "1"]
+    sizes = ["--tokens", "700", "--new-tokens", "2", "--rows", "1", "--dtypes", "float32", "bfloat16"]
     assert (
         main(["bench", "weights", "--model", str(source), "--checkpoint", str(out), *sizes, "--json", str(figures)])
         == 0

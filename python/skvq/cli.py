@@ -169,6 +169,12 @@ def _add_bench(commands: Any) -> None:
     weights.add_argument("--rows", type=whole_number(1), nargs="+", metavar="N", help="of a product (default: 1 256)")
     weights.add_argument("--tokens", type=whole_number(1), metavar="N", help="in the cache (default: 8192)")
     weights.add_argument("--new-tokens", type=whole_number(1), metavar="N", help="timed (default: 8)")
+    weights.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("bfloat16", "float32", "float16"),
+        help="of activations and full-precision weights; ratios are to the first (default: bfloat16 float32)",
+    )
     add_output(weights, plot=False)
     weights.set_defaults(run=_run_simple, benchmark_name="weights", options_name="WeightsOptions")
 
