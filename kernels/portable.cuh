@@ -263,9 +263,13 @@ struct FromShared {
     }
 };
 
+// An instruction of sm_89 and newer, which NVRTC 12.0 has for sm_90 alone.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ >= 900 || __CUDA_ARCH__ == 890 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201)
+#define SKVQ_CONVERTS_E4M3
+#endif
 /// Two E4M3FN numbers, bytes 0 and 1, as f16: all of them are f16 numbers.
 __device__ __forceinline__ u32 halves_of_e4m3(u32 bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if defined(SKVQ_CONVERTS_E4M3)
     u32 halves;
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.rn.f16x2.e4m3x2 %0, l;\n}" : "=r"(halves) : "r"(bytes));
     return halves;
