@@ -80,6 +80,8 @@ CASES += [("llama", spec) for spec in ("kivi:bits=2,group=16,sink_search=64", "r
 
 @pytest.mark.parametrize(("family", "spec"), CASES)
 def test_simulation_is_stepping(family: str, spec: str) -> None:
+    if family == "kv-shared" and not getattr(model(family).config, "kv_sharing_modes", None):
+        pytest.skip("this transformers does not say which layers read another's keys, and the simulation refuses them")
     length = 150
     token_ids, method = prompts(1, length)[0], parse_method(spec)
     cache = MethodCache(model(family).config, method, WINDOW, SINKS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache, QuantizedCache
+from transformers import AutoTokenizer, DynamicCache, QuantizedCache, cache_utils
 
 from skvq import QuantizedDynamicCache, SkvqConfig, StreamOptions
 from skvq.evaluate import long_generation, retrieval, shared_prefill, tasks_cli
@@ -302,10 +302,9 @@ def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_cache_texts_become_caches(model: Any) -> None:
     given = CacheDefaults(window=16, sinks=3)
-    made = parse_caches(["dynamic", "packed", "packed:key_bits=4,value_bits=1.5,sinks=0", "fp8"], model, given)
+    made = parse_caches(["dynamic", "packed", "packed:key_bits=4,value_bits=1.5,sinks=0"], model, given)
     kinds = {spec: make() for spec, make in made.items()}
     assert isinstance(kinds["dynamic"], DynamicCache)
-    assert isinstance(kinds["fp8"], QuantizedCache)
     plain, changed = kinds["packed"].skvq_config, kinds["packed:key_bits=4,value_bits=1.5,sinks=0"].skvq_config
     assert (plain.key_bits, plain.window, plain.sinks) == (2, 16, 3)
     assert (changed.key_bits, changed.value_bits, changed.window, changed.sinks) == (4, 1.5, 16, 0)
@@ -340,6 +339,18 @@ def test_a_plan_is_read_once_and_refused_on_its_own_texts(model: Any, tmp_path: 
             parse_cache(f"{kind}:{path}", model, CacheDefaults(evaluation=[Text("its copy", PROSE)]))
 
 
+without_fp8 = pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache"
+)
+
+
+@without_fp8
+def test_a_cache_of_transformers_in_fp8(model: Any) -> None:
+    assert isinstance(parse_cache("fp8", model)(), QuantizedCache)
+    with pytest.raises(ValueError, match="does not support"):
+        parse_cache("fp8:nbits=4", model)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -351,7 +362,6 @@ def test_a_plan_is_read_once_and_refused_on_its_own_texts(model: Any, tmp_path: 
         ("dynamic:bits=2", "dynamic takes no options"),
         ("plan:", "expected plan:FILE"),
         ("method:nothing", "nothing"),
-        ("fp8:nbits=4", "does not support"),
     ],
 )
 def test_wrong_cache_texts_are_named(model: Any, spec: str, message: str) -> None:

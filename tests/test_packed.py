@@ -84,7 +84,8 @@ def test_a_prompt_waits_for_its_queries(repeated: bool) -> None:
             x[:, :, None, :, :].expand(B, HEADS, 2, 300, D).reshape(B, 2 * HEADS, 300, D) for x in (key, value)
         )
     found = sdpa(query, key, value, is_causal=True, enable_gqa=not repeated)
-    assert torch.equal(found, wanted)
+    # Heads that are repeated before are another call of torch's kernel, and older ones add in another order there.
+    assert torch.allclose(found, wanted, atol=1e-6) if repeated else torch.equal(found, wanted)
     assert made.waiting is None
     assert not made.wants_queries
     assert made.native.packed_tokens == 256

@@ -226,7 +226,7 @@ def test_quantize_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """The whole way: weights, both plans, the table of the comparison, its JSON."""
     source, out = save(tmp_path / "model"), tmp_path / "w4"
     assert main(["quantize", str(source), "-o", str(out), "--kv-bits", "4", *SMALL, *PLAN]) == 0
-    report = json.loads((out / "quantization.json").read_text())
+    report = json.loads((out / "quantization.json").read_text(encoding="utf-8"))
     assert len(report["blocks"]) == 3
     assert report["bits_per_weight"] == 4.625
     for plan in ("plan.safetensors", "plan_2d.safetensors"):
