@@ -1,7 +1,7 @@
 """Generation with a cache on a device, the whole way: models, `PackedLayer`, `CudaLayer`, kernels in the emulator.
 
-Is: tokens of a lossless cache against transformers' own, logits at the default's bits against the store on the CPU, and
-the changes of a cache (cuda_generate_cases.py). Is not: a word on a GPU; tensors are the CPU's here.
+Is: tokens of a lossless cache against transformers' own; rows, attention and logits at the default's bits against the
+store on the CPU; the changes of a cache (cuda_generate_cases.py). Is not: a word on a GPU; tensors are the CPU's here.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ def test_softcap_and_sink_logits(stand_ins: tuple[Path, str], family: str) -> No
 @pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma2", "skvq")])
 def test_logits_are_close_at_low_bits(stand_ins: tuple[Path, str], family: str, attention: str) -> None:
     check(stand_ins, "close", family, attention)
+
+
+def test_a_wrong_scale_is_found(stand_ins: tuple[Path, str]) -> None:
+    check(stand_ins, "wrong", "gemma2", "skvq")
 
 
 def test_changes_of_a_cache(stand_ins: tuple[Path, str]) -> None:
