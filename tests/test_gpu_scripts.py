@@ -182,3 +182,17 @@ def test_check_sh_keeps_to_its_budget(tmp_path: Path) -> None:
     assert done.returncode == 2
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert summary.count("skipped, the budget of 4 s is spent") == 7
+
+
+@NO_BASH
+def test_racecheck_looks_at_our_kernels_alone(tmp_path: Path) -> None:
+    sanitizer = tmp_path / "bin" / "compute-sanitizer"
+    sanitizer.parent.mkdir()
+    sanitizer.write_text('#!/bin/sh\necho "sanitizer $*"\n')
+    sanitizer.chmod(0o755)
+    done = check_sh(tmp_path, "nothing-at-all", 1, STAGES="sanitizer", PATH=f"{sanitizer.parent}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [(tmp_path / "out" / f"{kind}.log").read_text() for kind in ("memcheck", "racecheck")]
+    assert "--tool memcheck --error-exitcode 9" in logs[0]
+    assert "--tool racecheck --kernel-name kns=_ZN4skvq --error-exitcode 9" in logs[1]
+    assert all("check_kernels.py" in log for log in logs)
