@@ -25,6 +25,7 @@ FLASHINFER_PAGE = 16
 _FLASHINFER_WORKSPACE = 128 << 20
 _LOW_BITS = {2: 32, 4: 128}  # bits: rows that share a scale, by their authors' defaults
 _BITDECODING_CONTAINER = 16  # bits
+_KIVI_ELEMENTS = 1 << 31  # of keys; its kernels count them in 32 bits, and a fault would end the process
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _flashinfer(tensor_cores: bool) -> Callable[[Tensor, Tensor, Tensor], Call]:
         kv_heads, tokens = keys.shape[1], keys.shape[2]
         pages = -(-tokens // FLASHINFER_PAGE)
         paged = tuple(flashinfer_pages(rows) for rows in (keys, values))
-        workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=query.device)
+        workspace = torch.zeros(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=query.device)
         wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=tensor_cores)
         numbers = {"dtype": torch.int32, "device": query.device}
         indptr = torch.arange(0, (batch + 1) * pages, pages, **numbers)  # type: ignore[call-overload]
@@ -176,6 +177,8 @@ def _kivi(bits: int) -> Callable[[Tensor, Tensor, Tensor], Call]:
     def prepare(query: Tensor, keys: Tensor, values: Tensor) -> Call:
         pack = importlib.import_module("quant.new_pack").triton_quantize_and_pack_along_last_dim
         product = importlib.import_module("quant.matmul").cuda_bmm_fA_qB_outer
+        if keys.numel() >= _KIVI_ELEMENTS:
+            raise ValueError(f"{keys.numel()} elements of keys: expected fewer than {_KIVI_ELEMENTS}")
         group = min(_LOW_BITS[bits], keys.shape[3])
         tokens = _whole_groups(keys, group)
         packed_keys = pack(keys[:, :, :tokens].transpose(2, 3).contiguous(), group, bits)
