@@ -2,8 +2,9 @@
 //
 // Is: the partial softmax states of every split (flash-decoding), in the space of ŷ. Is not: the queries' fold (fold.cuh), the values'
 // unfold and the merge (merge.cuh), rows in the model's type (plain.cuh).
-// Grid: splits × (kv heads · query tiles / Tiles) × batch, of attend_apart a quarter as many; block: 4 warps. A split is pages_per_split pages inside one
-// block of statistics. A warp takes a quarter of its row blocks, or all of a split of its own:
+// Grid: (kv heads · query tiles / Tiles) × batch × splits, of attend_apart a quarter as many; block: 4 warps. A split is pages_per_split pages inside one
+// block of statistics, but the last splits, which begin when the others are under way, may be shorter, so that all blocks come to their end together.
+// A warp takes a quarter of a split's row blocks, or all of a split of its own:
 //
 //   scores [16 rows × 8 queries]   = K̂ [rows × channels] · Q' [channels × queries]     rows on M, a group's scale applied to its sums
 //   O      [channels × 8 queries] += V̂ᵀ [channels × rows] · (a·P) [rows × queries]     channels on M, a group's scale folded into P
@@ -29,23 +30,29 @@ struct FoldedQueries {
     float unit[Tiles][2], noise[Tiles][2];
     float shifted[Tiles][2];  // what all scores of a query have
     const float* extras[Tiles];
+    int extras_step[Tiles];
 
-    __device__ __forceinline__ void load(const AttendParams& p, i64 first_tile, int lane) {
+    /// `first_index`: tile of the kv head; `first_tile`: the same as a place in memory.
+    __device__ __forceinline__ void load(const AttendParams& p, int first_index, i64 first_tile, int lane) {
         constexpr int width = K::head_dim / 16 * 64, extras_width = extras_head + K::groups;
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
-            fragments[n] = reinterpret_cast<const u32*>(p.folded) + (first_tile + n) * width + 2 * lane;
-            extras[n] = reinterpret_cast<const float*>(p.extras) + ((first_tile + n) * query_tile + 2 * (lane % 4)) * extras_width;
+            auto existing = [&](int query) { return existing_query(query, p.group, p.length, first_index + n); };
+            const int own = 4 * existing(lane / 4) + lane % 4, pair[2] = {existing(lane % 4 * 2), existing(lane % 4 * 2 + 1)};
+            fragments[n] = reinterpret_cast<const u32*>(p.folded) + (first_tile + n) * width + 2 * own;
+            extras[n] = reinterpret_cast<const float*>(p.extras) + ((first_tile + n) * query_tile + pair[0]) * extras_width;
+            extras_step[n] = (pair[1] - pair[0]) * extras_width;
             for (int side = 0; side < 2; ++side) {
-                unit[n][side] = load_here(extras[n] + side * extras_width);
-                shifted[n][side] = load_here(extras[n] + side * extras_width + 1);
-                if constexpr (K::is_parts) noise[n][side] = load_here(extras[n] + side * extras_width + 2);
+                const float* from = extras[n] + side * extras_step[n];
+                unit[n][side] = load_here(from);
+                shifted[n][side] = load_here(from + 1);
+                if constexpr (K::is_parts) noise[n][side] = load_here(from + 2);
             }
             auto fragment = [&](auto tile, u32(&b)[2]) {
                 const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
                 b[0] = pair.x, b[1] = pair.y;
             };
-            if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(p.folded) + (first_tile + n) * (width / 4), lane);
+            if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(p.folded) + (first_tile + n) * (width / 4), own);
             if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { fragment(tile, kept[n][decltype(tile)::value]); });
         });
     }
@@ -71,7 +78,7 @@ struct FoldedQueries {
     }
     template <int Group>
     __device__ __forceinline__ float group_sum(int n, int side) const {
-        return log2_e * extras[n][side * (extras_head + K::groups) + extras_head + Group];
+        return log2_e * extras[n][side * extras_step[n] + extras_head + Group];
     }
 };
 
@@ -142,9 +149,9 @@ struct RowLimits {
     int whole_begin, whole_end;  // pages of which all queries see all rows, with plain scores
 
     /// `wholes`: none of them otherwise; `biased`: a bias does not matter to them.
-    __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int packed, int sinks, int total, bool wholes,
+    __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int end_page, int packed, int sinks, int total, bool wholes,
                                          bool biased)
-        : first_visible(padding_of(p.mask, batch)), end(min(packed, (first_page + p.pages_per_split) * page_rows)) {
+        : first_visible(padding_of(p.mask, batch)), end(min(packed, end_page * page_rows)) {
         // The first of a call's queries sees least.
         const int seen = p.mask.causal ? min(end, total - p.length + 1 - sinks) : end;
         const bool plain = wholes && p.mask.kind == 0 && p.mask.softcap <= 0.0f && (biased || !p.bias);
@@ -167,11 +174,12 @@ constexpr int attend_bytes = RowRing<K, V>::bytes > state_bytes<K, V, Tiles> ? R
 template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders>
 __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) {
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    const int split = Apart ? blockIdx.x * attend_warps + warp : blockIdx.x, batch = blockIdx.z, head_tiles = p.kv_heads * p.query_tiles;
-    const int head_tile = blockIdx.y * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
+    const int split = Apart ? blockIdx.z * attend_warps + warp : blockIdx.z, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
+    const int head_tile = blockIdx.x * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
     if (Apart && split >= p.splits) return;
     // What does not depend on the lengths is asked for before they are known: a short split is all latency.
-    const int first_page = split * p.pages_per_split;
+    auto page_of = [&](int which) { return which * p.short_pages + min(which, p.long_splits) * (p.pages_per_split - p.short_pages); };
+    const int first_page = page_of(split);
     const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
     const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
     auto key_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.key_pages) + (first_entry + page)); };
@@ -180,13 +188,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
     const u64 guessed_keys = key_page(guess), guessed_values = value_page(guess);
     const int statistics = p.pages_per_key_block ? min(first_page / p.pages_per_key_block, p.key_blocks - 1) : 0;
     FoldedQueries<K, Tiles, Bytes> queries;
-    queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
 
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
     constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart>::fits;
-    const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, wholes, K::is_parts);
+    const RowLimits limits(p, batch, first_page, page_of(split + 1), lengths[0], sinks, total, wholes, K::is_parts);
 
     RunningState<V, Tiles, Remainders> state;
     state.clear(p.weight_unit);
@@ -195,19 +202,17 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
 
         const LevelTable key_levels = kept_levels<K, Bytes>(p.key_levels), value_levels = kept_levels<V, false>(p.value_levels);
 
-        // Of a mean that turns, which only rows of parts have. Queries that do not exist have a bias too: zeros or whatever is there.
+        // Of a mean that turns, which only rows of parts have.
         auto bias_of = [&](int n, int j) {
-            const i64 at = (static_cast<i64>(batch) * head_tiles + head_tile + n) * query_tile + 2 * t + j;
+            const int query = existing_query(2 * t + j, p.group, p.length, first_query_tile + n);
+            const i64 at = (static_cast<i64>(batch) * head_tiles + head_tile + n) * query_tile + query;
             return reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
         };
-        auto add_bias = [&](int row, float(&scores)[Tiles][4]) {
-            for_each<Tiles>([&](auto index) {
-                constexpr int n = decltype(index)::value;
-                for (int i = 0; i < 4; ++i) scores[n][i] = fmaf(bias_of(n, i % 2)[row + 8 * (i / 2)], log2_e, scores[n][i]);
-            });
-        };
 
+        // Folded by the launch before, which may be at it until here.
         auto queries_come = [&] {
+            wait_for_earlier_launches();
+            queries.load(p, first_query_tile, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
             queries.prepare(p);
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -238,6 +243,20 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                 commit_copies();
             });
             queries_come();
+            // Biases are asked for a turn before.
+            float biases[Ring::at_once][Tiles][4] = {};
+            auto ask_biases = [&](int turn) {
+                if constexpr (K::is_parts) {
+                    if (!p.bias || turn >= turns) return;
+                    const int page = limits.whole_begin + static_cast<int>(static_cast<u32>(turn) / Ring::page_turns);
+                    const int row = (page * blocks_per_page + Ring::first_block(warp, turn & Ring::page_turns - 1)) * block_rows + g;
+                    for_each<Ring::at_once * Tiles>([&](auto index) {
+                        constexpr int block = decltype(index)::value / Tiles, n = decltype(index)::value % Tiles;
+                        for (int i = 0; i < 4; ++i) biases[block][n][i] = bias_of(n, i % 2)[row + block * block_rows + 8 * (i / 2)];
+                    });
+                }
+            };
+            ask_biases(0);
             int slot_at = 0, free_at = (Ring::slots - 1) * Ring::slot_bytes;
             for (int turn = 0; turn < turns; ++turn) {
                 wait_for_copies<Ring::slots - 2>();
@@ -256,11 +275,13 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                     ring.template read_keys<i>(slot_at, codes, numbers);
                     score_block<K, Tiles, Bytes>(codes, numbers, queries, key_levels, p.key_wide_levels, state.offset, scores[i]);
                     if constexpr (K::is_parts) {
-                        const int page = limits.whole_begin + static_cast<int>(static_cast<u32>(turn) / Ring::page_turns);
-                        const int block = page * blocks_per_page + Ring::first_block(warp, turn & Ring::page_turns - 1) + i;
-                        if (p.bias) add_bias(block * block_rows + g, scores[i]);
+                        for_each<4 * Tiles>([&](auto element) {
+                            constexpr int n = decltype(element)::value / 4, e = decltype(element)::value % 4;
+                            scores[i][n][e] = fmaf(biases[i][n][e], log2_e, scores[i][n][e]);
+                        });
                     }
                 });
+                ask_biases(turn + 1);
                 state.soften(scores, weights, turn == 0);
                 for_each<Ring::at_once>([&](auto index) {
                     constexpr int i = decltype(index)::value;
@@ -307,7 +328,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
                             score = -infinity();
                             continue;
                         }
-                        const float biased = score * log_2 + (p.bias ? bias_of(n, j)[row] : 0.0f);
+                        float biased = score * log_2;
+                        if constexpr (K::is_parts) biased += p.bias ? bias_of(n, j)[row] : 0.0f;
                         score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - queries.shifted[n][j]);
                         begins = begins || (state.reference[n][j] == no_reference && score > -infinity());
                     }
@@ -332,6 +354,7 @@ template <class K, class V, int Tiles, bool Apart>
 __device__ __forceinline__ void attend_rows(const AttendParams& p) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
+    let_next_launch_begin();
     constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
     const bool integers = bytes && p.as_bytes;
     if constexpr (remainders) {
@@ -343,12 +366,14 @@ __device__ __forceinline__ void attend_rows(const AttendParams& p) {
 template <class K, class V, int Tiles>
 __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend(const __grid_constant__ AttendParams p) {
     attend_rows<K, V, Tiles, false>(p);
+    wait_for_earlier_launches();  // splits without rows have not yet
 }
 
 /// Splits of a few pages each, four of them in a block: its warps have nothing to wait for each other for.
 template <class K, class V, int Tiles>
 __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend_apart(const __grid_constant__ AttendParams p) {
     attend_rows<K, V, Tiles, true>(p);
+    wait_for_earlier_launches();
 }
 
 }  // namespace skvq

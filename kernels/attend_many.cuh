@@ -103,11 +103,13 @@ struct ManyQueries {
         if constexpr (in_registers) return numbers[side][which];
         return log2_e * load_here(extras[side] + which);
     }
-    __device__ __forceinline__ void load(const AttendParams& p, i64 first_tile, int lane) {
+    /// `first_index`: tile of the kv head; `first_tile`: the same as a place in memory.
+    __device__ __forceinline__ void load(const AttendParams& p, int first_index, i64 first_tile, int lane) {
         constexpr int width = K::head_dim / 16 * 64, extras_width = extras_head + K::groups;
         for (int side = 0; side < 2; ++side) {
-            fragments[side] = reinterpret_cast<const u32*>(p.folded) + (first_tile + side) * width + 2 * lane;
-            extras[side] = reinterpret_cast<const float*>(p.extras) + ((first_tile + side) * query_tile + lane / 4) * extras_width;
+            const int query = existing_query(lane / 4, p.group, p.length, first_index + side);
+            fragments[side] = reinterpret_cast<const u32*>(p.folded) + (first_tile + side) * width + 2 * (4 * query + lane % 4);
+            extras[side] = reinterpret_cast<const float*>(p.extras) + ((first_tile + side) * query_tile + query) * extras_width;
             if constexpr (in_registers) {
                 for (int i = 0; i < 3; ++i) numbers[side][i] = log2_e * extras[side][i];
             }
@@ -310,13 +312,15 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     static_assert(K::head_dim <= most_many_width && V::head_dim <= most_many_width, "sums of wider heads leave no registers");
     SKVQ_DYNAMIC_SHARED(u8, shared);
+    let_next_launch_begin();
+    wait_for_earlier_launches();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, split = blockIdx.x, batch = blockIdx.z;
     const int blocks = (p.query_tiles + many_tiles - 1) / many_tiles, head = blockIdx.y / blocks;
     const int query_tile_of_warp = blockIdx.y % blocks * many_tiles + 2 * warp, head_tile = head * p.query_tiles + query_tile_of_warp;
     const bool has_queries = query_tile_of_warp < p.query_tiles;
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
-    const RowLimits limits(p, batch, first_page, lengths[0], sinks, total, true, K::is_parts);
+    const RowLimits limits(p, batch, first_page, first_page + p.pages_per_split, lengths[0], sinks, total, true, K::is_parts);
 
     ManyState<V> state;
     state.clear();
@@ -327,7 +331,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
         const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
         const int statistics = p.pages_per_key_block ? first_page / p.pages_per_key_block : 0;
         ManyQueries<K> queries;
-        if (has_queries) queries.load(p, (sequence * p.key_blocks + statistics) * p.query_tiles + query_tile_of_warp, lane);
+        if (has_queries) queries.load(p, query_tile_of_warp, (sequence * p.key_blocks + statistics) * p.query_tiles + query_tile_of_warp, lane);
 
         StreamRows<K> key_rows;
         StreamRows<V> value_rows;
@@ -353,7 +357,8 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             if (ahead && which + 1 < end) load(value_rows, p.value_pages, which + 1);
         };
         auto bias_of = [&](int side) {
-            const i64 at = (static_cast<i64>(batch) * p.kv_heads * p.query_tiles + head_tile + side) * query_tile + lane / 4;
+            const int query = existing_query(lane / 4, p.group, p.length, query_tile_of_warp + side);
+            const i64 at = (static_cast<i64>(batch) * p.kv_heads * p.query_tiles + head_tile + side) * query_tile + query;
             return reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
         };
         auto multiply = [&](int which) {

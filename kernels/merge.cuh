@@ -11,10 +11,13 @@
 
 namespace skvq {
 
+constexpr int unfold_at_once = 3;  // rows of splits on their way
 constexpr int unfold_blocks = 8;  // of a multiprocessor: without matrices the product's registers must not cost any
 
 template <int D>
 __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unfold(const __grid_constant__ UnfoldParams p) {
+    let_next_launch_begin();
+    wait_for_earlier_launches();
     constexpr int per_lane = D / 16, width = state_head + D;
     alignas(16) __shared__ float buffer[rows_per_block * product_parts(D) * D];
     alignas(16) __shared__ float affines[row_threads / 32][2][D];  // of a warp: scale and shift
@@ -50,17 +53,30 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
     auto block_of = [&](int split) { return split < count ? block_of_page(p.transform, (first + split) * p.pages_per_split) : -1; };
     float weight = 0.0f, output[per_lane] = {}, row[per_lane] = {};
     if (p.transform.inverse) {
-#pragma unroll 1
-        for (int split = 0; split < count; ++split) {
-            if (exists) {
-                const float* from = state_at(p.packed, batch, head_tile, head_tiles, query, p.splits, first + split, D);
-                const float factor = state_factor(from[0], from[1], largest);
-                weight += factor * from[2];
-#pragma unroll
-                for (int k = 0; k < per_lane; ++k) row[k] += factor * from[state_head + lane + 16 * k];
-            }
+        // The rows of a run of splits are on their way together, some at a time.
+        for (int split = 0; split < count;) {
             const int block = block_of(split);
-            if (block_of(split + 1) == block || __syncthreads_and(weight == 0.0f)) continue;
+            int run = 0;
+            do {
+                float rows[unfold_at_once][per_lane] = {};
+#pragma unroll
+                for (int i = 0; i < unfold_at_once; ++i) {
+                    if (!exists || split + i >= count || block_of(split + i) != block) continue;
+#pragma unroll
+                    for (int k = 0; k < per_lane; ++k) rows[i][k] = states[(split + i) * width + state_head + lane + 16 * k];
+                }
+                for (run = 0; run < unfold_at_once && block_of(split + run) == block; ++run) {}
+#pragma unroll
+                for (int i = 0; i < unfold_at_once; ++i) {
+                    const float factor = i < run ? factor_of(split + i) : 0.0f;
+                    weight += i < run ? weight_of(split + i) : 0.0f;
+                    if (factor == 0.0f) continue;
+#pragma unroll
+                    for (int k = 0; k < per_lane; ++k) row[k] += factor * rows[i][k];
+                }
+                split += run;
+            } while (run == unfold_at_once && block_of(split) == block);
+            if (__syncthreads_and(weight == 0.0f)) continue;
             const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
             multiply_rows<D, false, D < 128 ? 8 : 16>(row, transform.inverse, buffer, query, lane);
 #pragma unroll
@@ -122,6 +138,8 @@ constexpr int merge_slices = row_threads / row_lanes, merge_threads = row_thread
 /// Queries that see nothing get zeros, as torch's attention gives them.
 template <class T, int D>
 __global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ MergeParams p) {
+    let_next_launch_begin();
+    wait_for_earlier_launches();
     constexpr int loads = (D / 4 + row_lanes - 1) / row_lanes;  // of 16 bytes a lane
     __shared__ U32x4 slices[merge_slices][1 + D / 4];
     const int batch = blockIdx.y, queries = p.group * p.length, kv_head = blockIdx.x / queries, query = blockIdx.x % queries;

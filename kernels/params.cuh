@@ -60,6 +60,8 @@ struct FoldParams {
     i32 query_tiles;
     i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh);
                    // not with ternary values of uneven levels
+    i32 blocks;    // of statistics, 1 without
+    i32 padding;
 };
 
 /// turning.cuh: q·m(t) of every packed row. Grid: any number of blocks.
@@ -92,7 +94,7 @@ struct MaskParams {
     i32 total_from_lengths_plus;  // total tokens = packed + sinks + window + this many fresh ones
 };
 
-/// attend.cuh. Grid: splits × (kv heads · query tiles / tiles of the instance) × batch.
+/// attend.cuh. Grid: (kv heads · query tiles / tiles of the instance) × batch × splits; attend_many.cuh: splits × … × batch.
 struct AttendParams {
     u64 key_pages, value_pages;  // u64 [batch, kv heads, page capacity]
     u64 folded, extras;          // of fold.cuh
@@ -105,6 +107,7 @@ struct AttendParams {
     LevelTable key_levels, value_levels;
     float weight_unit;  // a power of two by which weights times scales are multiplied before they become f16
     i32 page_capacity, pages_per_split, splits;
+    i32 long_splits, short_pages;  // so many splits have pages_per_split pages, those behind them short_pages; attend_many.cuh: all are long
     i32 pages_per_key_block, key_blocks;
     i32 kv_heads, group, length, query_tiles;
     i32 as_bytes;  // as of fold.cuh
@@ -247,7 +250,7 @@ struct DecodeParams {
 static_assert(sizeof(LevelTable) == 144, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
-static_assert(sizeof(FoldParams) == 168, "FoldParams");
+static_assert(sizeof(FoldParams) == 176, "FoldParams");
 /// rows.cuh, copy_rows. Row r of the target is row r + source_shift + shifts[batch] of the source, where the source has it. Strides in bytes.
 /// Where there is a table, rows lie in its pages: row r in page r / 128.
 struct CopyParams {
@@ -291,7 +294,7 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 472, "AttendParams");
+static_assert(sizeof(AttendParams) == 480, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");

@@ -209,6 +209,7 @@ struct PlainQueries {
 template <class T, int Dk, int Dv>
 __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ PlainParams p) {
     using Shape = PlainShape<T, Dk, Dv>;
+    let_next_launch_begin();
     using Queries = PlainQueries<T, Dk, Dv>;
     constexpr int warps = row_threads / 32, most_parts = query_tile / Shape::queries, width = state_head + Dv;
     static_assert(most_parts <= warps, "each part of the queries has a warp");
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
     const int batch = blockIdx.z, head_tile = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
     const int head = head_tile / p.query_tiles, first_query = head_tile % p.query_tiles * query_tile;
     const int count = min(query_tile, p.group * p.length - first_query);
-    if (count <= 0) return;
+    if (count <= 0) return wait_for_earlier_launches();
     int split = blockIdx.x, index = 0;
     while (split >= p.regions[index].splits) split -= p.regions[index++].splits;
     const PlainRegion& region = p.regions[index];
@@ -322,6 +323,7 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
                     __float_as_uint(four[0]), __float_as_uint(four[1]), __float_as_uint(four[2]), __float_as_uint(four[3])};
         }
     }
+    wait_for_earlier_launches();
     __syncthreads();
     // From here on 16 threads for each query, which join what the slots of its part have seen.
     const int query = threadIdx.x / row_lanes, channel = threadIdx.x % row_lanes;

@@ -94,6 +94,8 @@ __device__ __forceinline__ void copy_to_shared(SharedPlace to, u64 from) {
     emulator::copy_in_background(to + Offset, from + FromOffset);
 }
 __device__ __forceinline__ void commit_copies() { emulator::commit_copies(); }
+__device__ __forceinline__ void let_next_launch_begin() {}
+__device__ __forceinline__ void wait_for_earlier_launches() { emulator::wait_for_earlier_launches(); }
 template <int Pending>
 __device__ __forceinline__ void wait_for_copies() {
     emulator::wait_for_copies(Pending);
@@ -204,19 +206,20 @@ __device__ __forceinline__ u8 load_streaming(const u8* from) {
     return static_cast<u8>(r);
 }
 /// Where it is written, not before the loop around it, whose registers it would take; from the first-level cache.
+/// Not as what no launch writes meanwhile (.nc): the one before may be at it until this one waits for it.
 __device__ __forceinline__ U32x2 load_here(const U32x2* from) {
     U32x2 r;
-    asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
     return r;
 }
 __device__ __forceinline__ float load_here(const float* from) {
     float r;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(r) : "l"(from));
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(from));
     return r;
 }
 __device__ __forceinline__ U32x4 load_here(const U32x4* from) {
     U32x4 r;
-    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(from));
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(from));
     return r;
 }
 __device__ __forceinline__ u64 load_here(const u64* from) {
@@ -242,6 +245,22 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int Pending>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SKVQ_OVERLAPS_LAUNCHES
+#endif
+/// From here on the next launch of the stream may begin, if it is one that may begin early, once all blocks have come here.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if defined(SKVQ_OVERLAPS_LAUNCHES)
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+/// Of a launch that may begin early: until those before it are done, and what they wrote is there. All its threads must come here, so that whoever
+/// waits for this launch has waited for those too.
+__device__ __forceinline__ void wait_for_earlier_launches() {
+#if defined(SKVQ_OVERLAPS_LAUNCHES)
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 alignas(16) extern __shared__ unsigned char skvq_dynamic_shared[];
 #define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(skvq_dynamic_shared)

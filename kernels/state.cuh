@@ -30,6 +30,11 @@ __device__ __forceinline__ QueryPlace query_at(int kv_head, int group, int lengt
     return {kv_head * group + query / length, query % length, query < group * length};
 }
 
+/// Query 0 … 7 of a tile, or the last one that exists in its place: its numbers are there already, and nobody asks for what becomes of it.
+__device__ __forceinline__ int existing_query(int query, int group, int length, int tile) {
+    return min(query, max(0, min(query_tile, group * length - tile * query_tile) - 1));
+}
+
 /// softcap·tanh(score / softcap), tanh x being 1 − 2 / (1 + exp 2x): right to a few 1e-7 of the cap.
 __device__ __forceinline__ float soft_cap(float score, float softcap) {
     return softcap - 2.0f * softcap * reciprocal_fast(1.0f + exp2_fast(score * reciprocal_fast(softcap) * (2.0f * log2_e)));

@@ -1,11 +1,12 @@
 // q·m(t) of packed keys whose mean turns with the position (FORMAT.md §6), for attend.cuh's bias.
 //
-// Is: one number a query and packed row, in f32, to about 2^-21 of the largest. Is not: fused: it writes and attend reads 4 bytes a query and row.
+// Is: one number a query and packed row, in f32. Is not: fused: it writes and attend reads 4 bytes a query and row.
 // With μ at position 0 turned by t, and A = Σ q_c·μ_c, B = Σ q_c·ν_c over the channels of a frequency θ, q·m(256·i + j) is the sum over the frequencies of
 // (A·cos + B·sin)·cos(jθ) + (B·cos − A·sin)·sin(jθ), with cos and sin of 256·i·θ: for the 256 rows of a span a product of
 //     cosines and sines of the steps [256, waves] · amplitudes [waves, 8],   two waves a frequency, a column for each (span, query).
 // Products are of f16 with f32 sums. Both sides are split into what f16 has of them (high) and what it has of the rest (low), amplitudes after division
-// by a power of two a query; high·high + low·high + high·low misses 2^-22 of each.
+// by a power of two a query; high·high + low·high + high·low misses 2^-22 of each. Layers of f16 and bf16 are content with high·high: 2^-12 of each side, which
+// is what keys of f16 would have lost.
 //
 //     warp w, rows 16·w … +15          k-step s, frequencies 8·s … +7                8 columns = 8 / n spans of n queries, n = 1, 2, 4, 8
 //     +------------------------+       wave 2·f: cosines, 2·f + 1: sines            +--------+--------+
@@ -49,11 +50,21 @@ __device__ __forceinline__ void split_halves(float a, float b, u32& high, u32& l
     low = narrow_to_halves(a - a_high, b - b_high);
 }
 
+/// What a lane reads of amplitudes: the high ones and, where `near`, the low ones.
+template <bool near>
+struct Amplitudes {
+    using Type = U32x4;
+};
+template <>
+struct Amplitudes<false> {
+    using Type = U32x2;
+};
+
 /// A pass of the table for one warp.
-template <int D>
+template <int D, bool Near>
 struct StepFragments {
     static constexpr int count = pass_steps(D);
-    u32 high[count][4], low[count][4];
+    u32 high[count][4], low[Near ? count : 1][4];
 
     /// `steps`: k-steps of all passes.
     __device__ __forceinline__ void load(const TurningParams& p, int pass, int steps) {
@@ -61,8 +72,10 @@ struct StepFragments {
         const U32x4* from = reinterpret_cast<const U32x4*>(p.waves) + (warp * steps + pass * count) * 32 + lane;
 #pragma unroll
         for (int s = 0; s < count; ++s) {
-            const U32x4 of_high = from[s * 32], of_low = from[(turning_warps * steps + s) * 32];
+            const U32x4 of_high = from[s * 32];
             high[s][0] = of_high.x, high[s][1] = of_high.y, high[s][2] = of_high.z, high[s][3] = of_high.w;
+            if constexpr (!Near) continue;
+            const U32x4 of_low = from[(turning_warps * steps + s) * 32];
             low[s][0] = of_low.x, low[s][1] = of_low.y, low[s][2] = of_low.z, low[s][3] = of_low.w;
         }
     }
@@ -70,11 +83,14 @@ struct StepFragments {
 
 template <class T, int D>
 __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant__ TurningParams p) {
+    let_next_launch_begin();
     constexpr int count = pass_steps(D), most_steps = passes_of(D, D) * count;
+    constexpr bool near = sizeof(T) == 4;
     // Pairs whose amplitudes a thread makes, at most.
     constexpr int own_pairs = (most_steps * step_pairs + turning_threads - 1) / turning_threads;
-    // Of a k-step and lane: high 0, high 1, low 0, low 1.
-    alignas(16) __shared__ U32x4 amplitudes[2][most_steps][32];
+    // Of a k-step and lane: high 0, high 1, low 0, low 1; or the high ones.
+    using Amplitude = typename Amplitudes<near>::Type;
+    alignas(16) __shared__ Amplitude amplitudes[2][most_steps][32];
     // A and B, [k-step, query, 8].
     __shared__ Waves factors[most_steps * step_pairs];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -88,15 +104,15 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
     const i64 items = static_cast<i64>(p.batch) * p.kv_heads * used_tiles * run_items;
     i64 item = items * blockIdx.x / gridDim.x;
     const i64 end = items * (blockIdx.x + 1) / gridDim.x;
-    if (item == end) return;
+    if (item == end) return wait_for_earlier_launches();
 
-    StepFragments<D> fragments;
+    StepFragments<D, near> fragments;
     fragments.load(p, 0, steps);
     // This thread's pairs are (frequency 8·s + threadIdx.x % 8, column) of k-steps that lie 8 apart.
     const i32* starts = reinterpret_cast<const i32*>(p.channels);
     const i32* channels = starts + p.frequencies + 1;
     const int pair = threadIdx.x, pairs = steps * step_pairs, column = pair / step_frequencies % query_tile;
-    constexpr int step_words = 32 * 4, buffer_words = most_steps * step_words;
+    constexpr int step_words = 32 * sizeof(Amplitude) / 4, buffer_words = most_steps * step_words;
     const Waves* own_factors = factors + (pair & ~(step_pairs - 1)) + column % width * step_frequencies + pair % step_frequencies;
     u32* own_words = reinterpret_cast<u32*>(&amplitudes[0][pair / step_pairs][4 * column + pair % 4]) + pair / 4 % 2;
     int channel_of[own_pairs];
@@ -180,8 +196,10 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
                 if (pair + n * turning_threads >= pairs) continue;
                 const Waves factor = own_factors[n * turning_threads];
                 u32* to_words = own_words + buffer * buffer_words + n * (turning_threads / step_pairs) * step_words;
-                split_halves(factor.cosine * far[n].cosine + factor.sine * far[n].sine, factor.sine * far[n].cosine - factor.cosine * far[n].sine,
-                             to_words[0], to_words[2]);
+                const float cosine = factor.cosine * far[n].cosine + factor.sine * far[n].sine;
+                const float sine = factor.sine * far[n].cosine - factor.cosine * far[n].sine;
+                if constexpr (near) split_halves(cosine, sine, to_words[0], to_words[2]);
+                else to_words[0] = narrow_to_halves(cosine, sine);
             }
         };
         load_far(first);
@@ -205,11 +223,16 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
                 if (passes > 1) fragments.load(p, pass, steps);
 #pragma unroll
                 for (int s = 0; s < count; ++s) {
-                    const U32x4 amplitude = amplitudes[buffer][pass * count + s][lane];
-                    const u32 high[2] = {amplitude.x, amplitude.y}, low[2] = {amplitude.z, amplitude.w};
-                    multiply_fragments(highs, fragments.high[s], high);
-                    multiply_fragments(low_steps, fragments.low[s], high);
-                    multiply_fragments(low_amplitudes, fragments.high[s], low);
+                    const Amplitude amplitude = amplitudes[buffer][pass * count + s][lane];
+                    const u32 high[2] = {amplitude.x, amplitude.y};
+                    // Two chains of products are shorter than one.
+                    if (near || s % 2 == 0) multiply_fragments(highs, fragments.high[s], high);
+                    else multiply_fragments(low_steps, fragments.high[s], high);
+                    if constexpr (near) {
+                        const u32 low[2] = {amplitude.z, amplitude.w};
+                        multiply_fragments(low_steps, fragments.low[s], high);
+                        multiply_fragments(low_amplitudes, fragments.high[s], low);
+                    }
                 }
             }
             if (!early) prepare();
@@ -225,6 +248,7 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
             __syncthreads();
         }
     }
+    wait_for_earlier_launches();
 }
 
 }  // namespace skvq

@@ -184,7 +184,7 @@ for thread in threads: thread.join()
             "cuModuleLoadData: CUDA_ERROR_NO_BINARY_FOR_GPU (209): no kernel image; kernel fill<half, 2> for sm_90a by "
             "NVRTC 12.4, driver for CUDA 12.4\n",
         ),
-        ("refused()", {"FAKE_LAUNCH": "719"}, "cuLaunchKernel: CUDA_ERROR (719): unknown status"),
+        ("refused()", {"FAKE_LAUNCH": "719"}, "cuLaunchKernelEx: CUDA_ERROR (719): unknown status"),
         ("refused()", {"FAKE_INIT": "100"}, "CUDA cannot be used: cuInit: CUDA_ERROR (100)"),
     ],
 )

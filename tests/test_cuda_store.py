@@ -258,6 +258,20 @@ def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> No
     launches = [line for line in after.splitlines() if line.startswith("launch")]
     assert launches
     assert all(line.endswith("stream 0x3") for line in launches)
+    # Of a call of attention all but the first, and but those whose blocks would crowd.
+    apart = name == "parts"
+    for kernel, early in (
+        ("fold", False),
+        ("turning", True),
+        ("plain", True),
+        ("attend", not apart),
+        ("unfold", not apart),
+        ("merge", True),
+    ):
+        found = [line for line in launches if f"4skvq{len(kernel)}{kernel}" in line]
+        assert found or kernel == "turning"
+        assert all((" early " in line) == early for line in found)
+    assert not any(" early " in line for line in launches if "append" in line or "poke" in line)
     assert len(launches) <= 60
 
 

@@ -28,9 +28,11 @@ TABLE = f"""
 #include "registry.hpp"
 namespace skvq {{
 __global__ void loses_a_lane(const __grid_constant__ RepackParams) {{ if (threadIdx.x) __syncwarp(); }}
+__global__ void half_waits(const __grid_constant__ RepackParams) {{ if (threadIdx.x % 2) wait_for_earlier_launches(); }}
 }}
 INSTANCE(skvq::rows_to_page<{LAYOUT}>)
 INSTANCE(skvq::loses_a_lane)
+INSTANCE(skvq::half_waits)
 """
 
 
@@ -57,9 +59,31 @@ def function(expression: str) -> tuple[int, ctypes.c_void_p]:
     return call("cuModuleGetFunction", ctypes.byref(found), module, name), found
 
 
-def launch(handle: ctypes.c_void_p, grid: int, block: int, parameters: ctypes.Structure) -> int:
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def launch(handle: ctypes.c_void_p, grid: int, block: int, parameters: ctypes.Structure, early: bool = False) -> int:
+    """The status of a launch; `early`: it may begin before those in front of it are done."""
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-    return call("cuLaunchKernel", handle, grid, 1, 1, block, 1, 1, 0, None, pointers, None)
+    attribute = LaunchAttribute(6, 0, (ctypes.c_int * 16)(1))
+    config = LaunchConfig((grid, 1, 1), (block, 1, 1), 0, None, ctypes.pointer(attribute), int(early))
+    return call("cuLaunchKernelEx", ctypes.byref(config), handle, pointers, None)
 
 
 def test_a_context_is_there() -> None:
@@ -68,7 +92,7 @@ def test_a_context_is_there() -> None:
     assert call("cuDeviceGet", ctypes.byref(device), 0) == 0
     assert call("cuDeviceGet", ctypes.byref(device), 1) != 0
     assert call("cuDeviceGetAttribute", ctypes.byref(major), 75, 0) == 0
-    assert major.value == 8
+    assert major.value == 9
     assert call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0) == 0
     assert call("cuCtxSetCurrent", context) == 0
     assert call("cuCtxGetDevice", ctypes.byref(device)) == 0
@@ -104,6 +128,15 @@ def test_faults_are_cudas_statuses(capfd: pytest.CaptureFixture[str]) -> None:
     _, handle = function("skvq::loses_a_lane")
     assert launch(handle, 1, 32, harness.params("RepackParams")) == LAUNCH_FAILED
     assert "deadlock" in capfd.readouterr().err
+
+
+def test_threads_of_an_early_launch_must_wait(capfd: pytest.CaptureFixture[str]) -> None:
+    _, handle = function("skvq::half_waits")
+    parameters = harness.params("RepackParams")
+    assert launch(handle, 1, 32, parameters) == 0
+    assert launch(handle, 1, 32, parameters, early=True) == LAUNCH_FAILED
+    assert "thread 0: ends without waiting for earlier launches" in capfd.readouterr().err
+    assert launch(handle, 1, 32, parameters) == 0
 
 
 def test_the_written_table_compiles() -> None:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compi
 
 # Of all amplitudes: three products of halves miss 2^-22 of each, f32 tables and sums as much, not all the same way.
 ERROR = 2.0**-23
+ERROR_OF_HALVES = 2.0**-11  # one product: of either side half a step of f16
 
 
 def partial(head_dim: int, rotated: int) -> Tensor:
@@ -156,7 +157,8 @@ def test_every_row_has_its_product(case: Case, kernels: harness.Kernels) -> None
     found, (exact, amplitudes) = run(case, kernels, query), expected(case, query)
     queries = case.group * case.length
     written = found[:, :, :queries, : case.packed].double()
-    assert ((written - exact).abs() <= ERROR * amplitudes).all()
+    limit = ERROR if case.dtype == torch.float32 else ERROR_OF_HALVES
+    assert ((written - exact).abs() <= limit * amplitudes).all()
     assert found[:, :, queries:].isnan().all()
     assert found[:, :, :, case.packed :].isnan().all()
 

@@ -83,6 +83,7 @@ void run_body() {
 #endif
     try {
         (*block.body)();
+        if (launches_begin_early && !fiber.waited_for_earlier) throw Error("ends without waiting for earlier launches");
     } catch (const std::exception& error) {
         if (block.error.empty()) {
             const Index b = block.index;
@@ -186,6 +187,7 @@ EMULATOR_UNSANITIZED void run_block(Block& block, std::vector<unsigned>& order, 
 enum class Copies { at_once, late, either } copies = Copies::at_once;
 }  // namespace
 
+bool launches_begin_early = false;
 Fiber& self() { return *current; }
 void pause() { leave(false); }
 

@@ -70,6 +70,7 @@ struct Fiber {
     Block* block = nullptr;
     const char* where = "";
     int vote = 0;
+    bool waited_for_earlier = false;
     void* fake_stack = nullptr;
     void* sanitizer = nullptr;
     /// Copies in the background that have not been made yet, (to, from) of 16 bytes each: groups in order, the last one open.
@@ -210,6 +211,11 @@ uint32_t transpose_fragment(uint32_t pair);
 void copy_in_background(uint64_t to, uint64_t from);
 void commit_copies();
 void wait_for_copies(size_t pending);
+
+/// Set while launches may begin before those in front of them are done. Here they never do, but a thread of such a launch that ends without having
+/// waited is an error: launches behind it would wait too little.
+extern bool launches_begin_early;
+inline void wait_for_earlier_launches() { self().waited_for_earlier = true; }
 
 }  // namespace emulator
 

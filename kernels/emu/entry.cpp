@@ -47,8 +47,8 @@ extern "C" const char* skvq_mangled(const char* expression) {
     return found == emulator::instances().end() ? "" : found->second.mangled.c_str();
 }
 
-/// A launch as a driver sees it: CUDA's status.
-extern "C" int run_emulated(const char* function, const unsigned* grid, const unsigned* block, unsigned shared_bytes, const void* params) {
+/// A launch as a driver sees it: CUDA's status. `early`: it may begin before those in front of it are done.
+extern "C" int run_emulated(const char* function, const unsigned* grid, const unsigned* block, unsigned shared_bytes, const void* params, bool early) {
     constexpr int success = 0, not_found = 500, launch_failed = 719;
     const emulator::Instance* instance = emulator::find_mangled(function);
     if (!instance) {
@@ -56,6 +56,7 @@ extern "C" int run_emulated(const char* function, const unsigned* grid, const un
         return not_found;
     }
     try {
+        emulator::launches_begin_early = early;
         instance->run({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, params);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "emulated driver: %s\n", error.what());

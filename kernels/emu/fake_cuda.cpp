@@ -3,7 +3,7 @@
 // Is: what loaders, streams, events and copies of a backend need, so that its real launch code runs; capture of a stream's launches, copies and
 // fills into a graph, which replays them with the parameters that they had. Is not: asynchronous (every call is done when it returns), nor a
 // check of a CUBIN beyond its first bytes. Instances are those of the table in EMULATED_INSTANCES.
-// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 80. FAKE_CUDA_MULTIPROCESSORS: 108. FAKE_CUDA_LOG: launches and waits are told on stderr.
+// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 90. FAKE_CUDA_MULTIPROCESSORS: 108. FAKE_CUDA_LOG: launches and waits are told on stderr.
 #ifndef EMULATED_INSTANCES
 #define EMULATED_INSTANCES "instances.hpp"
 #endif
@@ -19,7 +19,8 @@
 
 #include "registry.hpp"
 
-extern "C" int run_emulated(const char* function, const unsigned* grid, const unsigned* block, unsigned shared_bytes, const void* params);
+extern "C" int run_emulated(const char* function, const unsigned* grid, const unsigned* block, unsigned shared_bytes, const void* params,
+                            bool early);
 
 namespace {
 enum Status { success = 0, invalid_value = 1, no_device = 100, invalid_device = 101, invalid_image = 200, not_found = 500, not_while_capturing = 900 };
@@ -97,7 +98,7 @@ DRIVER cuDeviceGetName(char* name, int bytes, int device) { return std::snprintf
 DRIVER cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = 1ull << 33, success; }
 DRIVER cuDeviceGetUuid_v2(char* uuid, int device) { return std::memset(uuid, device, 16), success; }
 DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
-    const int capability = setting("FAKE_CUDA_CAPABILITY", 80);
+    const int capability = setting("FAKE_CUDA_CAPABILITY", 90);
     switch (attribute) {
         case 1: *value = 1024; break;     // threads of a block
         case 8: *value = 49152; break;    // shared memory of a block
@@ -138,21 +139,37 @@ DRIVER cuModuleGetFunction(Handle* function, Handle, const char* name) {
 }
 DRIVER cuFuncSetAttribute(Handle, int, int) { return success; }
 DRIVER cuFuncGetAttribute(int* value, int, Handle) { return *value = 0, success; }
-DRIVER cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes,
-                      Handle stream, void** params, void**) {
+/// CUlaunchConfig of cuda.h, and its attributes, of which the one that counts lets a launch begin early.
+struct LaunchAttribute {
+    int id, padding, value[16];
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    Handle stream;
+    const LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+DRIVER cuLaunchKernelEx(const LaunchConfig* config, Handle function, void** params, void**) {
+    constexpr int programmatic_stream_serialization = 6;
     const auto& instance = *static_cast<emulator::Instance*>(function);
-    const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    if (std::getenv("FAKE_CUDA_LOG")) {
-        std::fprintf(stderr, "launch %s grid %u,%u,%u block %u stream %p\n", instance.mangled.c_str(), gx, gy, gz, bx * by * bz, stream);
+    const LaunchConfig launch = *config;
+    const unsigned* block = launch.block;
+    bool early = false;
+    for (unsigned i = 0; i < launch.attribute_count; ++i) {
+        if (launch.attributes[i].id != programmatic_stream_serialization) return invalid_value;
+        early = launch.attributes[i].value[0] != 0;
     }
-    if (!gx || !gy || !gz || bx * by * bz > 1024) return invalid_value;
-    if (captures.empty()) return run_emulated(instance.mangled.c_str(), grid, block, shared_bytes, params[0]);
+    if (std::getenv("FAKE_CUDA_LOG")) {
+        std::fprintf(stderr, "launch %s grid %u,%u,%u block %u%s stream %p\n", instance.mangled.c_str(), launch.grid[0], launch.grid[1], launch.grid[2],
+                     block[0] * block[1] * block[2], early ? " early" : "", launch.stream);
+    }
+    if (!launch.grid[0] || !launch.grid[1] || !launch.grid[2] || block[0] * block[1] * block[2] > 1024) return invalid_value;
+    if (captures.empty()) return run_emulated(instance.mangled.c_str(), launch.grid, launch.block, launch.shared_bytes, params[0], early);
     // A graph has its own copy of the parameters.
     const char* bytes = static_cast<const char*>(params[0]);
     std::vector<char> kept(bytes, bytes + instance.params_bytes);
-    return put(stream, [=, &instance] {
-        const unsigned sizes[3] = {gx, gy, gz}, threads[3] = {bx, by, bz};
-        return run_emulated(instance.mangled.c_str(), sizes, threads, shared_bytes, kept.data());
+    return put(launch.stream, [=, &instance] {
+        return run_emulated(instance.mangled.c_str(), launch.grid, launch.block, launch.shared_bytes, kept.data(), early);
     });
 }
 

@@ -65,6 +65,7 @@ class Call:
     softcap: float = 0.0
     sink_logits: Tensor | None = None
     pages_per_split: int = 1
+    long_splits: int | None = None  # splits behind so many have a page each; None: all are as long
     tiles: int = 1
     many: bool = False
     apart: bool = False
@@ -105,11 +106,26 @@ class Call:
         queries = min(QUERY_TILE, self.group * self.length)
         return 128 if codec.map is not None else 16 * (queries + queries % 2)
 
+    @property
+    def splits(self) -> int:
+        """Of the packed rows."""
+        pages, long = -(-self.packed // PAGE_ROWS), self.long_splits
+        if long is None:
+            return max(1, -(-pages // self.pages_per_split))
+        return long + max(0, pages - long * self.pages_per_split)
+
+    @property
+    def split_pages(self) -> dict[str, int]:
+        """Fields of AttendParams."""
+        if self.long_splits is None:
+            return {"long_splits": self.splits + 1, "short_pages": self.pages_per_split}
+        return {"long_splits": self.long_splits, "short_pages": 1}
+
     def attend_launch(self, splits: int) -> tuple[tuple[int, int, int], int, int]:
         """Its grid, threads and bytes of shared memory."""
         if not self.many:
             blocks = -(-splits // ATTEND_WARPS) if self.apart else splits
-            return (blocks, self.kv_heads * self.query_tiles // self.tiles, self.batch), 32 * ATTEND_WARPS, 0
+            return (self.kv_heads * self.query_tiles // self.tiles, self.batch, blocks), 32 * ATTEND_WARPS, 0
         buffers = 2 if self.keys.head_dim + self.values.head_dim <= 256 else 1
         shared = sum(2 * rows.head_dim + 4 * rows.numbers for rows in self.formats) * MANY_ROWS * buffers
         return (splits, self.kv_heads * -(-self.query_tiles // MANY_TILES), self.batch), MANY_THREADS, shared
@@ -337,9 +353,9 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
-    arguments = params("FoldParams", **common, **fields, transform=key_transform)
+    arguments = params("FoldParams", **common, **fields, transform=key_transform, blocks=key_blocks)
     threads = call.row_threads(call.keys)
-    launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), threads, arguments)
+    launch(f"fold<{call.element}, {k.expression}>", (-(-key_blocks // 2), heads * tiles, batch), threads, arguments)
 
     bias, capacity = None, call.packed + 3
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
@@ -360,7 +376,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         mask_fields["kind"] = kinds[call.mask.dtype]
     mask = params("MaskParams", **mask_fields)
 
-    splits = -(-call.packed // (PAGE_ROWS * call.pages_per_split)) + 1  # one more than there are rows for
+    splits = call.splits + 1  # one more than there are rows for
     blocks = rows.key_statistics is not None or rows.value_statistics is not None
     per_state = 2 if blocks else min(splits, MOST_SPLITS_PER_STATE)
     unfolded = -(-splits // per_state)
@@ -387,6 +403,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         page_capacity=key_table.shape[-1],
         pages_per_split=call.pages_per_split,
         splits=splits,
+        **call.split_pages,
         pages_per_key_block=call.keys.block // PAGE_ROWS,
         key_blocks=key_blocks,
         **shape,

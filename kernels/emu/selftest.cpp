@@ -158,6 +158,7 @@ double run() {
     std::vector<float> output(kv_heads * group * D);
 
     FoldParams f{};
+    f.blocks = block_capacity;
     f.query = address(query), f.query_head_stride = D, f.query_position_stride = D;
     f.folded = address(folded), f.extras = address(extras), f.lengths = address(lengths), f.transform = keys_stream.transform();
     f.scale = 0.125f, f.kv_heads = kv_heads, f.group = group, f.length = 1, f.query_tiles = 1;
@@ -166,9 +167,9 @@ double run() {
     AttendParams a{};
     a.key_pages = address(keys_stream.table), a.value_pages = address(values_stream.table), a.folded = f.folded, a.extras = f.extras;
     a.states = address(packed_states), a.lengths = address(lengths), a.key_levels = keys_stream.words, a.value_levels = values_stream.words;
-    a.weight_unit = 1.0f, a.page_capacity = pages, a.pages_per_split = 1, a.splits = splits, a.pages_per_key_block = 1, a.key_blocks = block_capacity;
+    a.weight_unit = 1.0f, a.page_capacity = pages, a.pages_per_split = 1, a.splits = splits, a.long_splits = splits, a.short_pages = 1, a.pages_per_key_block = 1, a.key_blocks = block_capacity;
     a.kv_heads = kv_heads, a.group = group, a.length = 1, a.query_tiles = 1;
-    emulator::launch({splits, kv_heads, 1}, {attend_threads, 1, 1}, 0, [&] { attend<K, V, 1>(a); });
+    emulator::launch({kv_heads, 1, splits}, {attend_threads, 1, 1}, 0, [&] { attend<K, V, 1>(a); });
 
     // The kernel of many queries must leave the same states; a warp of it has two tiles, here the same one twice.
     std::vector<u32> twice;

@@ -7,7 +7,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUfunction, CUmodule, CUstream};
+use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdeviceptr, CUfunction, CUlaunchConfig, CUmodule, CUstream};
 use cudarc::driver::sys::{CUdevice_attribute as DeviceAttribute, CUfunction_attribute as FunctionAttribute};
 use libloading::Library;
 
@@ -35,9 +35,7 @@ function_table! { Functions:
     load_module = "cuModuleLoadData": fn(*mut CUmodule, *const c_void) -> c_int;
     function = "cuModuleGetFunction": fn(*mut CUfunction, CUmodule, *const c_char) -> c_int;
     set_function_attribute = "cuFuncSetAttribute": fn(CUfunction, FunctionAttribute, c_int) -> c_int;
-    launch = "cuLaunchKernel": fn(
-        CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void, *mut *mut c_void,
-    ) -> c_int;
+    launch = "cuLaunchKernelEx": fn(*const CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void) -> c_int;
     copy = "cuMemcpyAsync": fn(CUdeviceptr, CUdeviceptr, usize, CUstream) -> c_int;
     fill = "cuMemsetD8Async": fn(CUdeviceptr, u8, usize, CUstream) -> c_int;
     synchronize = "cuStreamSynchronize": fn(CUstream) -> c_int;

@@ -337,7 +337,7 @@ pub unsafe fn launch<P: Parameters>(
     parameters: &P,
     stream: Stream,
 ) -> Result<()> {
-    let launch = Launch { grid, block: [threads as u32, 1, 1], shared_bytes: 0, stream };
+    let launch = Launch { grid, block: [threads as u32, 1, 1], shared_bytes: 0, stream, early: false };
     // SAFETY: the caller's promise.
     unsafe { function.launch(&launch, parameters) }
 }

@@ -2,15 +2,23 @@
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
-use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUstream};
+use cudarc::driver::sys::{
+    CUfunction, CUfunction_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+    CUstream,
+};
 
 use super::device::Device;
 use crate::error::{Error, Result};
 
 /// Dynamic shared memory that a kernel has without asking for more.
 pub(super) const FREE_SHARED_BYTES: usize = 48 << 10;
+/// The oldest compute capability whose launches may begin before those in front of them are done.
+const OVERLAPPING: i32 = 90;
+/// `SKVQ_OVERLAP=0`: no launch begins early.
+static MAY_OVERLAP: LazyLock<bool> =
+    LazyLock::new(|| std::env::var_os("SKVQ_OVERLAP").is_none_or(|value| value != "0"));
 
 /// A stream as torch names it, `torch.cuda.current_stream().cuda_stream`; 0 is the legacy default stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +44,9 @@ pub struct Launch {
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
     pub stream: Stream,
+    /// May begin before the launch in front of it on the stream is done, where devices can do that: the kernel waits for it itself
+    /// (`wait_for_earlier_launches` of `kernels/portable.cuh`), and so does the launch in front, unless that began after all before it.
+    pub early: bool,
 }
 
 /// A loaded kernel. Its module is never unloaded, so the handle stays good.
@@ -84,23 +95,30 @@ impl Function {
         self.allow_shared(launch.shared_bytes)?;
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         let mut arguments = [parameters.cast_mut()];
-        // SAFETY: a live function of the current context; the driver copies the argument, whose size it knows, before it returns.
-        let status = unsafe {
-            (self.device.driver.functions.launch)(
-                self.raw,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                launch.shared_bytes as u32,
-                launch.stream.raw(),
-                arguments.as_mut_ptr(),
-                ptr::null_mut(),
-            )
+        let mut attribute = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        self.device.driver.check("cuLaunchKernel", status)
+        let early = launch.early && *MAY_OVERLAP && self.device.properties().arch.capability >= OVERLAPPING;
+        let config = CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: launch.shared_bytes as u32,
+            hStream: launch.stream.raw(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(early),
+        };
+        // SAFETY: a live function of the current context; the driver copies the configuration and the argument, whose size it knows, before it
+        // returns.
+        let status = unsafe {
+            (self.device.driver.functions.launch)(&raw const config, self.raw, arguments.as_mut_ptr(), ptr::null_mut())
+        };
+        self.device.driver.check("cuLaunchKernelEx", status)
     }
 
     /// Raises the kernel's limit of dynamic shared memory where a launch needs it.

@@ -54,10 +54,10 @@ parameters! {
         rotation: i32, pages_per_block: i32, block_count: i32, first_span: i32,
     }
 
-    FoldParams: 168 {
+    FoldParams: 176 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
         folded: u64, extras: u64, noise: u64, lengths: u64, transform: TransformParams,
-        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32,
+        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32, blocks: i32, padding: i32,
     }
 
     TurningParams: 192 {
@@ -71,11 +71,12 @@ parameters! {
         kind: i32, causal: i32, softcap: f32, total_from_lengths_plus: i32,
     }
 
-    AttendParams: 472 {
+    AttendParams: 480 {
         key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64,
         key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64,
         mask: MaskParams, key_levels: LevelTable, value_levels: LevelTable,
-        weight_unit: f32, page_capacity: i32, pages_per_split: i32, splits: i32, pages_per_key_block: i32, key_blocks: i32,
+        weight_unit: f32, page_capacity: i32, pages_per_split: i32, splits: i32, long_splits: i32, short_pages: i32,
+        pages_per_key_block: i32, key_blocks: i32,
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32, padding: i32,
     }
 

@@ -153,7 +153,7 @@ pub mod testing {
 
     /// Launches any kernel with the bytes of its one argument. Addresses in them are taken at their word: the caller vouches for them.
     #[pyfunction]
-    #[pyo3(signature = (nvrtc, parts, parameters, *, device, grid, block, shared_bytes, stream, cache=None))]
+    #[pyo3(signature = (nvrtc, parts, parameters, *, device, grid, block, shared_bytes, stream, cache=None, early=false))]
     #[allow(clippy::too_many_arguments)]
     pub fn cuda_launch(
         py: Python,
@@ -166,8 +166,9 @@ pub mod testing {
         shared_bytes: usize,
         stream: usize,
         cache: Option<PathBuf>,
+        early: bool,
     ) -> PyResult<()> {
-        let launch = Launch { grid, block, shared_bytes, stream: Stream(stream) };
+        let launch = Launch { grid, block, shared_bytes, stream: Stream(stream), early };
         let instance = instance(parts);
         py.detach(|| {
             let function = Device::get(device)?.function(&instance, &compiler(nvrtc, cache)?)?;

@@ -87,7 +87,7 @@ class DecodeAttention:
         self._shape = {"kv_heads": call.kv_heads, "group": call.group, "length": call.length}
         self._shape |= {"query_tiles": call.query_tiles}
         self._tiles = call.kv_heads * call.query_tiles
-        self.splits = max(1, -(-call.packed // (PAGE_ROWS * call.pages_per_split)))
+        self.splits = call.splits
         self.splits_per_state = splits_per_state or default_splits_per_state(call, self.splits)
         unfolded = -(-self.splits // self.splits_per_state)
         self._window_splits = max(1, -(-call.window // WINDOW_ROWS_PER_SPLIT))
@@ -106,8 +106,8 @@ class DecodeAttention:
 
     def run(self) -> Tensor:
         """Launches all kernels. Returns `output`."""
-        for launch in self.launches:
-            self._launch(launch)
+        for index, launch in enumerate(self.launches):
+            self._launch(launch, early=index > 0)
         return self.output
 
     def run_stage(self, stage: str) -> None:
@@ -116,9 +116,9 @@ class DecodeAttention:
             if launch.stage == stage:
                 self._launch(launch)
 
-    def _launch(self, launch: Launch) -> None:
+    def _launch(self, launch: Launch, early: bool = False) -> None:
         shape = (launch.grid, launch.threads)
-        self.machine.launch(launch.kernel, *shape, launch.arguments, shared_bytes=launch.shared_bytes)
+        self.machine.launch(launch.kernel, *shape, launch.arguments, shared_bytes=launch.shared_bytes, early=early)
 
     def _add(self, kernel: str, grid: tuple[int, ...], structure: str, **fields: Any) -> None:
         arguments = params(structure, **fields)
@@ -141,8 +141,8 @@ class DecodeAttention:
         self._common = {"query": self.query, **strides(self.query, names), "lengths": self.lengths, **self._shape}
         self._common["scale"] = width**-0.5
         fields = {"folded": self.folded, "extras": self.extras, "noise": noise, "transform": transform}
-        fields["as_bytes"] = int(call.as_bytes)
-        grid = (self._key_blocks, self._tiles, call.batch)
+        fields |= {"as_bytes": int(call.as_bytes), "blocks": self._key_blocks}
+        grid = (-(-self._key_blocks // 2), self._tiles, call.batch)
         self._add(f"fold<{call.element}, {keys.expression}>", grid, "FoldParams", **self._common, **fields)
         self.launches[-1].threads = call.row_threads(call.keys)
         self.bias: Tensor | None = None
@@ -193,6 +193,7 @@ class DecodeAttention:
             page_capacity=self.past.key_table.shape[-1],
             pages_per_split=call.pages_per_split,
             splits=self.splits,
+            **call.split_pages,
             pages_per_key_block=call.keys.block // PAGE_ROWS,
             key_blocks=self._key_blocks,
             **self._shape,

@@ -112,8 +112,9 @@ class Machine:
         threads: int,
         arguments: Structure | bytes,
         shared_bytes: int = 0,
+        early: bool = False,
     ) -> None:
-        """Puts a kernel on torch's current stream."""
+        """Puts a kernel on torch's current stream; `early`: it may begin before the one in front is done."""
         _native.testing.cuda_launch(
             self.nvrtc,
             instance_of(expression).parts,
@@ -123,6 +124,7 @@ class Machine:
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
             stream=torch.cuda.current_stream(self.device).cuda_stream if self.is_cuda else 0,
+            early=early,
         )
 
     def synchronize(self) -> None:

@@ -59,12 +59,23 @@ int cuFuncSetAttribute(const char* function, int attribute, int value) {
     fprintf(stderr, "attribute %d %d\n", attribute, value);
     return 0;
 }
-int cuLaunchKernel(const char* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   size_t stream, void** parameters, void** extra) {
+typedef struct {
+    int id, padding, value[16];
+} Attribute;
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    size_t stream;
+    const Attribute* attributes;
+    unsigned count;
+} Config;
+int cuLaunchKernelEx(const Config* config, const char* function, void** parameters, void** extra) {
+    const unsigned *g = config->grid, *b = config->block;
     long long first;
     memcpy(&first, parameters[0], sizeof first);
-    fprintf(stderr, "launch %s %u,%u,%u %u,%u,%u shared %u stream %zu context %zu: %lld\n", function, gx, gy, gz, bx, by, bz, shared, stream,
-            current, first);
+    fprintf(stderr, "launch %s %u,%u,%u %u,%u,%u shared %u stream %zu context %zu: %lld", function, g[0], g[1], g[2], b[0], b[1], b[2],
+            config->shared, config->stream, current, first);
+    for (unsigned i = 0; i < config->count; ++i) fprintf(stderr, " attribute %d: %d", config->attributes[i].id, config->attributes[i].value[0]);
+    fprintf(stderr, "\n");
     return number("FAKE_LAUNCH", 0);
 }
 

@@ -4,6 +4,8 @@
 //! streams. Sinks and window make states of their own, and one launch merges all. Lengths are read on the device, but which launches and
 //! how many splits there are follows the host's.
 
+use std::cell::Cell;
+
 use super::super::kernels::{ATTEND_WARPS, QUERY_TILE, Queries};
 use super::super::launch::Stream;
 use super::super::memory::ALIGNMENT;
@@ -25,7 +27,7 @@ const MANY_QUERIES: usize = 64;
 const MANY_TILES: usize = 16;
 /// Rows in the model's type that a block of threads takes at least: up to so many are on their way at once.
 const PLAIN_ROWS: usize = 32;
-/// Splits that become one state: where each has a transform to undo, and where all share one.
+/// Splits that become one state, at most: where each has a transform to undo, and where all share one. Where there are few, fewer of them one after the other.
 const SPLITS_PER_STATE: usize = 4;
 const STATIC_SPLITS_PER_STATE: usize = 8;
 /// Blocks of threads for each multiprocessor: how many fit at once.
@@ -108,6 +110,9 @@ pub(super) struct Shape {
     pub key_blocks: usize,
     pub pages_per_split: usize,
     pub splits: usize,
+    /// So many splits have `pages_per_split` pages, those behind them `short_pages`.
+    pub long_splits: usize,
+    pub short_pages: usize,
     pub splits_per_state: usize,
     /// Splits of the regions that are read row by row, in the order of `kernels/plain.cuh`.
     pub plain: [PlainSplits; 4],
@@ -155,6 +160,31 @@ fn even_splits(others: usize, resident: usize) -> usize {
     (fewest..=4 * fewest).find(|splits| filled(*splits) >= 0.95).unwrap_or(resident.div_ceil(others))
 }
 
+/// Turns of the device that splits of a long past take: long ones, then short ones, and how long these are, so that blocks end closer together. By
+/// pages for each block that runs at once, from the most on.
+const GRADES: [(usize, Grade); 2] = [
+    (256, Grade { long_turns: 2.0, short_turns: 2.0, short: 0.25 }),
+    (64, Grade { long_turns: 1.0, short_turns: 2.0, short: 0.2 }),
+];
+
+#[derive(Debug, Clone, Copy)]
+struct Grade {
+    long_turns: f64,
+    short_turns: f64,
+    /// Of a long split.
+    short: f64,
+}
+
+/// Pages of a long split, how many of those there are, and pages of a short one, where a past is long enough for two lengths.
+fn graded_splits(pages: usize, others: usize, resident: usize) -> Option<(usize, usize, usize)> {
+    let (_, grade) = GRADES.iter().find(|(least, _)| pages * others >= least * resident)?;
+    let at_once = resident as f64 / others as f64;
+    let long_splits = (grade.long_turns * at_once).floor().max(1.0);
+    let long = (pages as f64 / (long_splits + grade.short * grade.short_turns * at_once)).ceil().max(1.0);
+    let short = (long * grade.short).ceil().max(1.0);
+    Some((long as usize, long_splits as usize, short as usize))
+}
+
 impl CudaLayer {
     fn shape(&self, query_heads: usize, length: usize, fresh: usize) -> Result<Shape> {
         // A step that is replayed has launches for all the rows that there may be, and reads on the device how many there are.
@@ -188,14 +218,21 @@ impl CudaLayer {
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
         let pages_per_split = (1..=longest).rev().find(divides).unwrap_or(1);
-        let splits = if is_packed { pages.div_ceil(pages_per_split) } else { 0 };
+        let graded = (block_pages == 0 && !many).then(|| graded_splits(pages, others, at_once)).flatten();
+        let (pages_per_split, long_splits, short_pages) =
+            graded.unwrap_or((pages_per_split, usize::MAX, pages_per_split));
+        let long_splits = long_splits.min(pages.div_ceil(pages_per_split));
+        let short = (pages - (long_splits * pages_per_split).min(pages)).div_ceil(short_pages);
+        let splits = if is_packed { long_splits + short } else { 0 };
         let apart = !many && pages_per_split <= SHORT_SPLIT && others * splits >= ATTEND_WARPS * at_once;
         let queries = match (many, apart) {
             (true, _) => Queries::Many,
             (_, true) => Queries::Apart(tiles),
             _ => Queries::Tiles(tiles),
         };
-        let splits_per_state = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
+        let most_splits = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
+        let unfolding = multiprocessors * if values.transform.inverse == 0 { 2 } else { 1 };
+        let splits_per_state = (batch * heads * query_tiles * splits).div_ceil(unfolding).clamp(1, most_splits);
         let key_blocks = match spec.keys.block_rows() {
             0 => 1,
             rows => packed.div_ceil(rows).max(1),
@@ -218,6 +255,8 @@ impl CudaLayer {
             key_blocks,
             pages_per_split,
             splits,
+            long_splits,
+            short_pages,
             splits_per_state,
             plain,
             plain_states,
@@ -304,12 +343,12 @@ impl CudaLayer {
             mask,
             workspace: workspace.address(),
             stream,
+            chained: Cell::new(false),
         };
         // SAFETY: the caller's promise.
         unsafe {
             launches.lengths()?;
-            launches.past()?;
-            launches.plain()?;
+            launches.states()?;
             launches.merge()
         }
     }

@@ -1,7 +1,9 @@
 //! The launches of a call of attention, each with its parameters: `attend.rs` says which ones, and where their results lie.
 
-use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY_TILE, Queries, launch};
-use super::super::launch::{Launch, Stream};
+use std::cell::Cell;
+
+use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY_TILE, Queries};
+use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
     AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, PlainRegion, TransformParams, TurningParams,
@@ -15,6 +17,8 @@ use crate::transform::SPAN;
 
 /// Of a block.
 const THREADS: usize = 128;
+/// Blocks of `fold` for each multiprocessor, at most.
+const FOLD_BLOCKS: usize = 16;
 /// Of `turning`, one of whose blocks fills a multiprocessor.
 const TURNING_THREADS: usize = 512;
 
@@ -47,6 +51,8 @@ pub(super) struct Launches<'a> {
     /// Its address; `shape.places` says what lies where.
     pub workspace: u64,
     pub stream: Stream,
+    /// The launch in front is one of [`Self::launch`], so that the next may begin before it is done.
+    pub chained: Cell<bool>,
 }
 
 impl Launches<'_> {
@@ -58,6 +64,44 @@ impl Launches<'_> {
         self.layer.spec().num_key_value_heads as i32
     }
 
+    /// The next launch begins when those in front are done: its blocks would crowd where the first of them leave room.
+    fn wait(&self) {
+        self.chained.set(false);
+    }
+
+    /// One launch of a chain in which each may begin before those in front are done, but for the first.
+    ///
+    /// # Safety
+    /// As [`Function::launch`]; the kernel waits for earlier launches before it reads what they write.
+    unsafe fn launch<P: Parameters>(
+        &self,
+        function: &Function,
+        grid: [u32; 3],
+        threads: usize,
+        parameters: &P,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(function, grid, threads, 0, parameters) }
+    }
+
+    /// [`Self::launch`] with dynamic shared memory.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn launch_with<P: Parameters>(
+        &self,
+        function: &Function,
+        grid: [u32; 3],
+        threads: usize,
+        shared_bytes: usize,
+        parameters: &P,
+    ) -> Result<()> {
+        let block = [threads as u32, 1, 1];
+        let early = self.chained.replace(true);
+        // SAFETY: the caller's promise.
+        unsafe { function.launch(&Launch { grid, block, shared_bytes, stream: self.stream, early }, parameters) }
+    }
+
     /// `x` × (kv heads · query tiles) × batch.
     fn grid(&self, x: usize) -> [u32; 3] {
         [x as u32, self.heads() as u32 * self.shape.query_tiles as u32, self.held.batch as u32]
@@ -67,7 +111,8 @@ impl Launches<'_> {
         let shape = &self.shape;
         let splits_of_block = if matches!(shape.queries, Queries::Apart(_)) { ATTEND_WARPS } else { 1 };
         let tiles = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
-        [shape.splits.div_ceil(splits_of_block) as u32, tiles, self.held.batch as u32]
+        let (splits, batch) = (shape.splits.div_ceil(splits_of_block) as u32, self.held.batch as u32);
+        if shape.queries == Queries::Many { [splits, tiles, batch] } else { [tiles, batch, splits] }
     }
 
     /// Address of the lengths of what is read.
@@ -88,12 +133,17 @@ impl Launches<'_> {
         unsafe { self.layer.shared.kernels.poke(&words, self.stream) }
     }
 
-    /// States of packed rows between sinks and window, or these rows decoded where only one side is packed.
-    pub unsafe fn past(&self) -> Result<()> {
+    /// States of all regions: those of packed rows between sinks and window, where only one side is packed after it has been decoded.
+    pub unsafe fn states(&self) -> Result<()> {
         match &self.kernels.packed {
-            _ if self.shape.regions.packed == 0 => Ok(()),
             // SAFETY: the caller's promise.
-            Some(kernels) => unsafe { self.packed(kernels) },
+            _ if self.shape.regions.packed == 0 => unsafe { self.plain() },
+            // SAFETY: the caller's promise.
+            Some(kernels) => unsafe {
+                let fold = self.queries(kernels)?;
+                self.plain()?;
+                self.packed(kernels, &fold)
+            },
             None => {
                 for side in Side::BOTH.into_iter().filter(|side| !self.layer.shared.codec(*side).is_raw()) {
                     let target =
@@ -101,7 +151,8 @@ impl Launches<'_> {
                     // SAFETY: a place in the workspace with room for these rows.
                     unsafe { self.layer.decode_past(self.held, side, self.shape.regions.packed, target, self.stream) }?;
                 }
-                Ok(())
+                // SAFETY: the caller's promise.
+                unsafe { self.plain() }
             }
         }
     }
@@ -116,6 +167,14 @@ impl Launches<'_> {
         [i64::from(self.heads()) * room * width, room * width, width]
     }
 
+    /// Blocks of `fold` for a query tile, which divide its blocks of statistics among themselves.
+    fn fold_blocks(&self) -> usize {
+        let shape = &self.shape;
+        let tiles = self.held.batch * self.heads() as usize * shape.query_tiles;
+        let multiprocessors = self.layer.shared.kernels.device().properties().multiprocessors.max(1) as usize;
+        shape.key_blocks.min((FOLD_BLOCKS * multiprocessors).div_ceil(tiles))
+    }
+
     /// Blocks of `turning`, which divide its items among themselves: one for each multiprocessor, or for each item that there may be.
     fn turning_blocks(&self) -> usize {
         let shape = &self.shape;
@@ -128,15 +187,18 @@ impl Launches<'_> {
         items.min(multiprocessors)
     }
 
-    /// States of packed rows.
-    unsafe fn packed(&self, kernels: &PackedKernels) -> Result<()> {
+    /// Threads of a block of `fold` or `unfold`.
+    fn row_threads(&self, transform: &TransformParams) -> usize {
+        row_threads(self.shape.group * self.shape.length, transform.inverse != 0)
+    }
+
+    /// Queries for packed rows: folded, and their products with a mean that turns.
+    unsafe fn queries(&self, kernels: &PackedKernels) -> Result<FoldParams> {
         let Self { layer, held, call, shape, .. } = self;
-        let packed = shape.regions.packed;
         let (places, query) = (shape.places, &call.query);
-        let [keys, values] = &layer.shared.constants;
+        let keys = &layer.shared.constants[Side::Keys as usize];
         let key_transform = layer.transform(held, Side::Keys);
         let (kv_heads, group, length) = (self.heads(), shape.group as i32, shape.length as i32);
-        let threads = |transform: &TransformParams| row_threads(shape.group * shape.length, transform.inverse != 0);
         let fold = FoldParams {
             query: query.address,
             query_batch_stride: query.strides[0],
@@ -153,9 +215,12 @@ impl Launches<'_> {
             length,
             query_tiles: shape.query_tiles as i32,
             as_bytes: i32::from(shape.as_bytes),
+            blocks: shape.key_blocks as i32,
+            padding: 0,
         };
+        let grid = self.grid(self.fold_blocks());
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
-        unsafe { launch(&kernels.fold, self.grid(shape.key_blocks), threads(&fold.transform), &fold, self.stream) }?;
+        unsafe { self.launch(&kernels.fold, grid, self.row_threads(&fold.transform), &fold) }?;
         if let Some(function) = &kernels.turning {
             let turning = TurningParams {
                 query: query.address,
@@ -168,7 +233,7 @@ impl Launches<'_> {
                 transform: key_transform,
                 waves: keys.waves.table,
                 channels: keys.waves.channels,
-                capacity: packed as i64,
+                capacity: shape.regions.packed as i64,
                 scale: call.scale,
                 kv_heads,
                 group,
@@ -180,8 +245,17 @@ impl Launches<'_> {
             };
             let grid = [self.turning_blocks() as u32, 1, 1];
             // SAFETY: as above.
-            unsafe { launch(function, grid, TURNING_THREADS, &turning, self.stream) }?;
+            unsafe { self.launch(function, grid, TURNING_THREADS, &turning) }?;
         }
+        Ok(fold)
+    }
+
+    /// States of packed rows.
+    unsafe fn packed(&self, kernels: &PackedKernels, fold: &FoldParams) -> Result<()> {
+        let Self { layer, held, shape, .. } = self;
+        let places = shape.places;
+        let [keys, values] = &layer.shared.constants;
+        let (kv_heads, group, length) = (self.heads(), shape.group as i32, shape.length as i32);
         let attend = AttendParams {
             key_pages: address(held.side(Side::Keys).table.as_ref()),
             value_pages: address(held.side(Side::Values).table.as_ref()),
@@ -192,7 +266,7 @@ impl Launches<'_> {
             lengths: self.lengths_read(),
             key_wide_levels: 0,
             value_wide_levels: 0,
-            bias_capacity: packed as i64,
+            bias_capacity: shape.regions.packed as i64,
             mask: self.mask,
             key_levels: keys.table,
             value_levels: values.table,
@@ -200,7 +274,9 @@ impl Launches<'_> {
             page_capacity: held.table_pages as i32,
             pages_per_split: shape.pages_per_split as i32,
             splits: shape.splits as i32,
-            pages_per_key_block: key_transform.pages_per_block,
+            long_splits: shape.long_splits as i32,
+            short_pages: shape.short_pages as i32,
+            pages_per_key_block: fold.transform.pages_per_block,
             key_blocks: shape.key_blocks as i32,
             kv_heads,
             group,
@@ -209,14 +285,14 @@ impl Launches<'_> {
             as_bytes: fold.as_bytes,
             padding: 0,
         };
-        let launched = Launch {
-            grid: self.attend_grid(),
-            block: [kernels.threads as u32, 1, 1],
-            shared_bytes: kernels.shared_bytes,
-            stream: self.stream,
-        };
-        // SAFETY: as above.
-        unsafe { kernels.attend.launch(&launched, &attend) }?;
+        // A block of `turning` has a multiprocessor to itself.
+        if kernels.turning.is_some() {
+            self.wait();
+        }
+        // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
+        unsafe {
+            self.launch_with(&kernels.attend, self.attend_grid(), kernels.threads, kernels.shared_bytes, &attend)
+        }?;
         let unfold = UnfoldParams {
             packed: attend.states,
             states: self.place(places.states),
@@ -231,8 +307,12 @@ impl Launches<'_> {
             queries: group * length,
         };
         let made = shape.splits.div_ceil(shape.splits_per_state);
+        // Each block reads a whole matrix.
+        if unfold.transform.inverse != 0 {
+            self.wait();
+        }
         // SAFETY: as above.
-        unsafe { launch(&kernels.unfold, self.grid(made), threads(&unfold.transform), &unfold, self.stream) }
+        unsafe { self.launch(&kernels.unfold, self.grid(made), self.row_threads(&unfold.transform), &unfold) }
     }
 
     /// The rows of a region, for `plain`.
@@ -280,7 +360,7 @@ impl Launches<'_> {
     }
 
     /// States of rows in the model's type.
-    pub unsafe fn plain(&self) -> Result<()> {
+    unsafe fn plain(&self) -> Result<()> {
         let Self { call, shape, .. } = self;
         if shape.plain_states == 0 {
             return Ok(());
@@ -305,7 +385,7 @@ impl Launches<'_> {
         };
         let grid = self.grid(shape.plain_states);
         // SAFETY: rows of this layer; states have room for these; the caller's promise for the rest.
-        unsafe { launch(&self.kernels.plain, grid, THREADS, &parameters, self.stream) }
+        unsafe { self.launch(&self.kernels.plain, grid, THREADS, &parameters) }
     }
 
     pub unsafe fn merge(&self) -> Result<()> {
@@ -326,6 +406,6 @@ impl Launches<'_> {
         };
         let queries = self.heads() as u32 * (shape.group * shape.length) as u32;
         // SAFETY: the caller's promise for the output; the states were written by the launches before.
-        unsafe { launch(&self.kernels.merge, [queries, self.held.batch as u32, 1], THREADS, &parameters, self.stream) }
+        unsafe { self.launch(&self.kernels.merge, [queries, self.held.batch as u32, 1], THREADS, &parameters) }
     }
 }
