@@ -4,7 +4,7 @@
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
 // by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block
 // of statistics has its own q', so a split of attention stays inside one block.
-// Grid: any number of blocks that share the blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 16 threads for each query of the fullest tile, by pairs of
+// Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 16 threads for each query of the fullest tile, by pairs of
 // queries. With a matrix 128 threads, which share the product, a thread a channel of all 8. What has no threads is not written, and not read: in place
 // of a query that does not exist attention takes the last one that does (`existing_query`).
 #pragma once
@@ -43,76 +43,70 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
     wait_for_earlier_launches();
     constexpr int D = K::head_dim, per_lane = D / 16;
     alignas(16) __shared__ float buffer[rows_per_block * (K::is_parts ? product_parts(D) : 1) * D];
-    const int head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
-    const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
+    const int blocks = gridDim.x, query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
+    const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
     float* own = buffer + query * D;
 
-    float asked[per_lane];
+    float row[per_lane];
     const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
                     place.position * p.query_position_stride;
 #pragma unroll
-    for (int k = 0; k < per_lane; ++k) asked[k] = place.exists ? widen(from[lane + 16 * k]) * p.scale : 0.0f;
+    for (int k = 0; k < per_lane; ++k) row[k] = place.exists ? widen(from[lane + 16 * k]) * p.scale : 0.0f;
 
+    float shifted = 0.0f, noise = 0.0f, largest = 0.0f;
     // Of few queries most warps have none.
     const bool idle = !__any_sync(whole_warp, place.exists);
-
-    for (int block = blockIdx.x; block < p.blocks; block += gridDim.x) {
-        const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
-        float row[per_lane];
+    if (!idle && transform.shift && !transform.shift_sine) {
 #pragma unroll
-        for (int k = 0; k < per_lane; ++k) row[k] = asked[k];
-        float shifted = 0.0f, noise = 0.0f, largest = 0.0f;
-        if (!idle && transform.shift && !transform.shift_sine) {
-#pragma unroll
-            for (int k = 0; k < per_lane; ++k) shifted += row[k] * transform.shift[lane + 16 * k];
-        }
-        if constexpr (K::is_parts) multiply_rows<D, true, 32>(row, transform.inverse, buffer, query, lane);
-        if (!idle) {
-            if constexpr (!K::is_parts) {
-                if (transform.scale) {
-#pragma unroll
-                    for (int k = 0; k < per_lane; ++k) row[k] *= transform.scale[lane + 16 * k];
-                }
-                turn_forward<D>(row, p.transform, transform, own, lane);
-            }
-#pragma unroll
-            for (int k = 0; k < per_lane; ++k) {
-                if (p.noise) noise += 0.5f * reinterpret_cast<const float*>(p.noise)[lane + 16 * k] * row[k] * row[k];
-                largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);
-                shifted += row[k] * 0.0f;  // what is not finite makes the scores NaN
-            }
-            shifted = add_lanes(shifted);
-            noise = add_lanes(noise);
-            largest = fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
-        }
-        // A power of two, and so is its inverse, which is a normal number. Integers have no exponent: theirs leaves no bit of them unused.
-        float unit = unit_of(largest), inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(unit));
-        if (p.as_bytes && largest > 1e-30f && is_finite(largest)) {
-            unit = largest * (1.0f / largest_integer), inverse_unit = largest_integer * reciprocal_fast(largest);
-        }
-#pragma unroll
-        for (int k = 0; k < per_lane; ++k) row[k] *= inverse_unit;
-
-        const i64 tile_index = ((static_cast<i64>(batch) * p.kv_heads + head) * p.blocks + block) * p.query_tiles + tile;
-        u32* fragments = reinterpret_cast<u32*>(p.folded) + tile_index * (D / 16 * 64);
-        constexpr int extras_width = extras_head + K::groups;
-        float* extras = reinterpret_cast<float*>(p.extras) + tile_index * (query_tile * extras_width);
-        const bool as_bytes = by_bytes<K, 1> && p.as_bytes;
-        // Zero points meet the sum of what the scores are made of: the rounded elements.
-        float sums[K::groups] = {};
-        if constexpr (by_bytes<K, 1>) {
-            if (as_bytes) sums[0] = write_query_bytes<D>(row, fragments + 16 * query, lane);
-        }
-        if (!as_bytes) write_query_halves<K>(row, sums, fragments + 8 * query, lane);
-        float* own_extras = extras + query * extras_width;
-#pragma unroll
-        for (int g = 0; g < K::groups; ++g) {
-            const float sum = add_lanes(sums[g]) * unit;
-            if (lane == 0) own_extras[extras_head + g] = sum;
-        }
-        if (lane == 0) own_extras[0] = unit, own_extras[1] = shifted, own_extras[2] = noise, own_extras[3] = 0.0f;
+        for (int k = 0; k < per_lane; ++k) shifted += row[k] * transform.shift[lane + 16 * k];
     }
+    if constexpr (K::is_parts) multiply_rows<D, true, 32>(row, transform.inverse, buffer, query, lane);
+    if (!idle) {
+        if constexpr (!K::is_parts) {
+            if (transform.scale) {
+#pragma unroll
+                for (int k = 0; k < per_lane; ++k) row[k] *= transform.scale[lane + 16 * k];
+            }
+            turn_forward<D>(row, p.transform, transform, own, lane);
+        }
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) {
+            if (p.noise) noise += 0.5f * reinterpret_cast<const float*>(p.noise)[lane + 16 * k] * row[k] * row[k];
+            largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);
+            shifted += row[k] * 0.0f;  // what is not finite makes the scores NaN
+        }
+        shifted = add_lanes(shifted);
+        noise = add_lanes(noise);
+        largest = fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
+    }
+    // A power of two, and so is its inverse, which is a normal number. Integers have no exponent: theirs leaves no bit of them unused.
+    float unit = unit_of(largest), inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(unit));
+    if (p.as_bytes && largest > 1e-30f && is_finite(largest)) {
+        unit = largest * (1.0f / largest_integer), inverse_unit = largest_integer * reciprocal_fast(largest);
+    }
+#pragma unroll
+    for (int k = 0; k < per_lane; ++k) row[k] *= inverse_unit;
+
+    const i64 tile_index = ((static_cast<i64>(batch) * p.kv_heads + head) * blocks + block) * p.query_tiles + tile;
+    u32* fragments = reinterpret_cast<u32*>(p.folded) + tile_index * (D / 16 * 64);
+    constexpr int extras_width = extras_head + K::groups;
+    float* extras = reinterpret_cast<float*>(p.extras) + tile_index * (query_tile * extras_width);
+    const bool as_bytes = by_bytes<K, 1> && p.as_bytes;
+    // Zero points meet the sum of what the scores are made of: the rounded elements.
+    float sums[K::groups] = {};
+    if constexpr (by_bytes<K, 1>) {
+        if (as_bytes) sums[0] = write_query_bytes<D>(row, fragments + 16 * query, lane);
+    }
+    if (!as_bytes) write_query_halves<K>(row, sums, fragments + 8 * query, lane);
+    float* own_extras = extras + query * extras_width;
+#pragma unroll
+    for (int g = 0; g < K::groups; ++g) {
+        const float sum = add_lanes(sums[g]) * unit;
+        if (lane == 0) own_extras[extras_head + g] = sum;
+    }
+    if (lane == 0) own_extras[0] = unit, own_extras[1] = shifted, own_extras[2] = noise, own_extras[3] = 0.0f;
 }
 
 }  // namespace skvq

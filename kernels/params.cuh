@@ -60,8 +60,6 @@ struct FoldParams {
     i32 query_tiles;
     i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh);
                    // not with ternary values of uneven levels
-    i32 blocks;    // of statistics, 1 without
-    i32 padding;
 };
 
 /// turning.cuh: q·m(t) of every packed row. Grid: any number of blocks.
@@ -250,7 +248,7 @@ struct DecodeParams {
 static_assert(sizeof(LevelTable) == 144, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
-static_assert(sizeof(FoldParams) == 176, "FoldParams");
+static_assert(sizeof(FoldParams) == 168, "FoldParams");
 /// rows.cuh, copy_rows. Row r of the target is row r + source_shift + shifts[batch] of the source, where the source has it. Strides in bytes.
 /// Where there is a table, rows lie in its pages: row r in page r / 128.
 struct CopyParams {

@@ -242,16 +242,20 @@ import torch
 pair = cases.Pair(cases.CASES[rest[0]], nvrtc)
 generator = torch.Generator().manual_seed(0)
 print("made", file=sys.stderr, flush=True)
-pair.append(*pair.rows(generator, 150))
+pair.append(*pair.rows(generator, int(rest[1])))
 for _ in range(3):
     pair.append(*pair.rows(generator, 1))
     pair.check_attention(generator, 1)
 """
 
 
+def attention_launches(launches: list[str], kernel: str) -> list[str]:
+    return [line for line in launches if f"4skvq{len(kernel)}{kernel}" in line]
+
+
 @pytest.mark.parametrize("name", ["static", "parts", "blocks"])
 def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> None:
-    _, seen = run_code(STEPS, driver, nvrtc, name, FAKE_CUDA_LOG="1")
+    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1")
     before, after = seen.split("made\n")
     assert "synchronize" in before
     assert "synchronize" not in after
@@ -268,11 +272,21 @@ def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> No
         ("unfold", not apart),
         ("merge", True),
     ):
-        found = [line for line in launches if f"4skvq{len(kernel)}{kernel}" in line]
+        found = attention_launches(launches, kernel)
         assert found or kernel == "turning"
         assert all((" early " in line) == early for line in found)
     assert not any(" early " in line for line in launches if "append" in line or "poke" in line)
     assert len(launches) <= 60
+
+
+def test_where_there_are_many_blocks_of_statistics_launches_wait(driver: Path, nvrtc: str) -> None:
+    options = {"FAKE_CUDA_LOG": "1", "FAKE_CUDA_MULTIPROCESSORS": "1"}
+    _, seen = run_code(STEPS, driver, nvrtc, "blocks", "400", **options)
+    launches = seen.split("made\n")[1].splitlines()
+    for kernel, early in (("fold", False), ("plain", True), ("attend", False), ("unfold", False), ("merge", False)):
+        found = attention_launches(launches, kernel)
+        assert found
+        assert all((" early " in line) == early for line in found)
 
 
 REFUSALS = """

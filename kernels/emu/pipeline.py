@@ -353,9 +353,9 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
-    arguments = params("FoldParams", **common, **fields, transform=key_transform, blocks=key_blocks)
+    arguments = params("FoldParams", **common, **fields, transform=key_transform)
     threads = call.row_threads(call.keys)
-    launch(f"fold<{call.element}, {k.expression}>", (-(-key_blocks // 2), heads * tiles, batch), threads, arguments)
+    launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), threads, arguments)
 
     bias, capacity = None, call.packed + 3
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None

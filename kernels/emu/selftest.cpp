@@ -158,7 +158,6 @@ double run() {
     std::vector<float> output(kv_heads * group * D);
 
     FoldParams f{};
-    f.blocks = block_capacity;
     f.query = address(query), f.query_head_stride = D, f.query_position_stride = D;
     f.folded = address(folded), f.extras = address(extras), f.lengths = address(lengths), f.transform = keys_stream.transform();
     f.scale = 0.125f, f.kv_heads = kv_heads, f.group = group, f.length = 1, f.query_tiles = 1;

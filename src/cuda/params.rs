@@ -54,10 +54,10 @@ parameters! {
         rotation: i32, pages_per_block: i32, block_count: i32, first_span: i32,
     }
 
-    FoldParams: 176 {
+    FoldParams: 168 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
         folded: u64, extras: u64, noise: u64, lengths: u64, transform: TransformParams,
-        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32, blocks: i32, padding: i32,
+        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32,
     }
 
     TurningParams: 192 {

@@ -141,8 +141,8 @@ class DecodeAttention:
         self._common = {"query": self.query, **strides(self.query, names), "lengths": self.lengths, **self._shape}
         self._common["scale"] = width**-0.5
         fields = {"folded": self.folded, "extras": self.extras, "noise": noise, "transform": transform}
-        fields |= {"as_bytes": int(call.as_bytes), "blocks": self._key_blocks}
-        grid = (-(-self._key_blocks // 2), self._tiles, call.batch)
+        fields["as_bytes"] = int(call.as_bytes)
+        grid = (self._key_blocks, self._tiles, call.batch)
         self._add(f"fold<{call.element}, {keys.expression}>", grid, "FoldParams", **self._common, **fields)
         self.launches[-1].threads = call.row_threads(call.keys)
         self.bias: Tensor | None = None

@@ -29,13 +29,24 @@ _KIVI_ELEMENTS = 1 << 31  # of keys; its kernels count them in 32 bits, and a fa
 
 
 @dataclass(frozen=True)
+class Uncaptured:
+    """A call that must not be recorded in a CUDA graph."""
+
+    call: Call
+
+    def __call__(self) -> Tensor:
+        return self.call()
+
+
+@dataclass(frozen=True)
 class Peer:
     """A way to attend.
 
     Attributes:
         name: as in reports.
         bits: of an element of keys and values.
-        prepare: query, keys and values to a call; raises what the package raises if it cannot serve them.
+        prepare: query, keys and values to a call, or an `Uncaptured` one; raises what the package raises if it cannot
+            serve them.
     """
 
     name: str
@@ -119,7 +130,8 @@ def _flashinfer(tensor_cores: bool) -> Callable[[Tensor, Tensor, Tensor], Call]:
         last = torch.full((batch,), (tokens - 1) % FLASHINFER_PAGE + 1, **numbers)  # type: ignore[call-overload]
         wrapper.plan(indptr, indices, last, heads, kv_heads, width, FLASHINFER_PAGE, q_data_type=query.dtype)
         rows = query[:, :, 0].contiguous()
-        return lambda: wrapper.run(rows, paged)[:, :, None]
+        # Replayed from a graph, its batched kernels read where nothing is (0.6.7 on an H100), which ends the process.
+        return Uncaptured(lambda: wrapper.run(rows, paged)[:, :, None])
 
     return prepare
 

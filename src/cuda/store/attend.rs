@@ -420,3 +420,6 @@ impl CudaLayer {
         parameters
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,8 +17,6 @@ use crate::transform::SPAN;
 
 /// Of a block.
 const THREADS: usize = 128;
-/// Blocks of `fold` for each multiprocessor, at most.
-const FOLD_BLOCKS: usize = 16;
 /// Of `turning`, one of whose blocks fills a multiprocessor.
 const TURNING_THREADS: usize = 512;
 
@@ -64,9 +62,19 @@ impl Launches<'_> {
         self.layer.spec().num_key_value_heads as i32
     }
 
-    /// The next launch begins when those in front are done: its blocks would crowd where the first of them leave room.
+    /// The next launch begins when those in front are done: its blocks would crowd where the first ones of those leave room.
     fn wait(&self) {
         self.chained.set(false);
+    }
+
+    /// With many blocks of statistics `fold`, `unfold` and `merge` have much to do themselves, and blocks of threads in plenty.
+    fn is_crowded(&self) -> bool {
+        let folding = self.shape.key_blocks * self.held.batch * self.heads() as usize * self.shape.query_tiles;
+        self.shape.key_blocks > 1 && folding > self.multiprocessors()
+    }
+
+    fn multiprocessors(&self) -> usize {
+        self.layer.shared.kernels.device().properties().multiprocessors.max(1) as usize
     }
 
     /// One launch of a chain in which each may begin before those in front are done, but for the first.
@@ -167,14 +175,6 @@ impl Launches<'_> {
         [i64::from(self.heads()) * room * width, room * width, width]
     }
 
-    /// Blocks of `fold` for a query tile, which divide its blocks of statistics among themselves.
-    fn fold_blocks(&self) -> usize {
-        let shape = &self.shape;
-        let tiles = self.held.batch * self.heads() as usize * shape.query_tiles;
-        let multiprocessors = self.layer.shared.kernels.device().properties().multiprocessors.max(1) as usize;
-        shape.key_blocks.min((FOLD_BLOCKS * multiprocessors).div_ceil(tiles))
-    }
-
     /// Blocks of `turning`, which divide its items among themselves: one for each multiprocessor, or for each item that there may be.
     fn turning_blocks(&self) -> usize {
         let shape = &self.shape;
@@ -183,8 +183,7 @@ impl Launches<'_> {
         let spans = (shape.regions.packed + 2 * SPAN - 2) / SPAN;
         let heads = self.held.batch * self.heads() as usize;
         let items = heads * queries.div_ceil(QUERY_TILE) * spans.div_ceil(spans_of_item);
-        let multiprocessors = self.layer.shared.kernels.device().properties().multiprocessors.max(1) as usize;
-        items.min(multiprocessors)
+        items.min(self.multiprocessors())
     }
 
     /// Threads of a block of `fold` or `unfold`.
@@ -215,12 +214,9 @@ impl Launches<'_> {
             length,
             query_tiles: shape.query_tiles as i32,
             as_bytes: i32::from(shape.as_bytes),
-            blocks: shape.key_blocks as i32,
-            padding: 0,
         };
-        let grid = self.grid(self.fold_blocks());
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
-        unsafe { self.launch(&kernels.fold, grid, self.row_threads(&fold.transform), &fold) }?;
+        unsafe { self.launch(&kernels.fold, self.grid(shape.key_blocks), self.row_threads(&fold.transform), &fold) }?;
         if let Some(function) = &kernels.turning {
             let turning = TurningParams {
                 query: query.address,
@@ -286,7 +282,7 @@ impl Launches<'_> {
             padding: 0,
         };
         // A block of `turning` has a multiprocessor to itself.
-        if kernels.turning.is_some() {
+        if kernels.turning.is_some() || self.is_crowded() {
             self.wait();
         }
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
@@ -308,7 +304,7 @@ impl Launches<'_> {
         };
         let made = shape.splits.div_ceil(shape.splits_per_state);
         // Each block reads a whole matrix.
-        if unfold.transform.inverse != 0 {
+        if unfold.transform.inverse != 0 || self.is_crowded() {
             self.wait();
         }
         // SAFETY: as above.
@@ -404,6 +400,9 @@ impl Launches<'_> {
             query_tiles: shape.query_tiles as i32,
             padding: 0,
         };
+        if self.is_crowded() {
+            self.wait();
+        }
         let queries = self.heads() as u32 * (shape.group * shape.length) as u32;
         // SAFETY: the caller's promise for the output; the states were written by the launches before.
         unsafe { self.launch(&self.kernels.merge, [queries, self.held.batch as u32, 1], THREADS, &parameters) }
