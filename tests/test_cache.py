@@ -372,6 +372,10 @@ BAD_CHANGES: dict[str, tuple[Callable[[QuantizedDynamicCache], Any], str]] = {
         lambda cache: cache.reorder_cache(torch.tensor([0, 2])),
         r"indices=\[0, 2\]: expected rows from 0 to 1",
     ),
+    "reorder a layer": (
+        lambda cache: cache._packed_layers()[0].reorder_cache(torch.tensor([0, -3])),
+        r"indices=\[0, -3\]: expected rows from 0 to 1",
+    ),
     "select": (lambda cache: cache.batch_select_indices(torch.tensor([-3])), r"indices=\[-3\]: expected rows"),
     "select by boolean": (
         lambda cache: cache.batch_select_indices(torch.tensor([True])),

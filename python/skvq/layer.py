@@ -458,16 +458,18 @@ class PackedLayer(CacheLayerMixin):
         self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i of the batch becomes row `beam_idx[i]`."""
-        self.gather(beam_idx.tolist())
+        """Row i of the batch becomes row `beam_idx[i]`. Raises SkvqError if there is none."""
+        if self.batch_rows:
+            self.gather(row_numbers(beam_idx, self.batch_rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row of the batch `repeats` times."""
         self.gather([row for row in range(self.batch_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` (numbers, or a boolean for every row)."""
-        self.gather(row_numbers(indices, self.batch_rows))
+        """Keep the rows `indices` (numbers, or a boolean for every row). Raises SkvqError if one is outside the batch."""
+        if self.batch_rows:
+            self.gather(row_numbers(indices, self.batch_rows))
 
     def reset(self) -> None:
         """Forget all tokens and their padding; the next ones may have another batch size, dtype or number of heads."""
