@@ -467,7 +467,7 @@ class PackedLayer(CacheLayerMixin):
         self.gather([row for row in range(self.batch_rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` (numbers, or a boolean for every row). Raises SkvqError if one is outside the batch."""
+        """Keep the rows `indices` (numbers, or a boolean for every row). Raises SkvqError if there is none."""
         if self.batch_rows:
             self.gather(row_numbers(indices, self.batch_rows))
 
