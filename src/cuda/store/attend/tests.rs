@@ -17,6 +17,10 @@ fn long_pasts_end_in_short_splits() {
         assert!(long * count < pages, "all of {pages} pages are in long splits");
         // Long ones are some turns of the device, and at most a third of the pages is left for short ones.
         assert!(count * others <= turns * resident && (count + 1) * others > turns * resident);
-        assert!(3 * (pages - long * count) <= pages + 3 * long, "{} of {pages} pages are in short splits", pages - long * count);
+        assert!(
+            3 * (pages - long * count) <= pages + 3 * long,
+            "{} of {pages} pages are in short splits",
+            pages - long * count
+        );
     }
 }
