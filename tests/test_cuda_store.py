@@ -279,6 +279,13 @@ def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> No
     assert len(launches) <= 60
 
 
+@pytest.mark.parametrize("setting", [{"SKVQ_OVERLAP": "0"}, {"FAKE_CUDA_CAPABILITY": "80"}], ids=["asked", "sm_80"])
+def test_launches_that_are_kept_apart(driver: Path, nvrtc: str, setting: dict[str, str]) -> None:
+    _, seen = run_code(STEPS, driver, nvrtc, "static", "150", FAKE_CUDA_LOG="1", **setting)
+    assert "4skvq5merge" in seen
+    assert " early " not in seen
+
+
 def test_where_there_are_many_blocks_of_statistics_launches_wait(driver: Path, nvrtc: str) -> None:
     options = {"FAKE_CUDA_LOG": "1", "FAKE_CUDA_MULTIPROCESSORS": "1"}
     _, seen = run_code(STEPS, driver, nvrtc, "blocks", "400", **options)
