@@ -96,7 +96,8 @@ def load(
         backend: one of those at the head of this file; "auto" takes "packed" for layers that it serves and
             "dequantized" for the others.
         head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8 and 4 round them when
-            they are loaded, with a scale for each row or for 32 inputs.
+            they are loaded, with a scale for each row or for 32 inputs. On a model of 0.5B 8 bits cost nothing, 4
+            added 1.9 % to the perplexity (docs/weights.md).
         attention: transformers' attention implementation.
 
     Raises:
