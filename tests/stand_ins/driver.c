@@ -72,10 +72,11 @@ int cuLaunchKernelEx(const Config* config, const char* function, void** paramete
     const unsigned *g = config->grid, *b = config->block;
     long long first;
     memcpy(&first, parameters[0], sizeof first);
-    fprintf(stderr, "launch %s %u,%u,%u %u,%u,%u shared %u stream %zu context %zu: %lld", function, g[0], g[1], g[2], b[0], b[1], b[2],
-            config->shared, config->stream, current, first);
-    for (unsigned i = 0; i < config->count; ++i) fprintf(stderr, " attribute %d: %d", config->attributes[i].id, config->attributes[i].value[0]);
-    fprintf(stderr, "\n");
+    // One call for a line, which other threads write too.
+    char early[40] = "";
+    if (config->count) snprintf(early, sizeof early, " attribute %d: %d", config->attributes[0].id, config->attributes[0].value[0]);
+    fprintf(stderr, "launch %s %u,%u,%u %u,%u,%u shared %u stream %zu context %zu: %lld%s\n", function, g[0], g[1], g[2], b[0], b[1], b[2],
+            config->shared, config->stream, current, first, early);
     return number("FAKE_LAUNCH", 0);
 }
 
