@@ -53,38 +53,31 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
     auto block_of = [&](int split) { return split < count ? block_of_page(p.transform, (first + split) * p.pages_per_split) : -1; };
     float weight = 0.0f, output[per_lane] = {}, row[per_lane] = {};
     if (p.transform.inverse) {
-        // The rows of a run of splits are on their way together, some at a time.
-        for (int split = 0; split < count;) {
-            const int block = block_of(split);
-            int run = 0;
-            do {
-                float rows[unfold_at_once][per_lane] = {};
+        // Rows of parts have no blocks of statistics: one transform for all splits, whose rows are on their way together, some at a time.
+#pragma unroll 1
+        for (int split = 0; split < count; split += unfold_at_once) {
+            float rows[unfold_at_once][per_lane] = {};
 #pragma unroll
-                for (int i = 0; i < unfold_at_once; ++i) {
-                    if (!exists || split + i >= count || block_of(split + i) != block) continue;
+            for (int i = 0; i < unfold_at_once; ++i) {
+                if (!exists || split + i >= count) continue;
 #pragma unroll
-                    for (int k = 0; k < per_lane; ++k) rows[i][k] = states[(split + i) * width + state_head + lane + 16 * k];
-                }
-                for (run = 0; run < unfold_at_once && block_of(split + run) == block; ++run) {}
+                for (int k = 0; k < per_lane; ++k) rows[i][k] = states[(split + i) * width + state_head + lane + 16 * k];
+            }
 #pragma unroll
-                for (int i = 0; i < unfold_at_once; ++i) {
-                    const float factor = i < run ? factor_of(split + i) : 0.0f;
-                    weight += i < run ? weight_of(split + i) : 0.0f;
-                    if (factor == 0.0f) continue;
+            for (int i = 0; i < unfold_at_once; ++i) {
+                if (split + i >= count) break;
+                const float factor = factor_of(split + i);
+                weight += weight_of(split + i);
+                if (factor == 0.0f) continue;
 #pragma unroll
-                    for (int k = 0; k < per_lane; ++k) row[k] += factor * rows[i][k];
-                }
-                split += run;
-            } while (run == unfold_at_once && block_of(split) == block);
-            if (__syncthreads_and(weight == 0.0f)) continue;
-            const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
+                for (int k = 0; k < per_lane; ++k) row[k] += factor * rows[i][k];
+            }
+        }
+        if (!__syncthreads_and(weight == 0.0f)) {
+            const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
             multiply_rows<D, false, D < 128 ? 8 : 16>(row, transform.inverse, buffer, query, lane);
 #pragma unroll
-            for (int k = 0; k < per_lane; ++k) {
-                output[k] += row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);
-                row[k] = 0.0f;
-            }
-            weight = 0.0f;
+            for (int k = 0; k < per_lane; ++k) output[k] = row[k] + (transform.shift ? weight * transform.shift[lane + 16 * k] : 0.0f);
         }
     } else {
         const int warp = threadIdx.x / 32;

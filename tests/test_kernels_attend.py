@@ -105,7 +105,7 @@ def test_attention_over_packed_rows(call: Call, kernels: harness.Kernels) -> Non
         assert not found.any()
 
 
-@pytest.mark.parametrize("name", ["2, statics, float32", "blocks", "112"])
+@pytest.mark.parametrize("name", ["2, statics, float32", "blocks", "112", "causal, softcap, 20 queries"])
 def test_queries_that_do_not_exist_are_neither_written_nor_read(
     name: str, kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,13 +125,19 @@ def test_queries_that_do_not_exist_are_neither_written_nor_read(
     registers = 4 if call.as_bytes else 2
     of_query = folded.unflatten(-1, (-1, 8, 4 * registers)).transpose(4, 5).flatten(3, 4)
     queries = call.group * call.length
-    written = queries + queries % 2  # threads go by pairs of queries
-    assert call.query_tiles * 8 > written
+    # Threads go by pairs of queries of the fullest tile, and write zeros where there is no query for them.
+    of_tile = min(8, queries + queries % 2)
+    place, of_extras = torch.arange(call.query_tiles * 8), extras.flatten(3, 4)
+    nobodys, zeros = place % 8 >= of_tile, (place >= queries) & (place % 8 < of_tile)
+    assert call.query_tiles * 8 > queries
     # What nobody has written is ones in all bits: not a number.
-    assert of_query[:, :, :, written:].eq(-1).all()
+    assert of_query[:, :, :, nobodys].eq(-1).all()
+    assert of_extras[:, :, :, nobodys].isnan().all()
+    assert not of_query[:, :, :, zeros].any()
+    assert of_extras[:, :, :, zeros][..., 0].eq(1.0).all()
+    assert not of_extras[:, :, :, zeros][..., 1:].any()
     assert of_query[:, :, :, :queries].flatten(4).any(-1).all()
-    assert extras.flatten(3, 4)[:, :, :, written:].isnan().all()
-    assert extras.flatten(3, 4)[:, :, :, :queries].isfinite().all()
+    assert of_extras[:, :, :, :queries].isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])

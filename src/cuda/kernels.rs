@@ -141,6 +141,11 @@ impl Kernels {
         self.device
     }
 
+    /// Of the device, at least one.
+    pub fn multiprocessors(&self) -> usize {
+        self.device.properties().multiprocessors.max(1) as usize
+    }
+
     pub fn encode(&self, side: Side) -> Option<&Function> {
         self.encode[side as usize].as_deref()
     }

@@ -208,7 +208,7 @@ impl CudaLayer {
         let is_half = spec.dtype != Dtype::F32;
         let as_bytes = is_half && !many && !values.uneven && keys.takes_bytes(&spec.keys.layout, tiles);
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
-        let multiprocessors = self.shared.kernels.device().properties().multiprocessors.max(1) as usize;
+        let multiprocessors = self.shared.kernels.multiprocessors();
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
         let resident = if many { 1 } else { BLOCKS_PER_MULTIPROCESSOR };
         let at_once = resident * multiprocessors;
@@ -220,9 +220,8 @@ impl CudaLayer {
         let pages_per_split = (1..=longest).rev().find(divides).unwrap_or(1);
         let graded = (block_pages == 0 && !many).then(|| graded_splits(pages, others, at_once)).flatten();
         let (pages_per_split, long_splits, short_pages) =
-            graded.unwrap_or((pages_per_split, usize::MAX, pages_per_split));
-        let long_splits = long_splits.min(pages.div_ceil(pages_per_split));
-        let short = (pages - (long_splits * pages_per_split).min(pages)).div_ceil(short_pages);
+            graded.unwrap_or((pages_per_split, pages.div_ceil(pages_per_split), pages_per_split));
+        let short = pages.saturating_sub(long_splits * pages_per_split).div_ceil(short_pages);
         let splits = if is_packed { long_splits + short } else { 0 };
         let apart = !many && pages_per_split <= SHORT_SPLIT && others * splits >= ATTEND_WARPS * at_once;
         let queries = match (many, apart) {

@@ -20,11 +20,6 @@ const THREADS: usize = 128;
 /// Of `turning`, one of whose blocks fills a multiprocessor.
 const TURNING_THREADS: usize = 512;
 
-/// Of a block of `fold` or `unfold`: 16 for each query of the fullest tile, by pairs, or all where they share the product with a matrix.
-fn row_threads(queries: usize, matrix: bool) -> usize {
-    if matrix { THREADS } else { THREADS / QUERY_TILE * queries.min(QUERY_TILE).next_multiple_of(2) }
-}
-
 /// What `plain` reads; as numbers those of `kernels/plain.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Region {
@@ -74,7 +69,7 @@ impl Launches<'_> {
     }
 
     fn multiprocessors(&self) -> usize {
-        self.layer.shared.kernels.device().properties().multiprocessors.max(1) as usize
+        self.layer.shared.kernels.multiprocessors()
     }
 
     /// One launch of a chain in which each may begin before those in front are done, but for the first.
@@ -186,9 +181,10 @@ impl Launches<'_> {
         items.min(self.multiprocessors())
     }
 
-    /// Threads of a block of `fold` or `unfold`.
+    /// Threads of a block of `fold` or `unfold`: 16 for each query of the fullest tile, by pairs, or all where they share the product with a matrix.
     fn row_threads(&self, transform: &TransformParams) -> usize {
-        row_threads(self.shape.group * self.shape.length, transform.inverse != 0)
+        let queries = (self.shape.group * self.shape.length).min(QUERY_TILE);
+        if transform.inverse != 0 { THREADS } else { THREADS / QUERY_TILE * queries.next_multiple_of(2) }
     }
 
     /// Queries for packed rows: folded, and their products with a mean that turns.

@@ -93,7 +93,7 @@ impl CudaLayer {
             held.queries = Some(Seen { squares, factors, started: false, tokens, fixed });
         }
         let rounds = (query.shape[1] / heads * query.shape[2]).div_ceil(ROWS);
-        let multiprocessors = shared.kernels.device().properties().multiprocessors.max(1) as usize;
+        let multiprocessors = shared.kernels.multiprocessors();
         let parts = (BLOCKS_PER_MULTIPROCESSOR * multiprocessors).div_ceil(sequences).clamp(1, rounds);
         let partial = shared.memory.allocate(sequences * parts * width * 8)?;
         Ok(Some(Observation { query: *query, first_token: tokens - query.shape[2], parts, partial }))
