@@ -6,6 +6,9 @@ mod cuda_layer;
 mod cuda_tensors;
 mod weights;
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
 use pyo3::create_exception;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -44,6 +47,14 @@ fn isa_named(name: Option<&str>) -> Result<Isa> {
 #[pyclass(name = "Layer", module = "skvq._native")]
 pub struct PyLayer {
     layer: layer::Layer,
+    /// Of the last `attend`, without the exchange of tensors.
+    attend_nanoseconds: AtomicU64,
+}
+
+impl From<layer::Layer> for PyLayer {
+    fn from(layer: layer::Layer) -> Self {
+        Self { layer, attend_nanoseconds: AtomicU64::new(0) }
+    }
 }
 
 /// A raw codec in the layer's own dtype; any other unchanged.
@@ -82,7 +93,7 @@ impl PyLayer {
             nonfinite: NonFinite::from_name(nonfinite)?,
             isa: isa_named(isa)?,
         };
-        Ok(Self { layer: layer::Layer::new(spec)? })
+        Ok(layer::Layer::new(spec)?.into())
     }
 
     /// Stores new tokens: keys `[B, Hkv, n, Dk]`, values `[B, Hkv, n, Dv]` in the layer's dtype; query `[B, Hq, L, Dk]`, where it is
@@ -195,7 +206,9 @@ impl PyLayer {
         if output.dtype() != call.query.dtype() {
             return Err(Error::dtype("output", call.query.dtype().name(), output.dtype().name()).into());
         }
+        let start = Instant::now();
         py.detach(|| attend(&self.layer, &call, output))?;
+        self.attend_nanoseconds.store(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -231,7 +244,7 @@ impl PyLayer {
     /// An independent layer that shares all pages until one of them is written.
     #[pyo3(name = "clone")]
     fn duplicate(&self) -> Self {
-        Self { layer: self.layer.clone() }
+        self.layer.clone().into()
     }
 
     #[getter]
@@ -279,6 +292,12 @@ impl PyLayer {
     #[getter]
     fn isa(&self) -> &'static str {
         self.layer.spec().isa.name()
+    }
+
+    /// Seconds that the arithmetic of the last `attend` took; 0 before the first.
+    #[getter]
+    fn attend_seconds(&self) -> f64 {
+        self.attend_nanoseconds.load(Ordering::Relaxed) as f64 * 1e-9
     }
 
     fn __repr__(&self) -> String {

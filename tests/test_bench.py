@@ -138,7 +138,9 @@ def test_step() -> None:
     (row,) = check(step.run_step(options), "step")
     assert row["update_microseconds"] > 0
     assert row["attention_microseconds"] > 0
-    assert row["kernel_microseconds"] > 0
+    assert 0 < row["kernel_microseconds"] < row["attention_microseconds"]
+    assert row["overhead_microseconds"] > 0
+    assert row["stock_microseconds"] > 0
 
 
 def test_growth(tmp_path: Path) -> None:

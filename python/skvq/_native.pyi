@@ -306,6 +306,9 @@ class Layer:
         """Tokens in full precision at the end: the window, and rows that wait for the last row of their block."""
     @property
     def isa(self) -> str: ...
+    @property
+    def attend_seconds(self) -> float:
+        """What the arithmetic of the last ``attend`` took, without the exchange of tensors; 0 before the first."""
 
 def available_isas() -> list[str]:
     """Instruction sets of this processor that skvq has code for, best first: avx512, avx2, neon, portable."""

@@ -174,6 +174,34 @@ fn every_isa_makes_the_codes_and_rows_of_the_reference() {
 }
 
 #[test]
+fn rows_decode_together_as_one_by_one() {
+    let mut noise = Noise(3);
+    for head_dim in [16, 64, 80, 96, 112, 128, 192, 256, 512] {
+        for format in [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair] {
+            let codec = codec(format, head_dim, head_dim, plain_source(head_dim));
+            let (layout, affine) = (&codec.layout, Affine::identity(head_dim));
+            for rows in [1, 2, 15, 39, 40, 128] {
+                let (mut codes, mut metadata) = (vec![0; rows * layout.code_bytes], vec![0; layout.metadata_bytes]);
+                for (row, codes) in noise.rows(rows, head_dim).chunks(head_dim).zip(codes.chunks_mut(layout.code_bytes))
+                {
+                    codec.encode_row(row, &affine, 0, codes, &mut metadata);
+                }
+                for isa in Isa::available() {
+                    let decode = |codes: &[u8], rows: usize| {
+                        let mut levels = vec![f32::NAN; rows * head_dim + simd::levels::SLACK];
+                        simd::levels::decode_levels(isa, layout, &codec.codebook, codes, rows, &mut levels);
+                        levels.truncate(rows * head_dim);
+                        levels
+                    };
+                    let singly: Vec<f32> = codes.chunks(layout.code_bytes).flat_map(|codes| decode(codes, 1)).collect();
+                    assert_eq!(decode(&codes, rows), singly, "{isa} {format:?} {head_dim} channels, {rows} rows");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_broken_row_decodes_to_nan_and_nothing_else() {
     let codec = codec(Format::Int2, 64, 32, plain_source(64));
     let affine = Affine::identity(64);

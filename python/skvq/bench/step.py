@@ -2,8 +2,10 @@
 
 A step is `cache.update` (window eviction, encoding of one row, DLPack) and `scaled_dot_product_attention` on what it
 returns, as a model calls them, layer after layer, so that no layer is in the processor's cache only because it was just
-used. The kernel is `Layer.attend` of the native module, timed within the same step: the difference of two passes would
-have the noise of both, at thousands of tokens more than what is measured. "overhead" is the rest, in µs per layer.
+used. The kernel is the arithmetic of `Layer.attend`, which the native module times within the same step: the difference
+of two passes would have the noise of both, at thousands of tokens more than what is measured. "overhead" is the rest,
+in µs per layer. Beside it stands what the stock cache takes in the same place, right after a packed step of the same
+length, for a text of a few tokens: Python and torch's operators, with next to nothing to copy or to compute.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
+from ..packed import show_queries
 from .layers import options_of
 from .machine import make_report
 
@@ -32,22 +36,6 @@ class StepOptions:
     layers: int = 16  # of the cache: a model goes from layer to layer
     steps: int = 25  # each through all layers
     dtype: str = "bfloat16"
-
-
-class _TimedStore:
-    """A native layer whose `attend` notes how long it takes."""
-
-    def __init__(self, native: Any) -> None:
-        self._native = native
-        self.seconds = 0.0
-
-    def attend(self, *args: Any, **options: Any) -> None:
-        start = time.perf_counter()
-        self._native.attend(*args, **options)
-        self.seconds = time.perf_counter() - start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._native, name)
 
 
 def _make_cache(options: StepOptions) -> Any:
@@ -69,14 +57,13 @@ def _measure(options: StepOptions, tokens: int) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype)
     cache = _make_cache(options)
     keys, values = (torch.randn(1, options.num_key_value_heads, tokens, options.head_dim).to(dtype) for _ in range(2))
-    for layer in range(options.layers):
-        cache.update(keys, values, layer)
-    key, value = keys[:, :, :1].contiguous(), values[:, :, :1].contiguous()
     query = torch.randn(1, options.num_attention_heads, 1, options.head_dim).to(dtype)
-    for layer in cache.layers:
-        layer.native = _TimedStore(layer.settle())
+    for layer in range(options.layers):
+        show_queries(cache.update(keys, values, layer), query)
+    key, value = keys[:, :, :1].contiguous(), values[:, :, :1].contiguous()
     grouped = options.num_attention_heads != options.num_key_value_heads
-    update, attention, kernel = [], [], []
+    stock = DynamicCache()
+    update, attention, kernel, stock_step = [], [], [], []
     with torch.no_grad():
         for _ in range(options.steps):
             for layer in range(options.layers):
@@ -86,10 +73,18 @@ def _measure(options: StepOptions, tokens: int) -> dict[str, Any]:
                 F.scaled_dot_product_attention(query, all_keys, all_values, enable_gqa=grouped)
                 attention.append(time.perf_counter() - updated)
                 update.append(updated - start)
-                kernel.append(cache.layers[layer].native.seconds)
+                kernel.append(cache.layers[layer].native.attend_seconds)
+        for _ in range(options.steps):
+            for layer in range(options.layers):
+                all_keys, all_values = cache.update(key, value, layer)
+                F.scaled_dot_product_attention(query, all_keys, all_values, enable_gqa=grouped)
+                start = time.perf_counter()
+                all_keys, all_values = stock.update(key, value, layer)
+                F.scaled_dot_product_attention(query, all_keys, all_values, enable_gqa=grouped)
+                stock_step.append(time.perf_counter() - start)
     micro = {
         name: statistics.median(found) * 1e6
-        for name, found in (("update", update), ("attention", attention), ("kernel", kernel))
+        for name, found in (("update", update), ("attention", attention), ("kernel", kernel), ("stock", stock_step))
     }
     overhead = [a + b - c for a, b, c in zip(update, attention, kernel, strict=True)]
     return {
@@ -98,6 +93,7 @@ def _measure(options: StepOptions, tokens: int) -> dict[str, Any]:
         "attention_microseconds": micro["attention"],
         "kernel_microseconds": micro["kernel"],
         "overhead_microseconds": statistics.median(overhead) * 1e6,
+        "stock_microseconds": micro["stock"],
     }
 
 
@@ -108,6 +104,7 @@ def run_step(options: StepOptions) -> dict[str, Any]:
         print(
             f"{row['tokens']:>7} tokens: update {row['update_microseconds']:8.1f} µs, "
             f"attention {row['attention_microseconds']:9.1f} µs, kernel {row['kernel_microseconds']:9.1f} µs: "
-            f"{row['overhead_microseconds']:7.1f} µs beyond the kernel"
+            f"{row['overhead_microseconds']:7.1f} µs beyond the kernel (stock cache, few tokens: "
+            f"{row['stock_microseconds']:.1f} µs)"
         )
     return make_report("step", asdict(options), rows)

@@ -21,8 +21,14 @@ pub(super) struct Buffer {
 
 impl Buffer {
     pub(super) fn zeroed(len: usize) -> Self {
-        let data = vec![0.0; len + 15];
-        let start = data.as_ptr().align_offset(64).min(15);
+        Self::aligned(len, 64)
+    }
+
+    /// Beginning at a multiple of `bytes`.
+    fn aligned(len: usize, bytes: usize) -> Self {
+        let slack = bytes / size_of::<f32>() - 1;
+        let data = vec![0.0; len + slack];
+        let start = data.as_ptr().align_offset(bytes).min(slack);
         Self { data, start, len }
     }
 }
@@ -168,7 +174,8 @@ impl<'a> Worker<'a> {
             turning: Turning::new(plan, job),
             keys: Affinity::new(keys),
             values: Affinity::new(values),
-            tile: Buffer::zeroed(TILE_FLOATS.max(8 * keys.max(values)) + levels::SLACK),
+            // A store across the end of a memory page costs as much as the rest of its row.
+            tile: Buffer::aligned(TILE_FLOATS.max(8 * keys.max(values)) + levels::SLACK, 4096),
             scores: Buffer::zeroed(n * CHUNK),
             partial: Buffer::zeroed(n * CHUNK),
             scales: Buffer::zeroed(groups * CHUNK),

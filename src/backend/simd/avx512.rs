@@ -67,6 +67,66 @@ unsafe fn lookup_bytes(table: [__m512i; 4], index: __m512i) -> __m512i {
     _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), lower, upper)
 }
 
+/// Where the digit of every channel of a row is: one of 64 bytes, 32 with four low digits and 32 with the high one, and how far that is to
+/// be shifted.
+#[repr(align(64))]
+struct TernaryLanes<const D: usize> {
+    byte: [u32; D],
+    shift: [u32; D],
+}
+
+impl<const D: usize> TernaryLanes<D> {
+    const PLANES: usize = D.div_ceil(5);
+    const ALL: Self = {
+        assert!(D.is_multiple_of(LANES) && Self::PLANES <= 32);
+        let mut lanes = Self { byte: [0; D], shift: [0; D] };
+        let mut c = 0;
+        while c < D {
+            let (plane, byte) = (c / Self::PLANES, c % Self::PLANES);
+            lanes.byte[c] = if plane < 4 { byte } else { 32 + byte } as u32;
+            lanes.shift[c] = if plane < 4 { 2 * plane as u32 } else { 0 };
+            c += 1;
+        }
+        lanes
+    };
+}
+
+/// [`Lanes::ternary_levels`] of D channels: each lane picks its byte, so all stores are whole and aligned where rows are.
+#[inline(always)]
+unsafe fn ternary_rows<const D: usize>(
+    table: __m512,
+    low: *const u8,
+    high: *const u8,
+    rows: usize,
+    target: *mut f32,
+) -> bool {
+    // Opaque: of what it knows the compiler makes shuffles of two registers, three times as dear.
+    let lanes = std::hint::black_box(const { &TernaryLanes::<D>::ALL });
+    let planes = TernaryLanes::<D>::PLANES;
+    let (mut index, mut shift) = ([_mm512_setzero_si512(); 8], [_mm512_setzero_si512(); 8]);
+    let mut v = 0;
+    while v < D / LANES {
+        index[v] = _mm512_load_si512(lanes.byte.as_ptr().add(v * LANES).cast());
+        let shifts = _mm512_load_si512(lanes.shift.as_ptr().add(v * LANES).cast());
+        shift[v] = _mm512_and_si512(shifts, _mm512_set1_epi32(31)); // below 32 for all that the compiler knows
+        v += 1;
+    }
+    let mut row = 0;
+    while row < rows {
+        let lower = _mm512_castsi256_si512(_mm256_loadu_si256(low.add(row * planes).cast()));
+        let bytes = _mm512_inserti64x4::<1>(lower, _mm256_loadu_si256(high.add(row * planes).cast()));
+        let target = target.add(row * D);
+        let mut v = 0;
+        while v < D / LANES {
+            let code = _mm512_srlv_epi32(_mm512_permutexvar_epi8(index[v], bytes), shift[v]);
+            _mm512_storeu_ps(target.add(v * LANES), _mm512_permutexvar_ps(code, table));
+            v += 1;
+        }
+        row += 1;
+    }
+    true
+}
+
 /// Vector i of the result, lane 4q + k: a part of the sum of `a[4 i + k]`, namely that of its 128-bit quarter q.
 #[inline(always)]
 unsafe fn sum_quarters(a: [__m512; 4]) -> __m512 {
@@ -402,6 +462,25 @@ impl Lanes for Avx512 {
             let packed = _mm512_maskz_loadu_epi8(rest, source.add(done).cast());
             _mm512_mask_storeu_epi8(low.add(done).cast(), rest, lookup_bytes(low_table, packed));
             _mm512_mask_storeu_epi8(high.add(done).cast(), rest, lookup_bytes(high_table, packed));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn ternary_levels(
+        table: __m512,
+        low: *const u8,
+        high: *const u8,
+        rows: usize,
+        d: usize,
+        target: *mut f32,
+    ) -> bool {
+        match d {
+            64 => ternary_rows::<64>(table, low, high, rows, target),
+            80 => ternary_rows::<80>(table, low, high, rows, target),
+            96 => ternary_rows::<96>(table, low, high, rows, target),
+            112 => ternary_rows::<112>(table, low, high, rows, target),
+            128 => ternary_rows::<128>(table, low, high, rows, target),
+            _ => false,
         }
     }
 }

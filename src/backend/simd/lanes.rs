@@ -142,6 +142,20 @@ pub(crate) trait Lanes: Copy + 'static {
     /// Splits `n` bytes of format `1.6` (FORMAT.md §1): `low[b]` = d₀ | d₁<<2 | d₂<<4 | d₃<<6 and `high[b]` = d₄, where dᵢ is digit i of
     /// `source[b]`. Needs `n` bytes behind each pointer, not overlapping; any `n`.
     unsafe fn expand_ternary(source: *const u8, n: usize, low: *mut u8, high: *mut u8);
+    /// The levels of whole rows of `d` channels from what `expand_ternary` made of their bytes, where the instruction set has a way of its
+    /// own for that `d`; false and nothing written where it has not. Reads up to 32 bytes behind those of `low` and `high`;
+    /// writes `rows · d` floats.
+    #[inline(always)]
+    unsafe fn ternary_levels(
+        _table: Self::Table4,
+        _low: *const u8,
+        _high: *const u8,
+        _rows: usize,
+        _d: usize,
+        _target: *mut f32,
+    ) -> bool {
+        false
+    }
 
     // ---- written once ----
 

@@ -15,6 +15,8 @@ pub(crate) const SLACK: usize = LANES;
 
 /// Bytes of ternary codes that are expanded at a time: rows enough that a byte is read back long after it was written.
 const TERNARY_BYTES: usize = 1024;
+/// Bytes behind them that may be read.
+const TERNARY_MARGIN: usize = 32;
 
 multiversion! {
     /// The levels of `rows` rows whose codes lie back to back in `codes`.
@@ -191,20 +193,24 @@ unsafe fn ternary_rows<S: Lanes>(
     d: usize,
     target: *mut f32,
 ) {
-    let mut low = [0u8; TERNARY_BYTES + LANES];
-    let mut high = [0u8; TERNARY_BYTES + LANES];
+    let mut low = [0u8; TERNARY_BYTES + TERNARY_MARGIN];
+    let mut high = [0u8; TERNARY_BYTES + TERNARY_MARGIN];
     let batch = TERNARY_BYTES / planes;
     let whole = planes / LANES * LANES;
-    // SAFETY: a batch of rows fits the buffers, with 16 bytes behind it to read; writes as for `two_bits`.
+    // SAFETY: a batch of rows fits the buffers, with a margin behind it to read; writes as for `two_bits`.
     unsafe {
+        let (low, high) = (low.as_mut_ptr(), high.as_mut_ptr());
         let mut first = 0;
         while first < rows {
             let count = (rows - first).min(batch);
-            S::expand_ternary(source.add(first * planes), count * planes, low.as_mut_ptr(), high.as_mut_ptr());
+            S::expand_ternary(source.add(first * planes), count * planes, low, high);
+            if S::ternary_levels(tables.low, low, high, count, d, target.add(first * d)) {
+                first += count;
+                continue;
+            }
             let mut row = 0;
             while row < count {
-                let low = low.as_ptr().add(row * planes);
-                let high = high.as_ptr().add(row * planes);
+                let (low, high) = (low.add(row * planes), high.add(row * planes));
                 let target = target.add((first + row) * d);
                 if whole < planes {
                     four_planes::<S>(tables, S::load_u8(low.add(whole)), planes, target.add(whole));
