@@ -73,8 +73,13 @@ def test_the_spectral_method(
     """From the command line to a cache that generates; the default."""
     tiny_directory.save(tmp_path / "model", "qwen3")
     line = f"calibrate {tmp_path}/model --texts {folder}/a.txt -o {tmp_path}/plan --chunks 2 --tokens 300 --window 16"
-    line += f" --dtype float32 --state {tmp_path}/state {options}"
+    line += f" --dtype float32 --state {tmp_path}/state --json {tmp_path}/report.json {options}"
     assert cli.main(line.split()) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    seconds = report["seconds"]
+    assert 0 <= seconds["load"] + seconds["read"] + seconds["fit"] <= seconds["all"] + 0.3
+    assert report["peak_bytes"] > report["model_bytes"] > 0
+    assert report["settings"]["tokens"] == 300
     printed = capsys.readouterr().out
     assert "predicted cost of keys at" in printed
     assert "static " in printed

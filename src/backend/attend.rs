@@ -7,6 +7,7 @@
 //!
 //! 1. fold the transform into the queries, once for a shift and scale: q·x̂ = (R(s∘q))_π · `ŷ_π` + q·μ, or (Bᵀq)·ŷ + q·m(t);
 //! 2. tile by tile, levels to f32 and one small product; the scale a and the zero point z of a group are applied to the scores;
+//!    (queries of 16 bits on two-bit rows: products of integers straight from the codes, `simd/words.rs`; likewise in step 4)
 //! 3. softcap, mask, running maximum, exponentials;
 //! 4. tile by tile, weights (times a) by levels; then, once for a shift and scale, π⁻¹, R, s (or B) and (Σp)·μ bring the sum back to the model's space.
 //!
@@ -15,10 +16,12 @@
 mod worker;
 
 use crate::backend::simd::Isa;
+use crate::backend::simd::words::WordTable;
 use crate::backend::threads;
+use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
-use crate::tensor::{MaskView, TensorView, TensorViewMut};
+use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
 use worker::{Buffer, Worker};
 
 /// Rows of a chunk at most; scores of a chunk stay in the first-level cache.
@@ -193,6 +196,9 @@ struct Plan<'a> {
     stored: usize,
     key_width: usize,
     value_width: usize,
+    /// Tables for products of words, where queries have 16 bits and rows and processor allow it.
+    key_words: Option<WordTable>,
+    value_words: Option<WordTable>,
 }
 
 impl<'a> Plan<'a> {
@@ -205,6 +211,10 @@ impl<'a> Plan<'a> {
         let group = heads / spec.num_key_value_heads;
         let value_width = spec.values.layout.head_dim;
         let queries = group * length;
+        let has_words = spec.isa.has_words() && call.query.dtype() != Dtype::F32;
+        let words = |codec: &Codec, values| {
+            if has_words { WordTable::new(&codec.layout, &codec.codebook, values) } else { None }
+        };
         let groups_of_jobs = batch * spec.num_key_value_heads * queries.div_ceil(QUERY_BLOCK);
         let work = batch * heads * length * tokens * (key_width + value_width);
         let threads = if work < SMALL_CALL { 1 } else { threads::num_threads() };
@@ -240,6 +250,8 @@ impl<'a> Plan<'a> {
             stored: tokens - fresh,
             key_width,
             value_width,
+            key_words: words(&spec.keys, false),
+            value_words: words(&spec.values, true),
         }
     }
 

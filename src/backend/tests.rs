@@ -3,6 +3,7 @@
 use crate::backend::attend::{Attention, attend};
 use crate::backend::noise::score_noise;
 use crate::backend::simd::Isa;
+use crate::backend::simd::words::{self, WordTable};
 use crate::backend::{cpu, simd};
 use crate::codebook::Codebook;
 use crate::codec::{Codec, Rule};
@@ -177,7 +178,7 @@ fn every_isa_makes_the_codes_and_rows_of_the_reference() {
 fn rows_decode_together_as_one_by_one() {
     let mut noise = Noise(3);
     for head_dim in [16, 64, 80, 96, 112, 128, 192, 256, 512] {
-        for format in [Format::Int8, Format::Int4, Format::Int3, Format::Int2, Format::Ternary, Format::Pair] {
+        for format in FORMATS {
             let codec = codec(format, head_dim, head_dim, plain_source(head_dim));
             let (layout, affine) = (&codec.layout, Affine::identity(head_dim));
             for rows in [1, 2, 15, 39, 40, 128] {
@@ -199,6 +200,86 @@ fn rows_decode_together_as_one_by_one() {
             }
         }
     }
+}
+
+/// Where an instruction set has products of words; nothing is tested elsewhere.
+#[test]
+fn words_score_and_weigh_like_levels_in_f32() {
+    let mut noise = Noise(9);
+    let mut served = 0;
+    for isa in Isa::available().into_iter().filter(|isa| isa.has_words()) {
+        for format in FORMATS {
+            for head_dim in [16, 64, 80, 96, 112, 128, 192, 256, 512] {
+                let codec = codec(format, head_dim, head_dim, plain_source(head_dim));
+                for (rows, queries) in [(1, 1), (2, 3), (15, 4), (33, 5), (64, 8), (7, 9)] {
+                    served += usize::from(check_words(isa, &codec, rows, queries, &mut noise));
+                }
+            }
+        }
+    }
+    let (two_bits, ternary) = ([64, 128, 192, 256, 512].len(), 9);
+    assert_eq!(served, if Isa::best().has_words() { 6 * (two_bits + ternary) } else { 0 });
+}
+
+/// False if words do not serve such values.
+fn check_words(isa: Isa, codec: &Codec, rows: usize, queries: usize, noise: &mut Noise) -> bool {
+    let (layout, width) = (&codec.layout, codec.layout.head_dim);
+    let Some(table) = WordTable::new(layout, &codec.codebook, true) else {
+        assert!(WordTable::new(layout, &codec.codebook, false).is_none());
+        return false;
+    };
+    let (mut codes, mut metadata) = (vec![0; rows * layout.code_bytes], vec![0; layout.metadata_bytes]);
+    for (row, codes) in noise.rows(rows, width).chunks(width).zip(codes.chunks_mut(layout.code_bytes)) {
+        codec.encode_row(row, &Affine::identity(width), 0, codes, &mut metadata);
+    }
+    let mut levels = vec![0.0; rows * width + simd::levels::SLACK];
+    simd::levels::decode_levels(isa, layout, &codec.codebook, &codes, rows, &mut levels);
+    let level = |t: usize, c: usize| f64::from(levels[t * width + c]);
+    let largest = f64::from(codec.codebook.largest());
+
+    let stride = words::WEIGHED_ROWS;
+    let mut weights: Vec<f32> = (0..queries * stride).map(|_| noise.uniform().powi(8)).collect();
+    weights[..rows].fill(0.0); // a query that sees none of these rows
+    let (mut weight_words, mut units) = (vec![0; queries * stride], vec![0.0; queries]);
+    for (q, unit) in units.iter_mut().enumerate() {
+        let target = &mut weight_words[q * stride..][..rows.next_multiple_of(2)];
+        *unit = words::weight_words(isa, &weights[q * stride..][..rows], target).unwrap();
+    }
+    let ternary = layout.format == Format::Ternary;
+    let product = words::WordWeights { table: &table, ternary, queries, rows, width, weight_stride: stride };
+    let mut output = vec![1.0; queries * width];
+    words::weigh_words(isa, &product, &weight_words, &units, &codes, &mut output);
+    for q in 0..queries {
+        let weights = &weights[q * stride..][..rows];
+        let most: f64 = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() * largest;
+        for c in 0..width {
+            let exact: f64 = weights.iter().enumerate().map(|(t, weight)| f64::from(*weight) * level(t, c)).sum();
+            let error = (f64::from(output[q * width + c]) - 1.0 - exact).abs();
+            assert!(error <= 1e-4 * most + 1e-6, "{isa} {codec:?}: output ({q}, {c}) is {error} off");
+        }
+    }
+    weights[0] = f32::NAN;
+    assert!(words::weight_words(isa, &weights[..rows], &mut weight_words[..rows.next_multiple_of(2)]).is_none());
+
+    let Some(table) = WordTable::new(layout, &codec.codebook, false) else { return true };
+    let mut query: Vec<f32> = (0..queries * width).map(|_| noise.normal()).collect();
+    query[..width].fill(0.0);
+    let (mut query_words, mut units) = (vec![0; queries * width / 2], vec![0.0; queries]);
+    assert!(words::query_words(isa, &query, width, &mut query_words, &mut units));
+    let product = words::WordScores { table: &table, queries, rows, width, score_stride: rows };
+    let mut scores = vec![f32::NAN; queries * rows];
+    words::score_words(isa, &product, &query_words, &units, &codes, &mut scores);
+    for (q, query) in query.chunks(width).enumerate() {
+        let most: f64 = query.iter().map(|x| f64::from(x.abs())).sum::<f64>() * largest;
+        for t in 0..rows {
+            let exact: f64 = query.iter().enumerate().map(|(c, x)| f64::from(*x) * level(t, c)).sum();
+            let error = (f64::from(scores[q * rows + t]) - exact).abs();
+            assert!(error <= 1e-4 * most, "{isa} {codec:?}: score ({q}, {t}) is {error} off, {exact}");
+        }
+    }
+    query[width / 2] = f32::INFINITY;
+    assert!(!words::query_words(isa, &query, width, &mut query_words, &mut units));
+    true
 }
 
 #[test]

@@ -17,8 +17,8 @@ from ..arguments import (
     add_dtype,
     add_model,
     add_model_operand,
+    add_output,
     add_texts,
-    add_threads,
     region_counts,
     whole_number,
 )
@@ -86,7 +86,7 @@ def _add_calibrate(commands: Any) -> None:
     )
     add_dtype(parser)
     parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda (default: cpu)")
-    add_threads(parser)
+    add_output(parser, plot=False)
     parser.set_defaults(run=_run_calibrate)
 
 
@@ -128,7 +128,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _run_calibrate(arguments: argparse.Namespace) -> None:
-    from ..bench.machine import set_threads
+    from ..bench.machine import set_threads, write_json
     from ..display import human_bytes
     from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, digests, packaged_texts, read_text
     from ..inspect_plan import plan_table
@@ -145,6 +145,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype)
     model = loaded.model.to(arguments.device)
+    read_from = time.monotonic()
     # What --bits chooses by is measured on the CPU only, on a piece that is no part of the statistics or their state.
     held_out = int(arguments.bits is not None and model.device.type == "cpu")
     count = arguments.chunks or (CHUNKS if arguments.texts else PACKAGED_CHUNKS - held_out)
@@ -161,6 +162,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     print(f"read: {statistics.describe()}")
+    fitted_from = time.monotonic()
     streams, notes = fit(model, statistics, chunks[count] if held_out else None)
     notes |= {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
     plan = QuantizationPlan.for_model(
@@ -169,7 +171,28 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     plan.save(arguments.output)
     print(plan_table(plan))
     print(f"written: {arguments.output}")
-    print(f"{time.monotonic() - start:.0f} seconds, peak memory {human_bytes(_peak_bytes())}")
+    end, peak = time.monotonic(), _peak_bytes()
+    print(f"{end - start:.0f} seconds, peak memory {human_bytes(peak)}")
+    if arguments.json is not None:
+        seconds = {"load": read_from - start, "read": fitted_from - read_from, "fit": end - fitted_from}
+        write_json(_report(arguments, plan, model, {**seconds, "all": end - start}, peak), arguments.json)
+
+
+def _report(
+    arguments: argparse.Namespace, plan: QuantizationPlan, model: Any, seconds: dict[str, float], peak: int
+) -> dict[str, Any]:
+    """What a calibration took, and what it made."""
+    from ..bench.machine import describe_machine
+    from ..inspect_plan import plan_report
+
+    return {
+        "settings": {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float))},
+        "machine": describe_machine(),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_bytes": peak,
+        "model_bytes": sum(x.nbytes for x in {x.data_ptr(): x for x in model.parameters()}.values()),
+        "plan": {name: value for name, value in plan_report(plan).items() if name != "layers"},
+    }
 
 
 # Of a model, its statistics and a chunk that they are not of, None where nothing is measured.

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
 use super::{CHUNK, Chunk, Job, Plan, Region, State};
-use crate::backend::simd::{LANES, levels, matmul, prefetch, rows, vectors};
+use crate::backend::simd::{LANES, levels, matmul, prefetch, rows, vectors, words};
 use crate::codec::Codec;
 use crate::format::{Format, PAGE_ROWS};
 use crate::layer::{Head, Stream};
@@ -76,6 +76,7 @@ pub(super) struct Worker<'a> {
     /// A page's metadata as it is stored, `[rows, scales and zero points]`.
     numbers: Buffer,
     sums: Buffer,
+    words: Words<'a>,
     /// Weighted sums of levels that are not yet back in the model's space, and the weights they have.
     packed_output: Buffer,
     packed_weights: Buffer,
@@ -104,6 +105,36 @@ impl<'a> Turning<'a> {
         let spans = mean.turns.spans(spans_of(origin, plan.layer.regions().packed));
         let waves = || Buffer::zeroed(job.queries * mean.waves());
         Some(Self { mean, spans, origin, amplitudes: waves(), scratch: waves() })
+    }
+}
+
+/// What products of 16-bit integers need, where the call has tables for them.
+struct Words<'a> {
+    keys: Option<&'a words::WordTable>,
+    values: Option<&'a words::WordTable>,
+    /// `[queries, key width / 2]` of the folded queries, and the unit of each.
+    queries: Vec<u32>,
+    query_units: Vec<f32>,
+    /// Whether they stand for all queries.
+    queries_hold: bool,
+    /// `[queries, WEIGHED_ROWS]`, and the unit of each query's.
+    weights: Vec<u16>,
+    weight_units: Vec<f32>,
+}
+
+impl<'a> Words<'a> {
+    fn new(plan: &'a Plan, queries: usize) -> Self {
+        let (keys, values) = (plan.key_words.as_ref(), plan.value_words.as_ref());
+        let room = |wanted: bool, length: usize| if wanted { length * queries } else { 0 };
+        Self {
+            queries: vec![0; room(keys.is_some(), plan.key_width / 2)],
+            query_units: vec![0.0; room(keys.is_some(), 1)],
+            queries_hold: false,
+            weights: vec![0; room(values.is_some(), words::WEIGHED_ROWS)],
+            weight_units: vec![0.0; room(values.is_some(), 1)],
+            keys,
+            values,
+        }
     }
 }
 
@@ -182,6 +213,7 @@ impl<'a> Worker<'a> {
             zeros: Buffer::zeroed(groups * CHUNK),
             numbers: Buffer::zeroed(2 * groups * PAGE_ROWS),
             sums: Buffer::zeroed(n * groups),
+            words: Words::new(plan, n),
             packed_output: Buffer::zeroed(n * values),
             packed_weights: Buffer::zeroed(n),
             row: Buffer::zeroed(keys.max(values)),
@@ -291,8 +323,13 @@ impl<'a> Worker<'a> {
             }
             done += rows;
         }
-        // The next tile comes after this one's product, about a memory latency away.
-        let next = first + count;
+        self.prefetch_past(values, first + count, count);
+    }
+
+    /// Asks for up to `count` rows of the past, which come after the product of those before, about a memory latency away.
+    fn prefetch_past(&self, values: bool, next: usize, count: usize) {
+        let layout = &self.codec(values).layout;
+        let stream = if values { &self.head.values } else { &self.head.keys };
         if next < stream.past.len() {
             let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
             let rows = count.min(PAGE_ROWS - row);
@@ -351,6 +388,9 @@ impl<'a> Worker<'a> {
         self.fold_queries(chunk);
         self.load_metadata(chunk, false);
         self.begin_packed_scores(chunk);
+        if self.words.queries_hold {
+            return self.score_words(chunk);
+        }
         let width = codec.stored_channels();
         for (start, count) in tiles(chunk.count, width) {
             self.load_tile(chunk, false, start, count);
@@ -358,6 +398,26 @@ impl<'a> Worker<'a> {
                 self.product(width, group_channels(codec, g), count, true);
                 self.keep_packed_scores(g, start, count);
             }
+        }
+    }
+
+    /// Scores of packed rows by words.
+    fn score_words(&mut self, chunk: Chunk) {
+        let layout = &self.codec(false).layout;
+        for (start, count) in pieces(chunk) {
+            let (page, row) = ((chunk.first + start) / PAGE_ROWS, (chunk.first + start) % PAGE_ROWS);
+            let codes = &self.head.keys.past.page(page).codes(layout)[row * layout.code_bytes..];
+            let product = words::WordScores {
+                table: self.words.keys.expect("queries hold only for keys with a table"),
+                queries: self.job.queries,
+                rows: count,
+                width: layout.head_dim,
+                score_stride: CHUNK,
+            };
+            let Words { queries, query_units, .. } = &self.words;
+            words::score_words(self.plan.isa, &product, queries, query_units, codes, &mut self.partial);
+            self.keep_packed_scores(0, start, count);
+            self.prefetch_past(false, chunk.first + start + count, count);
         }
     }
 
@@ -456,13 +516,20 @@ impl<'a> Worker<'a> {
                 self.sums[q * groups + g] = vectors::sum(isa, group);
             }
         }
+        if self.words.keys.is_some() {
+            let Words { queries, query_units, .. } = &mut self.words;
+            self.words.queries_hold = words::query_words(isa, &self.folded, width, queries, query_units);
+        }
     }
 
     /// Step 3, first half.
     fn cap_and_mask(&mut self, chunk: Chunk) {
         let call = self.plan.call;
-        let mut bias = [0.0f32; CHUNK];
         let Visible { token, rows } = self.tokens_of(chunk);
+        if rows == (0..chunk.count) && call.softcap.is_none() && call.mask.is_none() && !call.causal {
+            return;
+        }
+        let mut bias = [0.0f32; CHUNK];
         let token = token + rows.start;
         for q in 0..self.job.queries {
             let scores = &mut self.scores[q * CHUNK..][..chunk.count];
@@ -537,8 +604,24 @@ impl<'a> Worker<'a> {
             self.values.turn_to(codec, self.job.kv_head, &self.head.values, chunk.first);
         }
         self.load_metadata(chunk, true);
+        if self.words.values.is_some() {
+            for (start, count) in pieces(chunk) {
+                self.scale_weights(0, start, count);
+                if !self.weigh_words(chunk, start, count) {
+                    self.weigh_levels(chunk, start, count);
+                }
+            }
+        } else {
+            self.weigh_levels(chunk, 0, chunk.count);
+        }
+        self.add_weights(chunk);
+    }
+
+    /// Some packed rows of a chunk by their levels in f32.
+    fn weigh_levels(&mut self, chunk: Chunk, first: usize, count: usize) {
+        let codec = self.codec(true);
         let stored = codec.stored_channels();
-        for (start, count) in tiles(chunk.count, stored) {
+        for (start, count) in tiles(count, stored).map(|(start, count)| (first + start, count)) {
             self.load_tile(chunk, true, start, count);
             for g in 0..codec.layout.groups() {
                 let product = self.weighing(stored, group_channels(codec, g), count);
@@ -546,7 +629,32 @@ impl<'a> Worker<'a> {
                 matmul::weigh_tile(self.plan.isa, &product, &self.partial, &self.tile, &mut self.packed_output);
             }
         }
-        self.add_weights(chunk);
+    }
+
+    /// Rows of one page by words, with the weights in `partial`; false, and nothing done, if one of these is not finite.
+    fn weigh_words(&mut self, chunk: Chunk, start: usize, count: usize) -> bool {
+        let (layout, stride) = (&self.codec(true).layout, words::WEIGHED_ROWS);
+        let Words { values: Some(table), weights, weight_units, .. } = &mut self.words else { return false };
+        for (q, unit) in weight_units.iter_mut().enumerate() {
+            let target = &mut weights[q * stride..][..count.next_multiple_of(2)];
+            match words::weight_words(self.plan.isa, &self.partial[q * CHUNK..][..count], target) {
+                Some(found) => *unit = found,
+                None => return false,
+            }
+        }
+        let (page, row) = ((chunk.first + start) / PAGE_ROWS, (chunk.first + start) % PAGE_ROWS);
+        let codes = &self.head.values.past.page(page).codes(layout)[row * layout.code_bytes..];
+        let product = words::WordWeights {
+            table,
+            ternary: layout.format == Format::Ternary,
+            queries: self.job.queries,
+            rows: count,
+            width: layout.head_dim,
+            weight_stride: stride,
+        };
+        words::weigh_words(self.plan.isa, &product, weights, weight_units, codes, &mut self.packed_output);
+        self.prefetch_past(true, chunk.first + start + count, count);
+        true
     }
 
     /// The product of weights with some channels of the present tile of `width`.
@@ -626,6 +734,17 @@ impl<'a> Worker<'a> {
 fn group_channels(codec: &Codec, g: usize) -> Range<usize> {
     let size = codec.layout.group_size;
     g * size..((g + 1) * size).min(codec.stored_channels())
+}
+
+/// First row and number of rows of the pieces of a packed chunk that words are made for: each of one page.
+fn pieces(chunk: Chunk) -> impl Iterator<Item = (usize, usize)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let start = done;
+        let page_left = PAGE_ROWS - (chunk.first + start) % PAGE_ROWS;
+        done = (start + words::WEIGHED_ROWS.min(page_left)).min(chunk.count);
+        (start < done).then_some((start, done - start))
+    })
 }
 
 /// First row and number of rows of the tiles of `count` rows of `width` channels.

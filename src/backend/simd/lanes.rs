@@ -32,6 +32,8 @@ pub(crate) trait Lanes: Copy + 'static {
 
     /// How many `F` the register file holds, with room for temporaries where it is small.
     const REGISTERS: usize;
+    /// Whether there are `dot_words` and `signed_to_f32`, and a table of sixteen is one lookup.
+    const WORDS: bool = false;
 
     // ---- memory -> lanes -> memory ----
 
@@ -155,6 +157,20 @@ pub(crate) trait Lanes: Copy + 'static {
         _target: *mut f32,
     ) -> bool {
         false
+    }
+
+    // ---- words, where there are some ----
+
+    /// `sum + a₀·b₀ + a₁·b₁` in every lane, of the signed low and high halves of a and b; modulo 2³².
+    #[inline(always)]
+    unsafe fn dot_words(_sum: Self::I, _a: Self::I, _b: Self::I) -> Self::I {
+        unreachable!("an instruction set without words")
+    }
+
+    /// Of two's complement.
+    #[inline(always)]
+    unsafe fn signed_to_f32(_a: Self::I) -> Self::F {
+        unreachable!("an instruction set without words")
     }
 
     // ---- written once ----

@@ -33,6 +33,7 @@ pub(crate) mod rows;
 #[cfg(test)]
 mod tests;
 pub(crate) mod vectors;
+pub(crate) mod words;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
@@ -80,7 +81,7 @@ pub struct Isa(IsaKind);
 impl Isa {
     /// The instruction sets of this processor, best first; the last one is always `portable`.
     ///
-    /// `avx512` means F, BW, VL, DQ and VBMI (Ice Lake, Zen 4 and later). A processor with less of it (Skylake-X, Cascade Lake) runs
+    /// `avx512` means F, BW, VL, DQ, VBMI and VNNI (Ice Lake, Zen 4 and later). A processor with less of it (Skylake-X, Cascade Lake) runs
     /// `avx2`, which means AVX2, FMA, F16C and the bit instructions that came with them (Haswell, Zen and later).
     pub fn available() -> Vec<Self> {
         let mut found = Vec::with_capacity(3);
@@ -96,7 +97,8 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vbmi");
+                && is_x86_feature_detected!("avx512vbmi")
+                && is_x86_feature_detected!("avx512vnni");
             if avx2 && avx512 {
                 found.push(Self(IsaKind::Avx512));
             }
@@ -137,6 +139,19 @@ impl Isa {
 
     pub const fn kind(self) -> IsaKind {
         self.0
+    }
+
+    /// Whether it has the products of [`words`].
+    pub(crate) const fn has_words(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            IsaKind::Avx512 => Avx512::WORDS,
+            #[cfg(target_arch = "x86_64")]
+            IsaKind::Avx2 => Avx2::WORDS,
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            IsaKind::Neon => Neon::WORDS,
+            IsaKind::Portable => Portable::WORDS,
+        }
     }
 }
 
@@ -183,7 +198,7 @@ macro_rules! multiversion {
     };
     (@body $isa:ident, [$($life:lifetime),*] ($($arg:ident: $type:ty),*) [$($ret:ty)?] [$($path:ident)::+] [$($param:tt),*]) => {{
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,f16c,bmi1,bmi2,popcnt")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx2,fma,f16c,bmi1,bmi2,popcnt")]
         unsafe fn avx512<$($life),*>($($arg: $type),*) $(-> $ret)? {
             // SAFETY: the features of Avx512 are enabled here; the kernel's other conditions are the caller's.
             unsafe { $($path)::+::<$crate::backend::simd::Avx512 $(, $param)*>($($arg),*) }

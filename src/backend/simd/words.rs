@@ -1,0 +1,431 @@
+//! Scores and weighted sums of two-bit and ternary rows as products of 16-bit integers, straight from the codes.
+//!
+//! Twice as many products an instruction as in f32, two levels a lookup, and no tile of floats in between: where the instruction set has
+//! the product ([`Lanes::WORDS`]) and queries of 16 bits say that no more digits are wanted. Integers are exact, so all that is rounded
+//! are the factors: a query's channels and a piece's weights to steps of an 8191st of the largest or finer, the levels to less than a
+//! 10 000th of the largest.
+//!
+//! Two codes make an index of four bits into [`WordTable`], the first one below: codes of two planes of a row for scores, of two
+//! neighbouring rows for weighted sums. Shapes: words of queries `[queries, channels / 2]`, of weights `[queries, stride]`.
+
+use super::{LANES, Lanes, multiversion};
+use crate::codebook::Codebook;
+use crate::format::{Format, RowLayout};
+
+multiversion! {
+    /// Queries in the order in which the codes of two-bit rows come, with the unit of each; false if one is not finite.
+    pub(crate) fn query_words(queries: &[f32], width: usize, words: &mut [u32], units: &mut [f32]) -> bool = query_words_kernel;
+    /// `scores[q][t] = Σ_c queries[q][c] · level[t][c]` of two-bit rows that lie back to back in `codes`.
+    pub(crate) fn score_words(product: &WordScores, words: &[u32], units: &[f32], codes: &[u8], scores: &mut [f32]) = score_words_kernel;
+    /// Weights of one query, all ≥ 0, as words with an even number of them, and their unit; None if one is not finite.
+    pub(crate) fn weight_words(weights: &[f32], words: &mut [u16]) -> Option<f32> = weight_words_kernel;
+    /// `output[q][c] += Σ_t weights[q][t] · level[t][c]` of two-bit or ternary rows that lie back to back in `codes`.
+    pub(crate) fn weigh_words(product: &WordWeights, words: &[u16], units: &[f32], codes: &[u8], output: &mut [f32]) = weigh_words_kernel;
+}
+
+/// The largest level of a table.
+const LARGEST_LEVEL: f32 = 1023.0;
+/// How many smaller ones it is chosen among.
+const LEVEL_STEPS: usize = 64;
+/// The largest weight.
+const LARGEST_WEIGHT: f32 = 32767.0;
+/// Rows of a weighted sum at most: 64 · 32767 · 1023 is below 2³¹.
+pub(crate) const WEIGHED_ROWS: usize = 64;
+/// Added to a float below 2²², this leaves the nearest integer in its low bits, negative ones as two's complement.
+const ROUNDING: f32 = 12_582_912.0;
+/// The least that is taken for the largest of some factors, so that the inverse of their unit is finite.
+const TINY: f32 = 1e-30;
+/// Bytes of ternary codes that are expanded at a time, and what may be read behind them.
+const TERNARY_BYTES: usize = 2048;
+const MARGIN: usize = LANES;
+
+/// Of the channels of a query: `channels` · 2²¹⁄`channels` · 1023 is below 2³¹.
+fn largest_word(channels: usize) -> f32 {
+    ((1 << 21) as f32 / channels as f32 - 1.0).min(32767.0)
+}
+
+/// Levels of two codes at a time, as words of one u32: entry `c | c' << 2` is level c and, above it, level c'.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WordTable {
+    entries: [u32; LANES],
+    /// What one step of a word is worth.
+    unit: f32,
+}
+
+impl WordTable {
+    /// None for codebooks and layouts that words do not serve; keys are scored, values are weighed.
+    pub(crate) fn new(layout: &RowLayout, codebook: &Codebook, values: bool) -> Option<Self> {
+        let whole_planes = layout.format == Format::Int2 && layout.head_dim.is_multiple_of(4 * LANES);
+        if layout.groups() != 1 || !(whole_planes || values && layout.format == Format::Ternary) {
+            return None;
+        }
+        let mut levels = [0.0f32; 4];
+        match codebook {
+            Codebook::Uniform { levels: count } if *count <= 4 => {
+                let middle = (*count as f32 - 1.0) * 0.5;
+                levels.iter_mut().take(*count).enumerate().for_each(|(i, level)| *level = i as f32 - middle);
+            }
+            Codebook::Levels { levels: listed, .. } if listed.len() <= 4 => {
+                levels[..listed.len()].copy_from_slice(listed);
+            }
+            _ => return None,
+        }
+        // Levels are multiples of hardly any step: of some, the one that they are nearest to being multiples of.
+        let rest =
+            |unit: f32| levels.iter().map(|level| (level / unit - (level / unit).round()).abs()).fold(0.0, f32::max);
+        let units = (0..LEVEL_STEPS).map(|less| codebook.largest() / (LARGEST_LEVEL - less as f32));
+        let unit = units.min_by(|a, b| rest(*a).total_cmp(&rest(*b))).expect("at least one step");
+        let word = |code: usize| u32::from((levels[code] / unit).round() as i16 as u16);
+        let entries = std::array::from_fn(|i| word(i & 3) | word(i >> 2) << 16);
+        Some(Self { entries, unit })
+    }
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(&self) -> S::Table16 {
+        // SAFETY: the caller's. The table takes floats; nothing is done with them but to look them up.
+        unsafe { S::table16(&self.entries.map(f32::from_bits)) }
+    }
+}
+
+#[inline(always)]
+unsafe fn query_words_kernel<S: Lanes>(queries: &[f32], width: usize, words: &mut [u32], units: &mut [f32]) -> bool {
+    let planes = width / 4;
+    assert!(
+        width.is_multiple_of(4 * LANES) && queries.len() == units.len() * width && words.len() == queries.len() / 2
+    );
+    let mut all_finite = true;
+    for ((query, words), unit) in queries.chunks_exact(width).zip(words.chunks_exact_mut(width / 2)).zip(units) {
+        // SAFETY: vectors of 16 channels below `width`, of 16 words below half of it; the caller has S's features.
+        unsafe {
+            let mut magnitude = S::splat_u32(0);
+            let mut largest = S::zero();
+            let mut c = 0;
+            while c < width {
+                let x = S::load(query.as_ptr().add(c));
+                magnitude = S::max_magnitude(magnitude, x);
+                largest = S::max(S::abs(x), largest);
+                c += LANES;
+            }
+            all_finite &= S::all_finite(magnitude);
+            let largest = S::reduce_max(largest).max(TINY);
+            *unit = largest / largest_word(width);
+            let (factor, rounding) = (S::splat(1.0 / *unit), S::splat(ROUNDING));
+            let mut block = 0;
+            while block < planes {
+                let mut half = 0;
+                while half < 2 {
+                    let source = query.as_ptr().add(2 * half * planes + block);
+                    let low = S::to_bits(S::add(S::mul(S::load(source), factor), rounding));
+                    let high = S::to_bits(S::add(S::mul(S::load(source.add(planes)), factor), rounding));
+                    let pairs = S::or(S::and(low, 0xffff), S::shl::<16>(high));
+                    S::store(S::from_bits(pairs), words.as_mut_ptr().add(2 * block + half * LANES).cast());
+                    half += 1;
+                }
+                block += LANES;
+            }
+        }
+    }
+    all_finite
+}
+
+/// Sizes of a score product.
+pub(crate) struct WordScores<'a> {
+    pub table: &'a WordTable,
+    pub queries: usize,
+    pub rows: usize,
+    /// Channels of a row, a multiple of 64.
+    pub width: usize,
+    pub score_stride: usize,
+}
+
+#[inline(always)]
+unsafe fn score_words_kernel<S: Lanes>(p: &WordScores, words: &[u32], units: &[f32], codes: &[u8], scores: &mut [f32]) {
+    assert!(p.width.is_multiple_of(4 * LANES) && codes.len() >= p.rows * p.width / 4);
+    assert!(units.len() == p.queries && words.len() == p.queries * p.width / 2);
+    assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
+    // SAFETY: by the assertions every block below stays inside the slices; the caller has S's features.
+    unsafe {
+        let mut q = 0;
+        while q + 4 <= p.queries {
+            score_rows::<S, 4, 4>(p, q, words, units, codes, scores);
+            q += 4;
+        }
+        while q < p.queries {
+            score_rows::<S, 1, 16>(p, q, words, units, codes, scores);
+            q += 1;
+        }
+    }
+}
+
+/// `Q` queries against all rows, `T` at a time; Q · T is 16.
+#[inline(always)]
+unsafe fn score_rows<S: Lanes, const Q: usize, const T: usize>(
+    p: &WordScores,
+    q: usize,
+    words: &[u32],
+    units: &[f32],
+    codes: &[u8],
+    scores: &mut [f32],
+) {
+    // SAFETY: see `score_words_kernel`. The last rows are done together with some before them, or singly where there are too few.
+    unsafe {
+        let mut t = 0;
+        while t + T <= p.rows {
+            score_block::<S, Q, T>(p, q, t, words, units, codes, scores);
+            t += T;
+        }
+        if t < p.rows && p.rows >= T {
+            score_block::<S, Q, T>(p, q, p.rows - T, words, units, codes, scores);
+        } else {
+            while t < p.rows {
+                score_block::<S, Q, 1>(p, q, t, words, units, codes, scores);
+                t += 1;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
+    p: &WordScores,
+    q: usize,
+    t: usize,
+    words: &[u32],
+    units: &[f32],
+    codes: &[u8],
+    scores: &mut [f32],
+) {
+    // SAFETY: q + Q ≤ queries, t + T ≤ rows (see `score_words_kernel`); blocks are below the planes of a row.
+    unsafe {
+        let planes = p.width / 4;
+        let table = p.table.load::<S>();
+        let words = words.as_ptr().add(q * p.width / 2);
+        let row = codes.as_ptr().add(t * planes);
+        let mut sums = [[S::splat_u32(0); T]; Q];
+        let mut block = 0;
+        while block < planes {
+            let mut half = 0;
+            while half < 2 {
+                let mut vectors = [S::splat_u32(0); Q];
+                let mut i = 0;
+                while i < Q {
+                    vectors[i] = S::load_u32(words.add(i * p.width / 2 + 2 * block + half * LANES).cast());
+                    i += 1;
+                }
+                let mut j = 0;
+                while j < T {
+                    let bytes = S::load_u8(row.add(j * planes + block));
+                    let index = if half == 0 { bytes } else { S::shr::<4>(bytes) };
+                    let levels = S::to_bits(S::lookup16(table, index));
+                    let mut i = 0;
+                    while i < Q {
+                        sums[i][j] = S::dot_words(sums[i][j], vectors[i], levels);
+                        i += 1;
+                    }
+                    j += 1;
+                }
+                half += 1;
+            }
+            block += LANES;
+        }
+        let target = scores.as_mut_ptr().add(q * p.score_stride + t);
+        if Q * T == LANES {
+            let mut all = [S::zero(); LANES];
+            let mut k = 0;
+            while k < LANES {
+                all[k] = S::signed_to_f32(sums[k / T][k % T]);
+                k += 1;
+            }
+            let mut folded = [0.0f32; LANES];
+            S::store(S::reduce_add_16(all), folded.as_mut_ptr());
+            let mut k = 0;
+            while k < LANES {
+                let unit = units[q + k / T] * p.table.unit;
+                target.add(k / T * p.score_stride + k % T).write(folded[k] * unit);
+                k += 1;
+            }
+        } else {
+            let mut i = 0;
+            while i < Q {
+                let sum = S::reduce_add(S::signed_to_f32(sums[i][0]));
+                target.add(i * p.score_stride).write(sum * units[q + i] * p.table.unit);
+                i += 1;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn weight_words_kernel<S: Lanes>(weights: &[f32], words: &mut [u16]) -> Option<f32> {
+    assert!(words.len() == weights.len().next_multiple_of(2));
+    // SAFETY: lanes i..i+n of the slice; the caller has S's features.
+    let largest = unsafe {
+        let mut largest = S::zero();
+        let mut magnitude = S::splat_u32(0);
+        let mut i = 0;
+        while i < weights.len() {
+            let n = (weights.len() - i).min(LANES);
+            let x = S::load_partial(weights.as_ptr().add(i), n);
+            magnitude = S::max_magnitude(magnitude, x);
+            largest = S::max(x, largest);
+            i += n;
+        }
+        if !S::all_finite(magnitude) {
+            return None;
+        }
+        S::reduce_max(largest).max(TINY)
+    };
+    let factor = LARGEST_WEIGHT / largest;
+    for (word, weight) in words.iter_mut().zip(weights) {
+        *word = (weight * factor + ROUNDING).to_bits() as u16;
+    }
+    if weights.len() < words.len() {
+        words[weights.len()] = 0;
+    }
+    Some(largest / LARGEST_WEIGHT)
+}
+
+/// Sizes of a weighted sum of rows.
+pub(crate) struct WordWeights<'a> {
+    pub table: &'a WordTable,
+    pub ternary: bool,
+    pub queries: usize,
+    /// At most [`WEIGHED_ROWS`].
+    pub rows: usize,
+    /// Channels of a row; of two-bit rows a multiple of 64.
+    pub width: usize,
+    /// Words of a query.
+    pub weight_stride: usize,
+}
+
+#[inline(always)]
+unsafe fn weigh_words_kernel<S: Lanes>(
+    p: &WordWeights,
+    words: &[u16],
+    units: &[f32],
+    codes: &[u8],
+    output: &mut [f32],
+) {
+    let planes = if p.ternary { p.width.div_ceil(5) } else { p.width / 4 };
+    assert!(p.rows <= WEIGHED_ROWS && (p.ternary || p.width.is_multiple_of(4 * LANES)));
+    assert!(codes.len() >= p.rows * planes && planes <= TERNARY_BYTES / 2);
+    assert!(p.weight_stride >= p.rows.next_multiple_of(2) && words.len() >= p.queries * p.weight_stride);
+    assert!(units.len() == p.queries && output.len() >= p.queries * p.width);
+    // SAFETY: by the assertions every block below stays inside the slices, or the buffers with their margins; the caller has S's features.
+    unsafe {
+        if !p.ternary {
+            let rows = Expanded { low: codes.as_ptr(), high: codes.as_ptr(), planes, first: 0, count: p.rows };
+            return weigh_rows::<S, 4, false>(p, &rows, words, units, output);
+        }
+        let mut low = [0u8; TERNARY_BYTES + MARGIN];
+        let mut high = [0u8; TERNARY_BYTES + MARGIN];
+        let batch = (TERNARY_BYTES / planes) & !1;
+        let mut first = 0;
+        while first < p.rows {
+            let count = (p.rows - first).min(batch);
+            S::expand_ternary(codes.as_ptr().add(first * planes), count * planes, low.as_mut_ptr(), high.as_mut_ptr());
+            let rows = Expanded { low: low.as_ptr(), high: high.as_ptr(), planes, first, count };
+            weigh_rows::<S, 5, true>(p, &rows, words, units, output);
+            first += count;
+        }
+    }
+}
+
+/// Rows `first .. first + count` of a product: bytes of four two-bit codes, and of the fifth ternary digit.
+struct Expanded {
+    low: *const u8,
+    high: *const u8,
+    planes: usize,
+    first: usize,
+    count: usize,
+}
+
+#[inline(always)]
+unsafe fn weigh_rows<S: Lanes, const PLANES: usize, const TERNARY: bool>(
+    p: &WordWeights,
+    rows: &Expanded,
+    words: &[u16],
+    units: &[f32],
+    output: &mut [f32],
+) {
+    // SAFETY: see `weigh_words_kernel`.
+    unsafe {
+        let mut q = 0;
+        while q + 4 <= p.queries {
+            weigh_channels::<S, 4, PLANES, TERNARY>(p, rows, q, words, units, output);
+            q += 4;
+        }
+        while q < p.queries {
+            weigh_channels::<S, 1, PLANES, TERNARY>(p, rows, q, words, units, output);
+            q += 1;
+        }
+    }
+}
+
+/// `Q` queries, sixteen bytes of the rows at a time: `PLANES` vectors of channels.
+#[inline(always)]
+unsafe fn weigh_channels<S: Lanes, const Q: usize, const PLANES: usize, const TERNARY: bool>(
+    p: &WordWeights,
+    rows: &Expanded,
+    q: usize,
+    words: &[u16],
+    units: &[f32],
+    output: &mut [f32],
+) {
+    // SAFETY: see `weigh_words_kernel`. A vector of bytes may reach into the next row, or the margin; of what comes from there nothing is
+    // kept. Of an odd number of rows the last is its own second, whose weight is 0.
+    unsafe {
+        let table = p.table.load::<S>();
+        let words = words.as_ptr().add(q * p.weight_stride + rows.first);
+        let planes = rows.planes;
+        let mut block = 0;
+        while block < planes {
+            let mut sums = [[S::splat_u32(0); PLANES]; Q];
+            let mut t = 0;
+            while t < rows.count {
+                let (first, second) = (t * planes + block, (t + 1).min(rows.count - 1) * planes + block);
+                let (a, b) = (S::load_u8(rows.low.add(first)), S::load_u8(rows.low.add(second)));
+                let even = S::or(S::and(a, 0x33), S::and(S::shl::<2>(b), 0xcc));
+                let odd = S::or(S::and(S::shr::<2>(a), 0x33), S::and(b, 0xcc));
+                let mut levels = [S::splat_u32(0); PLANES];
+                levels[0] = S::to_bits(S::lookup16(table, even));
+                levels[1] = S::to_bits(S::lookup16(table, odd));
+                levels[2] = S::to_bits(S::lookup16(table, S::shr::<4>(even)));
+                levels[3] = S::to_bits(S::lookup16(table, S::shr::<4>(odd)));
+                if TERNARY {
+                    let (a, b) = (S::load_u8(rows.high.add(first)), S::load_u8(rows.high.add(second)));
+                    levels[PLANES - 1] = S::to_bits(S::lookup16(table, S::or(a, S::shl::<2>(b))));
+                }
+                let mut i = 0;
+                while i < Q {
+                    let pair = S::splat_u32(words.add(i * p.weight_stride + t).cast::<u32>().read_unaligned());
+                    let mut v = 0;
+                    while v < PLANES {
+                        sums[i][v] = S::dot_words(sums[i][v], pair, levels[v]);
+                        v += 1;
+                    }
+                    i += 1;
+                }
+                t += 2;
+            }
+            let mut i = 0;
+            while i < Q {
+                let unit = S::splat(units[q + i] * p.table.unit);
+                let mut v = 0;
+                while v < PLANES {
+                    let channel = v * planes + block;
+                    let end = ((v + 1) * planes).min(p.width);
+                    if channel < end {
+                        let n = (end - channel).min(LANES);
+                        let target = output.as_mut_ptr().add((q + i) * p.width + channel);
+                        let sum = S::mul(S::signed_to_f32(sums[i][v]), unit);
+                        S::store_partial(S::add(S::load_partial(target, n), sum), target, n);
+                    }
+                    v += 1;
+                }
+                i += 1;
+            }
+            block += LANES;
+        }
+    }
+}
