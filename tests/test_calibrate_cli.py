@@ -79,7 +79,7 @@ def test_the_spectral_method(
     seconds = report["seconds"]
     assert 0 <= seconds["load"] + seconds["read"] + seconds["fit"] <= seconds["all"] + 0.3
     assert report["peak_bytes"] > report["model_bytes"] > 0
-    assert report["settings"]["tokens"] == 300
+    assert (report["settings"]["tokens"], report["settings"]["model"]) == (300, "model")
     printed = capsys.readouterr().out
     assert "predicted cost of keys at" in printed
     assert "static " in printed

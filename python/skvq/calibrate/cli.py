@@ -175,22 +175,23 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     print(f"{end - start:.0f} seconds, peak memory {human_bytes(peak)}")
     if arguments.json is not None:
         seconds = {"load": read_from - start, "read": fitted_from - read_from, "fit": end - fitted_from}
-        write_json(_report(arguments, plan, model, {**seconds, "all": end - start}, peak), arguments.json)
+        write_json(_report(arguments, plan, loaded, {**seconds, "all": end - start}, peak), arguments.json)
 
 
 def _report(
-    arguments: argparse.Namespace, plan: QuantizationPlan, model: Any, seconds: dict[str, float], peak: int
+    arguments: argparse.Namespace, plan: QuantizationPlan, loaded: Any, seconds: dict[str, float], peak: int
 ) -> dict[str, Any]:
     """What a calibration took, and what it made."""
     from ..bench.machine import describe_machine
     from ..inspect_plan import plan_report
 
+    settings = {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float))}
     return {
-        "settings": {name: value for name, value in vars(arguments).items() if isinstance(value, (str, int, float))},
+        "settings": settings | {"model": Path(loaded.name).name},
         "machine": describe_machine(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_bytes": peak,
-        "model_bytes": sum(x.nbytes for x in {x.data_ptr(): x for x in model.parameters()}.values()),
+        "model_bytes": sum(x.nbytes for x in loaded.model.parameters()),
         "plan": {name: value for name, value in plan_report(plan).items() if name != "layers"},
     }
 

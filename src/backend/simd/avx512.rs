@@ -127,6 +127,29 @@ unsafe fn ternary_rows<const D: usize>(
     true
 }
 
+/// Where K bits of every lane are in a string of bits: two neighbouring bytes of it, below two that mean nothing, and how far
+/// they are to be shifted.
+#[repr(align(64))]
+struct BitLanes<const K: i32> {
+    bytes: [[u8; 4]; LANES],
+    shift: [u32; LANES],
+}
+
+impl<const K: i32> BitLanes<K> {
+    const ALL: Self = {
+        let mut lanes = Self { bytes: [[0; 4]; LANES], shift: [0; LANES] };
+        let mut i = 0;
+        while i < LANES {
+            let bit = K as usize * i;
+            let first = (bit / 8) as u8;
+            lanes.bytes[i] = [first, first + 1, 0, 0];
+            lanes.shift[i] = (bit % 8) as u32;
+            i += 1;
+        }
+        lanes
+    };
+}
+
 /// Not the intrinsic: where it can, the compiler makes two instructions of it, which wait less for one another and take twice as long where
 /// there are sums enough.
 #[inline]
@@ -365,6 +388,16 @@ impl Lanes for Avx512 {
         let words = _mm512_inserti64x4::<1>(_mm512_set1_epi32(low as i32), _mm256_set1_epi32(high as i32));
         let steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
         _mm512_srlv_epi32(words, _mm512_mullo_epi32(steps, _mm512_set1_epi32(K)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bits<const K: i32>(source: *const u8) -> __m512i {
+        // A masked-out byte is not read. Every lane picks the two bytes that have its bits.
+        let bytes = _mm512_castsi128_si512(_mm_maskz_loadu_epi8((1 << (2 * K)) - 1, source.cast()));
+        let lanes = const { &BitLanes::<K>::ALL };
+        let picked = _mm512_permutexvar_epi8(_mm512_load_si512(lanes.bytes.as_ptr().cast()), bytes);
+        let shift = _mm512_load_si512(lanes.shift.as_ptr().cast());
+        _mm512_srlv_epi32(picked, shift)
     }
 
     #[inline(always)]

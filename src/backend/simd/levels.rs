@@ -370,22 +370,11 @@ unsafe fn part_rows<S: Lanes, const BITS: usize>(
                 let at = source.add(c / 8 * if BITS == 5 { 4 } else { BITS });
                 let levels = match BITS {
                     1 => S::select_bits(at.cast::<u16>().read_unaligned().to_le(), low, high),
-                    2 => {
-                        let word = at.cast::<u32>().read_unaligned().to_le();
-                        S::lookup4(tables.low, S::spread::<2>(word, word >> 16))
-                    }
-                    3 => {
-                        let first = at.cast::<u32>().read_unaligned().to_le();
-                        let second = at.add(2).cast::<u32>().read_unaligned().to_le();
-                        S::lookup8(tables.eight, S::spread::<3>(first, second >> 8))
-                    }
-                    4 => {
-                        let words = at.cast::<u64>().read_unaligned().to_le();
-                        S::lookup16(tables.sixteen, S::spread::<4>(words as u32, (words >> 32) as u32))
-                    }
+                    2 => S::lookup4(tables.low, S::load_bits::<2>(at)),
+                    3 => S::lookup8(tables.eight, S::load_bits::<3>(at)),
+                    4 => S::lookup16(tables.sixteen, S::load_bits::<4>(at)),
                     _ => {
-                        let words = at.cast::<u64>().read_unaligned().to_le();
-                        let codes = S::spread::<4>(words as u32, (words >> 32) as u32);
+                        let codes = S::load_bits::<4>(at);
                         let bits = source.add(part.width / 2 + c / 8).cast::<u16>().read_unaligned().to_le();
                         S::select_bits(bits, S::lookup16(tables.sixteen, codes), S::lookup16(tables.upper, codes))
                     }
