@@ -181,3 +181,17 @@ def test_dropout_leaves_weights_out() -> None:
     torch.manual_seed(0)
     dropped = plain_attention(query, key, value, None, 0.5, True, None, None, None)
     assert not torch.allclose(kept, dropped)
+
+
+@pytest.mark.parametrize("value_bits", [2, 1.6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_of_sixteen_bits_cost_the_rounding_of_the_result(dtype: torch.dtype, value_bits: float) -> None:
+    """However this processor multiplies them: as queries in float32, to one and a half roundings."""
+    store = LayerPlan.from_config(skvq.SkvqConfig(value_bits=value_bits)).build(2, 64, 64, dtype)
+    store.append(*(random(1, 2, 2000, 64, seed=seed).to(dtype) for seed in (1, 2)))
+    query = 2 * random(1, 8, 1, 64, seed=3).to(dtype)
+    short, exact = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
+    store.attend(query, short, scale=0.125)
+    store.attend(query.float(), exact, scale=0.125)
+    rounding = (exact.to(dtype).float() - exact).abs().max()
+    assert (short.float() - exact).abs().max() <= 1.5 * rounding

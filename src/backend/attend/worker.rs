@@ -278,6 +278,16 @@ impl<'a> Worker<'a> {
         if values { &spec.values } else { &spec.keys }
     }
 
+    fn stream(&self, values: bool) -> &'a Stream {
+        if values { &self.head.values } else { &self.head.keys }
+    }
+
+    /// The codes of row `row` of the past and of those behind it on its page.
+    fn codes(&self, values: bool, row: usize) -> &'a [u8] {
+        let layout = &self.codec(values).layout;
+        &self.stream(values).past.page(row / PAGE_ROWS).codes(layout)[row % PAGE_ROWS * layout.code_bytes..]
+    }
+
     /// The next tile of a chunk: rows `start .. start + count` of it, decoded to levels or widened.
     fn load_tile(&mut self, chunk: Chunk, values: bool, start: usize, count: usize) {
         let (isa, first) = (self.plan.isa, chunk.first + start);
@@ -285,7 +295,7 @@ impl<'a> Worker<'a> {
             return self.load_past(values, first, count);
         }
         let width = self.codec(values).layout.head_dim;
-        let stream = if values { &self.head.values } else { &self.head.keys };
+        let stream = self.stream(values);
         let tile = &mut self.tile[..count * width];
         match chunk.region {
             Region::Sinks => levels::decode_plain(isa, stream.sinks.rows(first, count), stream.sinks.dtype, tile),
@@ -304,14 +314,12 @@ impl<'a> Worker<'a> {
     /// Rows `first .. first + count` of the past: levels of the stored channels, or raw rows widened.
     fn load_past(&mut self, values: bool, first: usize, count: usize) {
         let codec = self.codec(values);
-        let stream = if values { &self.head.values } else { &self.head.keys };
         let (layout, isa, width) = (&codec.layout, self.plan.isa, codec.stored_channels());
         // A tile may run over the end of a page.
         let mut done = 0;
         while done < count {
-            let (page, row) = ((first + done) / PAGE_ROWS, (first + done) % PAGE_ROWS);
-            let rows = (count - done).min(PAGE_ROWS - row);
-            let codes = &stream.past.page(page).codes(layout)[row * layout.code_bytes..];
+            let rows = (count - done).min(PAGE_ROWS - (first + done) % PAGE_ROWS);
+            let codes = self.codes(values, first + done);
             let target = &mut self.tile[done * width..(done + rows) * width + levels::SLACK];
             match layout.format {
                 Format::Raw(dtype) => {
@@ -329,7 +337,7 @@ impl<'a> Worker<'a> {
     /// Asks for up to `count` rows of the past, which come after the product of those before, about a memory latency away.
     fn prefetch_past(&self, values: bool, next: usize, count: usize) {
         let layout = &self.codec(values).layout;
-        let stream = if values { &self.head.values } else { &self.head.keys };
+        let stream = self.stream(values);
         if next < stream.past.len() {
             let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
             let rows = count.min(PAGE_ROWS - row);
@@ -344,7 +352,7 @@ impl<'a> Worker<'a> {
     fn load_metadata(&mut self, chunk: Chunk, values: bool) {
         let codec = self.codec(values);
         let layout = &codec.layout;
-        let stream = if values { &self.head.values } else { &self.head.keys };
+        let stream = self.stream(values);
         let (groups, per_row) = (layout.groups(), layout.metadata_bytes / layout.metadata.size());
         let mut done = 0;
         while done < chunk.count {
@@ -403,15 +411,13 @@ impl<'a> Worker<'a> {
 
     /// Scores of packed rows by words.
     fn score_words(&mut self, chunk: Chunk) {
-        let layout = &self.codec(false).layout;
         for (start, count) in pieces(chunk) {
-            let (page, row) = ((chunk.first + start) / PAGE_ROWS, (chunk.first + start) % PAGE_ROWS);
-            let codes = &self.head.keys.past.page(page).codes(layout)[row * layout.code_bytes..];
+            let codes = self.codes(false, chunk.first + start);
             let product = words::WordScores {
                 table: self.words.keys.expect("queries hold only for keys with a table"),
                 queries: self.job.queries,
                 rows: count,
-                width: layout.head_dim,
+                width: self.plan.key_width,
                 score_stride: CHUNK,
             };
             let Words { queries, query_units, .. } = &self.words;
@@ -606,7 +612,6 @@ impl<'a> Worker<'a> {
         self.load_metadata(chunk, true);
         if self.words.values.is_some() {
             for (start, count) in pieces(chunk) {
-                self.scale_weights(0, start, count);
                 if !self.weigh_words(chunk, start, count) {
                     self.weigh_levels(chunk, start, count);
                 }
@@ -631,9 +636,11 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Rows of one page by words, with the weights in `partial`; false, and nothing done, if one of these is not finite.
+    /// Rows of one page by words; false, and nothing added, if a weight with its scale is not finite.
     fn weigh_words(&mut self, chunk: Chunk, start: usize, count: usize) -> bool {
+        self.scale_weights(0, start, count);
         let (layout, stride) = (&self.codec(true).layout, words::WEIGHED_ROWS);
+        let codes = self.codes(true, chunk.first + start);
         let Words { values: Some(table), weights, weight_units, .. } = &mut self.words else { return false };
         for (q, unit) in weight_units.iter_mut().enumerate() {
             let target = &mut weights[q * stride..][..count.next_multiple_of(2)];
@@ -642,8 +649,6 @@ impl<'a> Worker<'a> {
                 None => return false,
             }
         }
-        let (page, row) = ((chunk.first + start) / PAGE_ROWS, (chunk.first + start) % PAGE_ROWS);
-        let codes = &self.head.values.past.page(page).codes(layout)[row * layout.code_bytes..];
         let product = words::WordWeights {
             table,
             ternary: layout.format == Format::Ternary,

@@ -339,7 +339,8 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn spread<const K: i32>(low: u32, high: u32) -> I {
+    unsafe fn load_bits<const K: i32>(source: *const u8) -> I {
+        let (low, high) = bytes::bit_halves::<K>(source);
         let steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(K));
         let shifted = |word: u32| _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), steps);
         [shifted(low), shifted(high)]

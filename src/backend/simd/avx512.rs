@@ -384,13 +384,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn spread<const K: i32>(low: u32, high: u32) -> __m512i {
-        let words = _mm512_inserti64x4::<1>(_mm512_set1_epi32(low as i32), _mm256_set1_epi32(high as i32));
-        let steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-        _mm512_srlv_epi32(words, _mm512_mullo_epi32(steps, _mm512_set1_epi32(K)))
-    }
-
-    #[inline(always)]
     unsafe fn load_bits<const K: i32>(source: *const u8) -> __m512i {
         // A masked-out byte is not read. Every lane picks the two bytes that have its bits.
         let bytes = _mm512_castsi128_si512(_mm_maskz_loadu_epi8((1 << (2 * K)) - 1, source.cast()));

@@ -89,6 +89,32 @@ pub(super) const fn bf16_to_f32(brain: u16) -> f32 {
     f32::from_bits((brain as u32) << 16)
 }
 
+/// The first and the second half of a string of sixteen times K bits, for K = 2, 3 or 4; above them bits that do not count.
+///
+/// # Safety
+///
+/// 2·K bytes are readable at `source`.
+#[inline(always)]
+pub(super) unsafe fn bit_halves<const K: i32>(source: *const u8) -> (u32, u32) {
+    // SAFETY: 4, 6 or 8 bytes of the caller's promise.
+    unsafe {
+        match K {
+            2 => {
+                let word = source.cast::<u32>().read_unaligned().to_le();
+                (word, word >> 16)
+            }
+            3 => {
+                let second = source.add(2).cast::<u32>().read_unaligned().to_le();
+                (source.cast::<u32>().read_unaligned().to_le(), second >> 8)
+            }
+            _ => {
+                let words = source.cast::<u64>().read_unaligned().to_le();
+                (words as u32, (words >> 32) as u32)
+            }
+        }
+    }
+}
+
 /// A byte of format `1.6` as (d₀ | d₁<<2 | d₂<<4 | d₃<<6, d₄). Each step multiplies by 3; the carry is the digit, the rest goes on.
 #[inline(always)]
 pub(super) const fn split_ternary(byte: u8) -> (u8, u8) {

@@ -96,27 +96,8 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn shr<const K: i32>(a: Self::I) -> Self::I;
     /// 0 ≤ K < 32.
     unsafe fn shl<const K: i32>(a: Self::I) -> Self::I;
-    /// Lane i is `low` >> K·i, lane i + 8 is `high` >> K·i, for i below 8 and 7·K below 32.
-    unsafe fn spread<const K: i32>(low: u32, high: u32) -> Self::I;
     /// Lane i is the little-endian string of bits at `source` from bit K·i on, of which K bits count, for K = 2, 3 or 4; reads 2·K bytes.
-    #[inline(always)]
-    unsafe fn load_bits<const K: i32>(source: *const u8) -> Self::I {
-        let words = match K {
-            2 => {
-                let word = source.cast::<u32>().read_unaligned().to_le();
-                [word, word >> 16]
-            }
-            3 => {
-                let second = source.add(2).cast::<u32>().read_unaligned().to_le();
-                [source.cast::<u32>().read_unaligned().to_le(), second >> 8]
-            }
-            _ => {
-                let words = source.cast::<u64>().read_unaligned().to_le();
-                [words as u32, (words >> 32) as u32]
-            }
-        };
-        Self::spread::<K>(words[0], words[1])
-    }
+    unsafe fn load_bits<const K: i32>(source: *const u8) -> Self::I;
     /// Lanes below 2³¹.
     unsafe fn to_f32(a: Self::I) -> Self::F;
     /// Toward zero. For lanes in [0, 2³¹); any other value, NaN included, gives an arbitrary lane.

@@ -211,13 +211,6 @@ unsafe fn weigh_channels<S: Lanes, const Q: usize, const V: usize>(
             weigh_block::<S, Q, V>(p, q, c, weights, tile, output);
             c += V * LANES;
         }
-        // Few sums wait for one another: what is left is taken together where it can be.
-        if V > 3 && c + 3 * LANES == end {
-            return weigh_block::<S, Q, 3>(p, q, c, weights, tile, output);
-        }
-        if V > 2 && c + 2 * LANES == end {
-            return weigh_block::<S, Q, 2>(p, q, c, weights, tile, output);
-        }
         while c < end {
             weigh_block::<S, Q, 1>(p, q, c, weights, tile, output);
             c += LANES;

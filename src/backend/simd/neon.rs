@@ -417,7 +417,8 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    unsafe fn spread<const K: i32>(low: u32, high: u32) -> I {
+    unsafe fn load_bits<const K: i32>(source: *const u8) -> I {
+        let (low, high) = bytes::bit_halves::<K>(source);
         let first = vld1q_s32([0, -K, -2 * K, -3 * K].as_ptr());
         let counts = [first, vaddq_s32(first, vdupq_n_s32(-4 * K))];
         let (low, high) = (vdupq_n_u32(low), vdupq_n_u32(high));

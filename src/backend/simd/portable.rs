@@ -263,7 +263,8 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn spread<const K: i32>(low: u32, high: u32) -> I {
+    unsafe fn load_bits<const K: i32>(source: *const u8) -> I {
+        let (low, high) = bytes::bit_halves::<K>(source);
         lanes!(i, 0, (if i < 8 { low } else { high }) >> (K as usize * (i % 8)))
     }
 

@@ -39,7 +39,7 @@ const TINY: f32 = 1e-30;
 const TERNARY_BYTES: usize = 2048;
 const MARGIN: usize = LANES;
 
-/// Of the channels of a query: `channels` · 2²¹⁄`channels` · 1023 is below 2³¹.
+/// The largest word of a query: so many channels times it times 1023 are below 2³¹.
 fn largest_word(channels: usize) -> f32 {
     ((1 << 21) as f32 / channels as f32 - 1.0).min(32767.0)
 }
@@ -53,23 +53,14 @@ pub(crate) struct WordTable {
 }
 
 impl WordTable {
-    /// None for codebooks and layouts that words do not serve; keys are scored, values are weighed.
+    /// None for layouts that words do not serve; keys are scored, values are weighed.
     pub(crate) fn new(layout: &RowLayout, codebook: &Codebook, values: bool) -> Option<Self> {
         let whole_planes = layout.format == Format::Int2 && layout.head_dim.is_multiple_of(4 * LANES);
         if layout.groups() != 1 || !(whole_planes || values && layout.format == Format::Ternary) {
             return None;
         }
         let mut levels = [0.0f32; 4];
-        match codebook {
-            Codebook::Uniform { levels: count } if *count <= 4 => {
-                let middle = (*count as f32 - 1.0) * 0.5;
-                levels.iter_mut().take(*count).enumerate().for_each(|(i, level)| *level = i as f32 - middle);
-            }
-            Codebook::Levels { levels: listed, .. } if listed.len() <= 4 => {
-                levels[..listed.len()].copy_from_slice(listed);
-            }
-            _ => return None,
-        }
+        (0..layout.format.levels()).for_each(|code| levels[code] = codebook.level(code as u8));
         // Levels are multiples of hardly any step: of some, the one that they are nearest to being multiples of.
         let rest =
             |unit: f32| levels.iter().map(|level| (level / unit - (level / unit).round()).abs()).fold(0.0, f32::max);
