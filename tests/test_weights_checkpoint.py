@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from skvq import QuantizedDynamicCache, SkvqError
 from skvq.cli import main
+from skvq.models import load as load_model
+from skvq.models import load_as_stored
 from skvq.weights import ReconstructOptions, WeightOptions, load, reconstruct
 from skvq.weights.checkpoint import write_checkpoint
 from skvq.weights.head import quantized_head
@@ -49,13 +51,13 @@ def test_without_our_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_has_the_same_logits(tmp_path: Path, family: str, bits: int) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    if bits == 3 and pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), 3).shape[1] != 3:
+    if pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), bits).shape[1] != bits:
         pytest.skip("this compressed-tensors packs ten 3-bit codes into a word: dense packing came with 0.18")
     model, ids = made(tmp_path, family, bits), prompts(2, 24)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -99,7 +101,7 @@ def test_int4_products_against_plain_arithmetic() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_our_product_has_the_logits_of_unpacked_weights(tmp_path: Path, family: str, bits: int) -> None:
     """Within float noise, for the many rows of a prompt and for single ones."""
     model = made(tmp_path, family, bits)
@@ -126,23 +128,24 @@ def with_low_bit_head(folder: Path, bits: int) -> Any:
     model = load(folder, dtype=torch.float32, backend="dequantized")
     for weight in {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}:
         made = quantized_head(weight.data, bits).dequantize()
-        assert 0.0 < float((made - weight).norm() / weight.norm()) < {8: 0.01, 4: 0.1}[bits]
+        assert 0.0 < float((made - weight).norm() / weight.norm()) < {8: 0.01, 6: 0.03, 4: 0.1}[bits]
         weight.data.copy_(made)
     return model
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_low_bit_head(tmp_path: Path, family: str, bits: int) -> None:
     model, ids = made(tmp_path, family), prompts(2, 24)
     small = load(tmp_path, dtype=torch.float32, head_bits=bits)
     torch.testing.assert_close(small(ids).logits, with_low_bit_head(tmp_path, bits)(ids).logits, rtol=1e-4, atol=1e-4)
     assert small.lm_head.packed.codes.dtype == torch.uint8
-    assert small.lm_head.packed.codes.shape[1] == (64 if bits == 4 else model.config.hidden_size)
+    width = model.config.hidden_size
+    assert small.lm_head.packed.codes.shape[1] == {8: width, 6: width * 6 // 8, 4: 64}[bits]
     assert small.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 28)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 4])
 def test_low_bit_head_of_tied_embeddings_is_held_once(tmp_path: Path, bits: int) -> None:
     model, options = build("llama", tie_word_embeddings=True), WeightOptions(4, 32)
     found = reconstruct(model, prompts(2, 32), options, ReconstructOptions(epochs=0))
@@ -192,6 +195,31 @@ def test_three_bits_have_no_int4_product(tmp_path: Path) -> None:
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_models_as_stored(tmp_path: Path, family: str) -> None:
+    """Turned to float32 they are what loading in float32 gives, though √48 is not a number of bfloat16."""
+    source = save(tmp_path, family, hidden_size=48, dtype=torch.bfloat16)
+    exact, model = load_model(str(source), dtype="float32").model, load_as_stored(str(source)).model
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.float()(prompts(1, 24)).logits, exact(prompts(1, 24)).logits)
+
+
+def test_models_with_buffers_of_unknown_origin_are_loaded_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    source, before = save(tmp_path, dtype=torch.bfloat16), LlamaRMSNorm.__init__
+
+    def with_a_buffer(self: Any, *arguments: Any, **options: Any) -> None:
+        before(self, *arguments, **options)
+        self.register_buffer("third", torch.tensor(1 / 3), persistent=False)
+
+    monkeypatch.setattr(LlamaRMSNorm, "__init__", with_a_buffer)
+    model = load_as_stored(str(source)).model
+    assert {x.dtype for x in (*model.parameters(), *model.buffers())} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("arguments", "epochs"),
     [
@@ -209,7 +237,7 @@ def test_what_lives_on_training_is_trained(
 ) -> None:
     seen: list[Any] = []
 
-    def remember(source: str, output: Path, options: Any, *, state: Path | None) -> dict[str, Any]:
+    def remember(source: str, output: Path, options: Any, **_: Any) -> dict[str, Any]:
         seen.append(options)
         return {"peak_bytes": None, "plan": None, "checkpoint_bytes": 1, "seconds": {"all": 1.0}}
 
@@ -281,7 +309,7 @@ def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         == 0
     )
     found = json.loads(figures.read_text())
-    assert len(found["rows"]) == 20
+    assert len(found["rows"]) == 24
     assert len(found["products"]) >= 3
     plain, small = found["rows"][0], found["rows"][-1]
     assert plain["speed_ratio"] == plain["memory_ratio"] == 1.0

@@ -174,7 +174,7 @@ def test_tensors_of_a_checkpoint_round_trip(bits: int) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"bits": 5}, "bits=5: expected one of 3, 4, 8"), ({"group_size": 100}, "group_size=100: expected a positive")],
+    [({"bits": 5}, "bits=5: expected one of 3, 4, 6, 8"), ({"group_size": 100}, "group_size=100: expected a positive")],
 )
 def test_bad_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(SkvqError, match=message):

@@ -8,7 +8,16 @@ import torch
 from skvq import SkvqError, _native
 from skvq.weights import WeightOptions
 from skvq.weights.grid import QuantizedWeight, encode
-from skvq.weights.product import FEW_ROWS, PackedEmbedding, PackedLinear, PackedWeight, pack_digits, unpack_digits
+from skvq.weights.product import (
+    FEW_ROWS,
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    pack_digits,
+    pack_sixes,
+    unpack_digits,
+    unpack_sixes,
+)
 
 SHAPES = [(1, 32, 32), (7, 96, 96), (33, 128, 64), (70, 896, 128), (48, 320, 32), (5, 512, 256)]
 
@@ -30,7 +39,19 @@ def test_golden_bytes_of_digits() -> None:
     assert torch.equal(unpack_digits(packed, 160), codes)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_golden_bytes_of_sixes() -> None:
+    """Twelve bytes for sixteen inputs: a string of their low four bits, and one of the two bits above."""
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    for at, code in ((0, 0b11_0101), (1, 0b10_0001), (15, 0b01_1111), (16, 0b11_0000), (22, 0b00_0111)):
+        codes[0, at] = code
+    packed = pack_sixes(codes)
+    assert packed.shape == (1, 24)
+    expected = {0: 0x15, 7: 0xF0, 8: 0b1011, 11: 0b0100_0000, 15: 0x07, 20: 0b11}
+    assert {i: x for i, x in enumerate(packed[0].tolist()) if x} == expected
+    assert torch.equal(unpack_sixes(packed), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), SHAPES)
 def test_products_and_rows(outputs: int, inputs: int, group: int, bits: int) -> None:
     weight = example(outputs, inputs, group, bits)
@@ -120,7 +141,7 @@ def test_bad_arguments() -> None:
         ("zeros", weight.zeros[:, :1].contiguous(), "zeros: expected shape"),
         ("output", torch.zeros(2, 7), r"output: expected shape \[2, 8\]"),
         ("output", torch.zeros(2, 8).bfloat16(), "output: expected dtype float32"),
-        ("bits", 5, "bits: expected 4 or 8"),
+        ("bits", 5, "bits: expected 4, 6 or 8"),
     ):
         with pytest.raises(SkvqError, match=message):
             _native.weights_multiply(**(good | {name: value}))

@@ -10,8 +10,9 @@ import torch
 from skvq import SkvqError
 from skvq.evaluate.methods.ours import reference_codec
 from skvq.weights import ChannelOptions, ReconstructOptions, WeightOptions, reconstruct
-from skvq.weights.blocks import advance, capture, decoder_layers
+from skvq.weights.blocks import BlockWindow, capture, decoder_layers
 from skvq.weights.channels import ChannelScales, LayerChannels
+from skvq.weights.packing import unpacked_weight
 from tiny_models import build, prompts
 
 WEIGHTS = WeightOptions(3, 32)
@@ -28,8 +29,9 @@ def test_layers_outside_the_model_do_what_they_do_inside(family: str) -> None:
     model, ids = build(family), prompts(3, 48)
     captured = capture(model, ids, batch=2)
     stream = captured.stream
-    for layer, call in zip(decoder_layers(model), captured.calls, strict=True):
-        stream = advance(layer, call, stream, 2)
+    window = BlockWindow(decoder_layers(model), captured.calls, torch.device("cpu"))
+    for index in range(3):
+        stream = window.advance(index, stream, 2)
     torch.testing.assert_close(model.base_model.norm(stream), model.base_model(ids).last_hidden_state)
 
 
@@ -249,9 +251,56 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ReconstructOptions(**options)
 
 
-def test_another_dtype_is_refused() -> None:
-    with pytest.raises(SkvqError, match=r"dtype torch.bfloat16, expected torch.float32"):
-        reconstruct(build("llama").bfloat16(), prompts(1, 16), WEIGHTS)
+def rounded(family: str) -> Any:
+    """A model in bfloat16."""
+    return build(family).bfloat16()
+
+
+@pytest.mark.parametrize("channels", [None, CHANNELS])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "phi3"])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_window_of_blocks_is_in_float32(
+    family: str, ahead: int, channels: ChannelOptions | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in bfloat16 gives, bit by bit, what the same weights in float32 give, with 1 + ahead blocks at a time."""
+    options, ids = ReconstructOptions(ahead=ahead, epochs=1, batch=2, channels=channels), prompts(3, 48)
+    expected = reconstruct(rounded(family).float(), ids, WEIGHTS, options)
+    sizes, layer = [], BlockWindow.layer
+
+    def seen(self: BlockWindow, index: int) -> torch.nn.Module:
+        found = layer(self, index)
+        sizes.append(len(self))
+        assert {x.dtype for x in found.parameters()} == {torch.float32}
+        return found
+
+    monkeypatch.setattr(BlockWindow, "layer", seen)
+    model = rounded(family)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    found = reconstruct(model, ids, WEIGHTS, options)
+    assert max(sizes) == 1 + ahead
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
+    assert [row["after"] for row in found.log] == [row["after"] for row in expected.log]
+    for index, plans in expected.channels.items():
+        for one, other in zip(plans, found.channels[index], strict=True):
+            assert torch.equal(one.shift, other.shift)
+            assert torch.equal(one.scale, other.scale)
+    for name, parameter in model.named_parameters():
+        part = name.removesuffix(".weight")
+        if f"{part}.weight_packed" in found.tensors:
+            shape = (parameter.shape[0], parameter.shape[1])
+            parts = [found.tensors[f"{part}.{x}"] for x in ("weight_packed", "weight_scale", "weight_zero_point")]
+            stored = unpacked_weight(parts[0], parts[1], parts[2], shape, WEIGHTS.bits)
+            assert torch.equal(parameter, stored.dequantize().bfloat16())
+        else:
+            assert torch.equal(parameter, before[name])
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_that_is_not_on_the_cpu_is_refused() -> None:
+    with pytest.raises(SkvqError, match=r"model: on meta, expected it on the CPU"):
+        reconstruct(build("llama").to("meta"), prompts(1, 16), WEIGHTS)
 
 
 def test_the_log_is_json() -> None:

@@ -229,6 +229,31 @@ def load(
 ) -> LoadedModel:
     """Loads `model` (a directory or a hub id; None: the packaged demo model) for inference; see `fast_dtype`."""
     import torch
+
+    return _load(model, getattr(torch, dtype), attention, report)
+
+
+def load_as_stored(model: str) -> LoadedModel:
+    """Loads `model` (a directory or a hub id) on the CPU with its parameters in the dtype of its files, for work that
+    turns a part of them to float32 at a time. Buffers are as if all of it had been loaded in float32.
+    """
+    import torch
+
+    loaded = _load(model, "auto", "sdpa", lambda _: None)
+    for module in loaded.model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_floating_point() or buffer.dtype == torch.float32:
+                continue
+            # Made by the model's code in the dtype that it is loaded in, and rounded to it. The factor of an embedding
+            # is kept as a number beside it; nothing is known of others.
+            exact = getattr(module, f"scalar_{name}", None)
+            if not isinstance(exact, float):
+                return _load(model, torch.float32, "sdpa", lambda _: None)
+            module.register_buffer(name, torch.tensor(exact, dtype=torch.float32), persistent=False)
+    return loaded
+
+
+def _load(model: str | None, dtype: Any, attention: str, report: ReportProgress) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -237,7 +262,7 @@ def load(
     source = model if model is not None else str(demo_model_directory(report=report))
     report(f"loading {name}")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation=attention)
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
     return LoadedModel(model=loaded.eval(), tokenizer=tokenizer, name=name)
 
 

@@ -1,6 +1,6 @@
 //! Linear layers on packed weights: a few rows of inputs with every output, and outputs decoded for many rows.
 //!
-//! What it is: weights of 4 or 8 bits in groups of one output's inputs, scale and zero point for each, `ŵ = scale · (code − zero)`; inputs
+//! What it is: weights of 4, 6 or 8 bits in groups of one output's inputs, scale and zero point for each, `ŵ = scale · (code − zero)`; inputs
 //! and sums in f32. What it is not: a checkpoint's layout (python/skvq/weights/packing.py), nor a product for many rows: there a decoded
 //! piece and the matrix product of a library are faster.
 //!
@@ -8,6 +8,7 @@
 //!
 //! Codes `[outputs, row bytes]`. 8 bits: a byte for every input. 4 bits: 64 bytes for 128 inputs, the last ones padded; as sixteen
 //! little-endian words, word l has input 16·j + l of the block in bits 4·j .. 4·j + 4. (That is byte 4·l + j / 2, its low half for even j.)
+//! 6 bits: 12 bytes for sixteen inputs, 8 with the low four bits of each as a little-endian string and 4 with the two bits above.
 //! Scales float32 or bfloat16 `[outputs, groups]`, zero points bytes `[outputs, groups]`.
 
 use crate::backend::simd::products::{self, DIGIT_FACTORS, Product};
@@ -54,8 +55,8 @@ impl<'a> PackedWeights<'a> {
         scales: Row<'a>,
         zeros: &'a [u8],
     ) -> Result<Self> {
-        if bits != 4 && bits != 8 {
-            return Err(Error::value("bits", "4 or 8", bits));
+        if !matches!(bits, 4 | 6 | 8) {
+            return Err(Error::value("bits", "4, 6 or 8", bits));
         }
         if group_size == 0 || !group_size.is_multiple_of(32) || inputs == 0 || !inputs.is_multiple_of(group_size) {
             let expected = format!("a multiple of 32 that divides the {inputs} inputs");

@@ -36,7 +36,7 @@ impl Weights {
         if of_zeros != shape {
             return Err(Error::shape("zeros", format!("{shape:?}, as scales"), &as_found(of_zeros)));
         }
-        if (bits == 4 || bits == 8) && inputs > 0 && PackedWeights::code_bytes(bits, 1, inputs) != row_bytes {
+        if matches!(bits, 4 | 6 | 8) && inputs > 0 && PackedWeights::code_bytes(bits, 1, inputs) != row_bytes {
             let expected = format!("[outputs, {}]", PackedWeights::code_bytes(bits, 1, inputs));
             return Err(Error::shape("codes", expected, &[outputs as i64, row_bytes as i64]));
         }

@@ -159,7 +159,7 @@ def _models(options: WeightsOptions, bits: int) -> dict[str, Callable[[], Any]]:
         if bits == 4:
             found[f"low-bit, {dtype}, torch's int4 product"] = quantized(dtype, "int4pack", 16)
         found[f"low-bit, {dtype}"] = quantized(dtype, "auto", 16)
-        for head_bits in (8, 4):
+        for head_bits in (8, 6, 4):
             found[f"low-bit, {dtype}, {head_bits}-bit output layer"] = quantized(dtype, "auto", head_bits)
     return found
 

@@ -1,18 +1,22 @@
 """The decoder layers of a model, one after another outside the model: what they are called with, their linear layers.
 
 Is: the capture of the first layer's inputs and of every layer's arguments (masks and position embeddings differ by the
-kind of a layer), and the call of one layer with them. Is not: for left-padded batches; all samples have one length.
-Shapes: token_ids int64 [S, T], streams [S, T, H] in the model's dtype.
+kind of a layer), and a window of layers that are worked on: in float32 on a device, while the model keeps the others on
+the CPU as it has them. Is not: for left-padded batches; all samples have one length.
+Shapes: token_ids int64 [S, T], streams float32 [S, T, H] on the CPU; a batch of one is on the device while it is used.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._native import SkvqError
 from .grid import WeightOptions
@@ -33,6 +37,14 @@ class LayerCall:
         made = layer(hidden, *self.arguments, **self.options)
         output: Tensor = made[0] if isinstance(made, tuple) else made
         return output
+
+    def on(self, device: torch.device) -> LayerCall:
+        """The same call with its tensors on a device."""
+        return LayerCall(_moved(self.arguments, device), _moved(self.options, device))
+
+
+def _moved(values: Any, device: torch.device) -> Any:
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, values)
 
 
 @dataclass(frozen=True)
@@ -85,13 +97,102 @@ def check_layers(model: Any, options: WeightOptions, ignore: Sequence[str] = ())
         raise SkvqError(f"ignore={tuple(ignore)!r}: expected to leave some linear layer of the decoder")
 
 
-def capture(model: Any, token_ids: Tensor, batch: int) -> Captured:
+def _fits(layer: nn.Module, device: torch.device) -> bool:
+    return all(x.device == device and x.dtype == torch.float32 for x in layer.parameters())
+
+
+def working_layer(layer: nn.Module, device: torch.device) -> nn.Module:
+    """The layer in float32 on a device: itself if it is that already, else a copy."""
+    return layer if _fits(layer, device) else copy.deepcopy(layer).to(device, torch.float32)
+
+
+class BlockWindow:
+    """The decoder layers that are worked on, in float32 on one device. The model has the others, in its own dtype.
+
+    A layer enters when it is first used and stays until it leaves.
+    """
+
+    def __init__(self, layers: nn.ModuleList, calls: Sequence[LayerCall], device: torch.device) -> None:
+        self.device = device
+        self._layers, self._calls = layers, calls
+        self._held: dict[int, tuple[nn.Module, LayerCall]] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def layer(self, index: int) -> nn.Module:
+        """The layer as it is worked on."""
+        return self._entered(index)[0]
+
+    def __call__(self, index: int, hidden: Tensor) -> Tensor:
+        """The layer's output for its input, both [B, T, H] on the device."""
+        layer, call = self._entered(index)
+        return call(layer, hidden)
+
+    def _entered(self, index: int) -> tuple[nn.Module, LayerCall]:
+        if index not in self._held:
+            self._held[index] = (working_layer(self._layers[index], self.device), self._calls[index].on(self.device))
+        return self._held[index]
+
+    def leave(self, index: int) -> None:
+        """The layer's weights go back to the model, rounded to its dtype."""
+        made, own = self._held.pop(index)[0], self._layers[index]
+        if made is not own:
+            with torch.no_grad():
+                for parameter, value in zip(own.parameters(), made.parameters(), strict=True):
+                    parameter.copy_(value)
+
+    def advance(self, index: int, stream: Tensor, batch: int) -> Tensor:
+        """The stream behind one layer."""
+        found = torch.empty_like(stream)
+        with torch.no_grad():
+            for hidden, output in zip(stream.split(batch), found.split(batch), strict=True):
+                output.copy_(self(index, hidden.to(self.device)))
+        return found
+
+
+@contextmanager
+def _outside_in_float32(model: Any, layers: nn.ModuleList) -> Iterator[None]:
+    """Inside, what the decoder has besides its layers is in float32: embedding and last norm."""
+    inside = {id(x) for x in layers.parameters()}
+    outside = [x for x in model.base_model.parameters() if id(x) not in inside and x.is_floating_point()]
+    before = [x.dtype for x in outside]
+    try:
+        for parameter in outside:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in zip(outside, before, strict=True):
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _one_at_a_time(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, a call of the layer runs it in float32 on the device and gives back tensors on the CPU."""
+    if _fits(layer, device):
+        yield
+        return
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        working = working_layer(layer, device)
+        del working.forward  # copied with the rest, as hooks are, which have been called
+        return _moved(working.forward(*_moved(arguments, device), **_moved(options, device)), torch.device("cpu"))
+
+    layer.forward = run
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def capture(model: Any, token_ids: Tensor, batch: int, device: torch.device | None = None) -> Captured:
     """Runs the embedding for all samples, and the whole decoder for the first one, whose calls are kept.
 
     Args:
-        model: a causal language model; not changed.
+        model: a causal language model on the CPU, in any dtype; not changed.
         token_ids: int64 [S, T].
         batch: samples at once.
+        device: where its layers run, one at a time in float32; None: the CPU.
 
     Raises:
         SkvqError: layers are not called one after another, each once with the output of the one before.
@@ -111,10 +212,15 @@ def capture(model: Any, token_ids: Tensor, batch: int) -> Captured:
 
         return hook
 
-    with torch.no_grad():
+    device = device or torch.device("cpu")
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(_outside_in_float32(model, layers))
         try:
             hooks += [x.register_forward_pre_hook(keep(i), with_kwargs=True) for i, x in enumerate(layers)]
-            model.base_model(token_ids[:1], use_cache=False)
+            with ExitStack() as running:
+                for layer in layers:
+                    running.enter_context(_one_at_a_time(layer, device))
+                model.base_model(token_ids[:1], use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -142,12 +248,6 @@ def _first_input(model: Any, first: nn.Module, token_ids: Tensor) -> Tensor:
     return found[0]
 
 
-def advance(layer: nn.Module, call: LayerCall, stream: Tensor, batch: int) -> Tensor:
-    """The stream behind one layer, [S, T, H]."""
-    with torch.no_grad():
-        return torch.cat([call(layer, hidden) for hidden in stream.split(batch)])
-
-
 @dataclass(frozen=True)
 class InputMoments:
     """Of one linear layer's inputs over the stream: mean squares float32 [I], mean products [I, I] if asked for."""
@@ -157,7 +257,7 @@ class InputMoments:
 
 
 def input_moments(
-    layer: nn.Module, call: LayerCall, stream: Tensor, batch: int, linears: dict[str, nn.Linear], products: bool
+    window: BlockWindow, index: int, stream: Tensor, batch: int, linears: dict[str, nn.Linear], products: bool
 ) -> dict[str, InputMoments]:
     """The moments of the inputs of every linear layer, by name, from one run of the decoder layer over the stream."""
     sums: dict[str, Tensor] = {}
@@ -174,7 +274,7 @@ def input_moments(
 
     hooks = [module.register_forward_pre_hook(look(name)) for name, module in linears.items()]
     try:
-        advance(layer, call, stream, batch)
+        window.advance(index, stream, batch)
     finally:
         for hook in hooks:
             hook.remove()

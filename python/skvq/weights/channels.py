@@ -95,7 +95,7 @@ class ChannelScales(nn.Module):
 
     def plan(self) -> StreamPlan:
         """The same as a plan of the packed cache."""
-        shift, scale = (x.detach().float().clone() for x in self.static())
+        shift, scale = (x.detach().float().cpu().clone() for x in self.static())
         return StreamPlan(stream_options(self.bits), shift=shift, scale=scale)
 
 
@@ -120,9 +120,11 @@ class LayerChannels:
     options: ChannelOptions
 
     @classmethod
-    def fixed(cls, keys: StreamPlan, values: StreamPlan, options: ChannelOptions) -> LayerChannels:
-        """From plans that were found before."""
-        return cls(ChannelScales.of(keys), ChannelScales.of(values), options)
+    def fixed(
+        cls, keys: StreamPlan, values: StreamPlan, options: ChannelOptions, device: torch.device
+    ) -> LayerChannels:
+        """From plans that were found before, on a device."""
+        return cls(ChannelScales.of(keys).to(device), ChannelScales.of(values).to(device), options)
 
     def plans(self) -> tuple[StreamPlan, StreamPlan]:
         """The key and the value plan."""
@@ -138,7 +140,7 @@ class LayerChannels:
         read = (self.keys(key), self.values(value))
         exact = [x.repeat_interleave(group, 1) for x in (key, value)]
         past_rows = [x.repeat_interleave(group, 1) for x in read]
-        now = torch.arange(length)
+        now = torch.arange(length, device=key.device)
         past = now[None, :] <= now[:, None] - self.options.window
         past = past & ~_is_sink(self.options, key, value)[:, None, None, :]
         query = query * scaling

@@ -15,7 +15,7 @@ from ..arguments import add_counts, add_model_operand, add_output, add_texts, ad
 LOSSES = ("mae", "mse")
 STARTS = ("search", "open", "range")
 ROUNDINGS = ("nearest", "compensated", "learnt")
-WEIGHT_BITS = (3, 4, 8)
+WEIGHT_BITS = (3, 4, 6, 8)
 TRAINED_EPOCHS = 4
 
 
@@ -73,6 +73,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="keep finished blocks there: a run that was stopped goes on"
     )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="where blocks are worked on, such as cuda (default: cpu)"
+    )
     add_threads(parser)
     parser.set_defaults(run=_run_quantize)
 
@@ -118,7 +121,7 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         sinks=arguments.sinks,
     )
     set_threads(arguments.threads)
-    report = quantize_model(arguments.model, arguments.output, options, state=arguments.state)
+    report = quantize_model(arguments.model, arguments.output, options, state=arguments.state, device=arguments.device)
     peak = "unknown" if report["peak_bytes"] is None else human_bytes(report["peak_bytes"])
     if report["plan"] is not None:
         print(report["plan"])

@@ -54,7 +54,7 @@ def _factor(moment: Tensor) -> Tensor:
     mean = float(moment.diagonal().mean())
     damping = DAMPING
     while damping <= MOST_DAMPING:
-        damped = moment + torch.eye(moment.shape[0]) * (damping * mean if mean > 0.0 else 1.0)
+        damped = moment + torch.eye(moment.shape[0], device=moment.device) * (damping * mean if mean > 0.0 else 1.0)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .._native import SkvqError
 
-BITS = (3, 4, 8)
+BITS = (3, 4, 6, 8)
 OPEN_CLIP = 4.0  # OmniQuant's first logit: σ(4) = 0.982
 SMALLEST_SCALE = 2.0**-24
 SEARCHED = tuple(1.0 - 0.02 * step for step in range(26))  # fractions of the range that `search_clips` tries
@@ -36,7 +36,7 @@ class WeightOptions:
     """How weights are quantized.
 
     Attributes:
-        bits: of a code: 3, 4 or 8.
+        bits: of a code: 3, 4, 6 or 8.
         group_size: inputs of one output channel that share scale and zero point; it must divide the inputs of every
             quantized linear layer.
 
@@ -93,6 +93,10 @@ class QuantizedWeight:
     def group_size(self) -> int:
         """Inputs of a group."""
         return self.codes.shape[1] // self.scale.shape[1]
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """On a device."""
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device), self.zero.to(device))
 
     def dequantize(self) -> Tensor:
         """ŵ float32 [O, I], in the arithmetic of compressed-tensors."""
@@ -244,7 +248,7 @@ def search_clips(weight: Tensor, options: WeightOptions, importance: Tensor, tra
     with torch.no_grad():
         groups, low, high = _ranges(weight, options.group_size)
         weights = importance.float().unflatten(0, (-1, options.group_size))
-        best = torch.full(groups.shape[:2], torch.inf)
+        best = torch.full(groups.shape[:2], torch.inf, device=weight.device)
         chosen = torch.ones_like(best)
         for share in SEARCHED:
             scale, zero = _grid(low * share, high * share, options.levels)

@@ -1,4 +1,4 @@
-"""The output layer and the embedding at 8 or 4 bits, rounded when a checkpoint is loaded.
+"""The output layer and the embedding at 8, 6 or 4 bits, rounded when a checkpoint is loaded.
 
 They are a quarter of a small model: left in 16 bits they outweigh the quantized decoder. Is: one copy of the codes for
 both where the model ties them, on our own product. Is not: part of the checkpoint, whose output layer and embedding
@@ -17,15 +17,18 @@ from .blocks import replace_module
 from .grid import QuantizedWeight, WeightOptions, encode
 from .product import PackedEmbedding, PackedLinear, PackedWeight
 
-HEAD_BITS = (16, 8, 4)
+HEAD_BITS = (16, 8, 6, 4)
 MIDDLE, LARGEST = 128, 127.0  # of symmetric 8-bit codes
 GROUP = 32  # inputs of a group of 4-bit codes; at 8 bits a row has one scale
+SIX_BIT_GROUPS = (128, 64, GROUP)  # the first that divides the inputs
 ROWS = 1 << 14  # that are rounded at a time
 
 
 def quantized_head(weight: Tensor, bits: int) -> QuantizedWeight:
-    """A weight [V, H]: 8 bits with a scale for each row, or 4 bits between minimum and maximum of each group."""
-    parts = [_eight_bits(rows) if bits == 8 else _four_bits(rows) for rows in weight.split(ROWS)]
+    """A weight [V, H]: 8 bits with a scale for each row, 6 or 4 bits between minimum and maximum of each group."""
+    group = GROUP if bits == 4 else next(x for x in SIX_BIT_GROUPS if weight.shape[1] % x == 0)
+    options = WeightOptions(bits, group)
+    parts = [_eight_bits(rows) if bits == 8 else encode(rows.float(), options) for rows in weight.split(ROWS)]
     return QuantizedWeight(*(torch.cat([getattr(part, x) for part in parts]) for x in ("codes", "scale", "zero")))
 
 
@@ -33,10 +36,6 @@ def _eight_bits(rows: Tensor) -> QuantizedWeight:
     scale = (rows.float().abs().amax(1, keepdim=True) / LARGEST).clamp(min=2.0**-24).bfloat16().float()
     codes = (rows.float() / scale).round_().clamp_(-LARGEST, LARGEST) + MIDDLE
     return QuantizedWeight(codes.to(torch.uint8), scale, torch.full(scale.shape, MIDDLE, dtype=torch.uint8))
-
-
-def _four_bits(rows: Tensor) -> QuantizedWeight:
-    return encode(rows.float(), WeightOptions(4, GROUP))
 
 
 def quantize_head(model: Any, bits: int) -> None:

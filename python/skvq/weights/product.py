@@ -35,8 +35,25 @@ def unpack_digits(packed: Tensor, inputs: int) -> Tensor:
     return digits.transpose(2, 3).flatten(1)[:, :inputs]
 
 
+def pack_sixes(codes: Tensor) -> Tensor:
+    """Codes below 64, uint8 [O, I] with I a multiple of 16, as our product reads them: uint8 [O, 12 · I / 16]."""
+    vectors = codes.unflatten(1, (-1, LANES))
+    low, high = vectors & 15, vectors >> 4
+    halves = low[..., 0::2] | low[..., 1::2] << 4
+    pairs = high[..., 0::4] | high[..., 1::4] << 2 | high[..., 2::4] << 4 | high[..., 3::4] << 6
+    return torch.cat([halves, pairs], -1).flatten(1).contiguous()
+
+
+def unpack_sixes(packed: Tensor) -> Tensor:
+    """The codes of `pack_sixes`, uint8 [O, I]."""
+    halves, pairs = packed.unflatten(1, (-1, LANES // 2 + LANES // 4)).split((LANES // 2, LANES // 4), -1)
+    low = torch.stack([halves & 15, halves >> 4], -1).flatten(-2)
+    high = torch.stack([pairs >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
+    return (low | high << 4).flatten(1)
+
+
 class PackedWeight(nn.Module):
-    """The weight of a linear layer or an embedding, packed: 4 bits for codes of up to 4 bits, else 8.
+    """The weight of a linear layer or an embedding, packed: 4 bits for codes of up to 4 bits, 6 for those of 6, else 8.
 
     Buffers: codes uint8 [O, bytes of a row], scales [O, G] in bfloat16 where that is exact, else float32, zeros
     uint8 [O, G].
@@ -46,14 +63,24 @@ class PackedWeight(nn.Module):
         """Raises SkvqError if groups are not multiples of 32."""
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
-        self.group_size, self.bits = weight.group_size, 4 if bits <= 4 else 8
+        self.group_size, self.bits = weight.group_size, next(x for x in (4, 6, 8) if bits <= x)
         if not self.serves(weight):
             raise SkvqError(f"packed: groups of {self.group_size} inputs, expected a multiple of 32")
         half = weight.scale.bfloat16()
         scales = half if torch.equal(half.float(), weight.scale) else weight.scale.float()
-        self.register_buffer("codes", pack_digits(weight.codes) if self.bits == 4 else weight.codes.contiguous())
+        self.register_buffer("codes", self._packed(weight.codes))
         self.register_buffer("scales", scales.contiguous())
         self.register_buffer("zeros", weight.zero.to(torch.uint8).contiguous())
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        if self.bits == 4:
+            return pack_digits(codes)
+        return pack_sixes(codes) if self.bits == 6 else codes.contiguous()
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        if self.bits == 4:
+            return unpack_digits(packed, self.in_features)
+        return unpack_sixes(packed) if self.bits == 6 else packed
 
     @staticmethod
     def serves(weight: QuantizedWeight) -> bool:
@@ -94,8 +121,7 @@ class PackedWeight(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, float32 [..., I], for int64 ids [...] below O."""
         codes, scales, zeros = (part[ids.flatten()] for part in self._parts())
-        found = codes if self.bits == 8 else unpack_digits(codes, self.in_features)
-        groups = found.unflatten(1, (-1, self.group_size)).float()
+        groups = self._unpacked(codes).unflatten(1, (-1, self.group_size)).float()
         made: Tensor = ((groups - zeros[..., None].float()) * scales[..., None].float()).flatten(1)
         return made.unflatten(0, ids.shape)
 

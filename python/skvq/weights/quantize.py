@@ -25,12 +25,13 @@ from ..calibrate.collect import collect
 from ..calibrate.spectral_plan import SpectralOptions, spectral_plan
 from ..config import SkvqConfig
 from ..evaluate.texts import CALIBRATION_TEXTS, Text, cut_chunks, digests, packaged_texts, read_text
-from ..models import load
+from ..models import load_as_stored
 from ..plan_file import FILE_NAME, QuantizationPlan
 from .channels import stream_options
 from .checkpoint import write_checkpoint
 from .grid import WeightOptions
 from .reconstruction import Reconstruction, ReconstructOptions, reconstruct
+from .running import load as load_checkpoint
 
 PLAN_2D, LOG = "plan_2d.safetensors", "quantization.json"
 
@@ -78,9 +79,18 @@ def calibration_ids(tokenizer: Any, texts: list[Text], samples: int, tokens: int
 
 
 def quantize_model(
-    source: str, output: Path, options: QuantizeOptions, *, state: Path | None = None, progress: bool = True
+    source: str,
+    output: Path,
+    options: QuantizeOptions,
+    *,
+    state: Path | None = None,
+    progress: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Quantize the model `source` (a directory or hub id) into the directory `output`.
+
+    The model stays on the CPU in the dtype of its files; `device` has a few blocks of it in float32 at a time, and
+    where it is not the CPU, the quantized model in bfloat16 while the plan is fitted.
 
     Returns:
         What `quantization.json` holds.
@@ -91,10 +101,12 @@ def quantize_model(
     start = time.monotonic()
     if output.exists() and any(output.iterdir()) and not (output / LOG).is_file() and state != output:
         raise SkvqError(f"output={str(output)!r}: has files that are not a former result, expected an empty directory")
-    loaded = load(source, dtype="float32")
+    loaded = load_as_stored(source)
     texts = [read_text(x) for x in options.texts] or packaged_texts(CALIBRATION_TEXTS)
     ids = calibration_ids(loaded.tokenizer, texts, options.samples, options.tokens)
-    found = reconstruct(loaded.model, ids, options.weights, options.reconstruct, state=state, progress=progress)
+    found = reconstruct(
+        loaded.model, ids, options.weights, options.reconstruct, state=state, progress=progress, device=device
+    )
     trained = time.monotonic() - start
     size = write_checkpoint(loaded.model, found.tensors, options.weights, output)
     loaded.tokenizer.save_pretrained(output)
@@ -103,12 +115,13 @@ def quantize_model(
         (output / name).unlink(missing_ok=True)
     if found.channels:
         _plan_2d(loaded.model, found, options, sha256).save(output / PLAN_2D)
-    predicted = None
+    name, tokenizer, predicted = loaded.name, loaded.tokenizer, None
+    del loaded  # the plan is fitted to what was written
     if options.plan is not None:
-        plan, predicted = _plan(loaded, texts, options, sha256, progress)
+        plan, predicted = _plan(_written(output, device), tokenizer, texts, options, sha256, progress)
         plan.save(output / FILE_NAME)
     report = {
-        "model": loaded.name,
+        "model": name,
         "settings": json.loads(json.dumps(asdict(options), default=str)),
         "texts": sha256,
         "bits_per_weight": options.weights.bits_per_weight,
@@ -138,13 +151,20 @@ def _plan_2d(model: Any, found: Reconstruction, options: QuantizeOptions, sha256
     return QuantizationPlan.for_model(model, config, found.channels, method="wkvquant", texts=sha256, notes=notes)
 
 
+def _written(output: Path, device: str) -> Any:
+    """The quantized model: packed in float32 on the CPU, unpacked in bfloat16 on other devices."""
+    if torch.device(device).type == "cpu":
+        return load_checkpoint(output, dtype=torch.float32)
+    return load_checkpoint(output, dtype=torch.bfloat16, backend="dequantized").to(device)
+
+
 def _plan(
-    loaded: Any, texts: list[Text], options: QuantizeOptions, sha256: dict[str, str], progress: bool
+    model: Any, tokenizer: Any, texts: list[Text], options: QuantizeOptions, sha256: dict[str, str], progress: bool
 ) -> tuple[QuantizationPlan, str]:
     assert options.plan is not None
-    chunks = cut_chunks(loaded.tokenizer, texts, options.plan_chunks, options.plan_tokens)
+    chunks = cut_chunks(tokenizer, texts, options.plan_chunks, options.plan_tokens)
     statistics = collect(
-        loaded.model,
+        model,
         [chunk.token_ids for chunk in chunks],
         sinks=options.sinks,
         window=options.window,
@@ -152,10 +172,8 @@ def _plan(
         total=len(chunks),
         progress=progress,
     )
-    fitted = spectral_plan(loaded.model, statistics, options.plan)
+    fitted = spectral_plan(model, statistics, options.plan)
     config = SkvqConfig(window=options.window, sinks=options.sinks)
     notes = fitted.notes | {"chunks": statistics.chunks, "tokens": statistics.tokens, "weights": options.weights.bits}
-    plan = QuantizationPlan.for_model(
-        loaded.model, config, fitted.streams, method="spectral", texts=sha256, notes=notes
-    )
+    plan = QuantizationPlan.for_model(model, config, fitted.streams, method="spectral", texts=sha256, notes=notes)
     return plan, fitted.describe()

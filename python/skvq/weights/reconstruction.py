@@ -6,7 +6,8 @@ block and of the `ahead` next ones on the full-precision stream, and the loss is
 squared) errors of all of them, the next blocks being in full precision. `ahead=0` with "mse" is OmniQuant's loss.
 
 Is: the loop, its log and its state. Is not: the grid (grid.py), keys and values (channels.py), the checkpoint
-(checkpoint.py). In memory besides the model: 2 + ahead streams float32 [S, T, H] and the activations of one batch.
+(checkpoint.py). In memory besides the model, which stays in its own dtype on the CPU: 2 + ahead streams float32
+[S, T, H] there; on the device the 1 + ahead blocks of the window in float32, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from tqdm import tqdm
 from .._native import SkvqError
 from ..model_layers import packed_layers
 from ..plan import StreamPlan
-from .blocks import InputMoments, advance, batches, capture, check_layers, decoder_layers, input_moments, linear_layers
+from .blocks import (
+    BlockWindow,
+    InputMoments,
+    batches,
+    capture,
+    check_layers,
+    decoder_layers,
+    input_moments,
+    linear_layers,
+)
 from .channels import ChannelOptions, ChannelTraining, LayerChannels
 from .compensation import compensate
 from .grid import OPEN_CLIP, WeightOptions, encode, fake_quantize, grid, ranges, search_clips
@@ -133,31 +143,34 @@ def reconstruct(
     *,
     state: Path | None = None,
     progress: bool = False,
+    device: str | torch.device = "cpu",
 ) -> Reconstruction:
     """Quantize all linear layers of the decoder; the model's weights become the quantized ones.
 
     Args:
-        model: a causal language model of transformers in float32, on the CPU. Its embeddings, norms, biases and output
-            layer stay as they are.
+        model: a causal language model of transformers, on the CPU, in float32 or the dtype that it is stored in: blocks
+            are worked on in float32, and the model's own weights are rounded to its dtype afterwards. Its embeddings,
+            norms, biases and output layer stay as they are.
         token_ids: calibration samples of one length, int64 [S, T].
         weights: the grid.
         options: of the reconstruction.
         state: a folder that holds every finished block, so that an interrupted run goes on and ends the same.
         progress: a bar on stderr.
+        device: where blocks are worked on, such as "cuda".
 
     Raises:
-        SkvqError: a layer does not fit the group size, the model is not in float32, or the state is of another run.
+        SkvqError: a layer does not fit the group size, the model is not on the CPU, or the state is of another run.
     """
     weights, options = weights or WeightOptions(), options or ReconstructOptions()
-    if model.dtype != torch.float32:
-        raise SkvqError(f"model: dtype {model.dtype}, expected torch.float32 to calibrate in")
+    if model.device.type != "cpu":
+        raise SkvqError(f"model: on {model.device}, expected it on the CPU: its blocks go to device={str(device)!r}")
     check_layers(model, weights, options.ignore)
     folder = StateFolder.open(state, model, token_ids, {"weights": asdict(weights), "options": asdict(options)})
     was_training = model.training
     model.eval().requires_grad_(False)
     training = ChannelTraining()
     with nullcontext() if options.channels is None else training.attached(model):
-        run = _Run(model, token_ids, weights, options, training)
+        run = _Run(model, token_ids, weights, options, training, torch.device(device))
         found = Reconstruction()
         bar = tqdm(total=len(run.layers), unit="block", desc="weights", disable=not progress, file=sys.stderr)
         with bar:
@@ -182,13 +195,19 @@ class _Run:
     """The two streams, and the block that is worked on."""
 
     def __init__(
-        self, model: Any, token_ids: Tensor, weights: WeightOptions, options: ReconstructOptions, kv: ChannelTraining
+        self,
+        model: Any,
+        token_ids: Tensor,
+        weights: WeightOptions,
+        options: ReconstructOptions,
+        kv: ChannelTraining,
+        device: torch.device,
     ) -> None:
         self.layers = decoder_layers(model)
         self.prefix = next(name for name, module in model.named_modules() if module is self.layers)
         self.weights, self.options, self.kv = weights, options, kv
-        captured = capture(model, token_ids, options.batch)
-        self.calls = captured.calls
+        captured = capture(model, token_ids, options.batch, device)
+        self.window = BlockWindow(self.layers, captured.calls, device)
         self.quantized = captured.stream  # enters the block, from quantized blocks
         self.front = captured.stream  # behind the last block of `targets`, in full precision
         self.targets: deque[Tensor] = deque()
@@ -198,38 +217,37 @@ class _Run:
     def block(self, index: int, done: BlockState | None) -> BlockState:
         """One block: from the state, or by training; afterwards its weights are the quantized ones."""
         self._look_ahead(index)
-        layer, call = self.layers[index], self.calls[index]
         if done is None:
             done = self._train(index)
         else:
             self._restore(index, done)
-        linears = linear_layers(layer, self.options.ignore)
+        linears = linear_layers(self.window.layer(index), self.options.ignore)
         for name, linear in linears.items():
             parts = [done.tensors[f"{name}.{x}"] for x in ("weight_packed", "weight_scale", "weight_zero_point")]
             shape = (linear.weight.shape[0], linear.weight.shape[1])
             made = unpacked_weight(parts[0], parts[1], parts[2], shape, self.weights.bits)
             linear.weight.data.copy_(made.dequantize())
-        self.quantized = advance(layer, call, self.quantized, self.options.batch)
+        self.quantized = self.window.advance(index, self.quantized, self.options.batch)
+        self.window.leave(index)
         self.targets.popleft()
         return done
 
     def _look_ahead(self, index: int) -> None:
         """Full-precision outputs of the block and the next `ahead`, before they are quantized."""
         while self.reached < min(len(self.layers), index + 1 + self.options.ahead):
-            self.front = advance(self.layers[self.reached], self.calls[self.reached], self.front, self.options.batch)
+            self.front = self.window.advance(self.reached, self.front, self.options.batch)
             self.targets.append(self.front)
             self.reached += 1
 
     def _restore(self, index: int, done: BlockState) -> None:
         if done.channels is not None and self.options.channels is not None:
-            self.kv.active[index] = LayerChannels.fixed(*done.channels, self.options.channels)
+            self.kv.active[index] = LayerChannels.fixed(*done.channels, self.options.channels, self.window.device)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def _train(self, index: int) -> BlockState:
         begin = time.perf_counter()
-        layer = self.layers[index]
-        linears = linear_layers(layer, self.options.ignore)
+        linears = linear_layers(self.window.layer(index), self.options.ignore)
         clips = self._start(index, linears)
         channels = self.kv.active.get(index)
         for name, linear in linears.items():
@@ -256,7 +274,7 @@ class _Run:
         for name, linear in linears.items():
             clip = clips[name]
             low, high = (None, None) if self.options.start == "range" else (clip.low, clip.high)
-            made = encode(linear.weight, self.weights, low, high, clip.offset, clip.ranges)
+            made = encode(linear.weight, self.weights, low, high, clip.offset, clip.ranges).to(torch.device("cpu"))
             tensors |= {f"{name}.{x}": value for x, value in packed_tensors(made, self.weights).items()}
         log = {
             "block": index,
@@ -269,13 +287,13 @@ class _Run:
 
     def _start(self, index: int, linears: dict[str, nn.Linear]) -> dict[str, _Clip]:
         """The clips to begin with; also the untrained scales of keys and values of the block."""
-        layer, call, batch = self.layers[index], self.calls[index], self.options.batch
+        batch = self.options.batch
         if index in self.packed:
             self.kv.collect = index
         moments: dict[str, InputMoments] = {}
         compensated = self.options.rounding == "compensated"
         if self.options.start == "search" or compensated or index in self.packed:
-            moments = input_moments(layer, call, self.quantized, batch, linears, compensated)
+            moments = input_moments(self.window, index, self.quantized, batch, linears, compensated)
         if index in self.packed:
             assert self.options.channels is not None
             self.kv.active[index] = self.kv.start(self.options.channels)
@@ -287,7 +305,7 @@ class _Run:
                 low, high = search_clips(linear.weight.detach(), self.weights, power, trainable)
             else:
                 logit = OPEN_CLIP if self.options.start == "open" else math.inf
-                low = high = torch.full((outputs, groups), logit)
+                low = high = torch.full((outputs, groups), logit, device=linear.weight.device)
             learnt = self.options.rounding == "learnt"
             clips[name] = _Clip(linear.weight.detach(), low.clone(), high.clone(), self.weights, learnt)
             products = moments[name].products if compensated else None
@@ -299,11 +317,12 @@ class _Run:
 
     def _losses(self, index: int, samples: Tensor) -> Tensor:
         """Sum over the blocks of the window of the mean error of some samples."""
-        total = torch.zeros(())
-        hidden = self.quantized[samples]
+        device = self.window.device
+        total = torch.zeros((), device=device)
+        hidden = self.quantized[samples].to(device)
         for place, target in enumerate(self.targets):
-            hidden = self.calls[index + place](self.layers[index + place], hidden)
-            error = hidden - target[samples]
+            hidden = self.window(index + place, hidden)
+            error = hidden - target[samples].to(device)
             total = total + (error.abs() if self.options.loss == "mae" else error.square()).mean()
         return total
 

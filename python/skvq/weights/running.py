@@ -95,9 +95,8 @@ def load(
         dtype: of activations and of what is not quantized; None: what is fastest on this processor.
         backend: one of those at the head of this file; "auto" takes "packed" for layers that it serves and
             "dequantized" for the others.
-        head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8 and 4 round them when
-            they are loaded, with a scale for each row or for 32 inputs. On a model of 0.5B 8 bits cost nothing, 4
-            added 1.9 % to the perplexity (docs/weights.md).
+        head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8, 6 and 4 round them when
+            they are loaded, with a scale for each row, for 128 or for 32 inputs. What that costs: docs/weights.md.
         attention: transformers' attention implementation.
 
     Raises:

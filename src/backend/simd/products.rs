@@ -5,12 +5,16 @@
 //!
 //! Four bits: sixteen lanes hold 128 inputs, lane l has input 16·j + l in digit j. A digit is masked where it stands and converted, which
 //! makes it 16^j times too large, exactly; the inputs bring 16^-j ([`DIGIT_FACTORS`]). The last digit is shifted down, for its sign.
+//! Six bits: two strings for every sixteen inputs, joined in the lanes.
 
 use super::{LANES, Lanes, multiversion};
 
 /// Inputs whose 4-bit codes share a vector.
 pub(crate) const BLOCK: usize = 128;
 const DIGITS: usize = BLOCK / LANES;
+/// Bytes of sixteen 6-bit codes: a string of their low halves, and one of the two bits above.
+const SIX: usize = 12;
+const SIX_LOW: usize = 8;
 
 multiversion! {
     /// `output[r][q] = Σ_g scales[r][g] · Σ_i code[r][i] · x[q][i]` for `rows` outputs r and `queries` rows q of inputs; for 4 bits the
@@ -23,7 +27,7 @@ multiversion! {
 /// Sizes of a product.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Product {
-    /// 4 or 8.
+    /// 4, 6 or 8.
     pub bits: usize,
     pub queries: usize,
     pub rows: usize,
@@ -40,7 +44,11 @@ impl Product {
 
     /// Bytes of one output's codes.
     pub(crate) const fn row_bytes(&self) -> usize {
-        if self.bits == 8 { self.inputs } else { self.inputs.div_ceil(BLOCK) * BLOCK / 2 }
+        match self.bits {
+            8 => self.inputs,
+            6 => self.inputs / LANES * SIX,
+            _ => self.inputs.div_ceil(BLOCK) * BLOCK / 2,
+        }
     }
 
     /// Digits of a 4-bit block that share a scale whatever block it is: those of the largest power of two that divides the group.
@@ -51,7 +59,7 @@ impl Product {
 
     fn check(&self, codes: &[u8], scales: &[f32]) {
         assert!(self.group_size.is_multiple_of(2 * LANES) && self.inputs.is_multiple_of(self.group_size));
-        assert!(self.bits == 4 || self.bits == 8);
+        assert!(matches!(self.bits, 4 | 6 | 8));
         assert!(codes.len() == self.rows * self.row_bytes() && scales.len() == self.rows * self.groups());
     }
 }
@@ -139,7 +147,8 @@ unsafe fn some_rows<S: Lanes, const Q: usize, const R: usize>(
         let codes = codes.as_ptr().add(r * p.row_bytes());
         let scales = scales.as_ptr().add(r * p.groups());
         let totals = match (p.bits, p.unit()) {
-            (8, _) => bytes::<S, Q, R>(p, x, codes, scales),
+            (8, _) => vectors::<S, Q, R, 8>(p, x, codes, scales),
+            (6, _) => vectors::<S, Q, R, 6>(p, x, codes, scales),
             (_, DIGITS) => digits::<S, Q, R, DIGITS>(p, x, codes, scales),
             (_, 4) => digits::<S, Q, R, 4>(p, x, codes, scales),
             (_, _) => digits::<S, Q, R, 2>(p, x, codes, scales),
@@ -204,9 +213,23 @@ unsafe fn digits<S: Lanes, const Q: usize, const R: usize, const U: usize>(
     }
 }
 
-/// Lane sums of `Q` rows of inputs with `R` outputs of 8 bits.
+/// Sixteen codes of 6 or 8 bits, from input `at` of a row on, a multiple of sixteen.
 #[inline(always)]
-unsafe fn bytes<S: Lanes, const Q: usize, const R: usize>(
+unsafe fn vector<S: Lanes, const BITS: usize>(row: *const u8, at: usize) -> S::F {
+    // SAFETY: the caller's row has these inputs.
+    unsafe {
+        if BITS == 8 {
+            return S::to_f32(S::load_u8(row.add(at)));
+        }
+        let strings = row.add(at / LANES * SIX);
+        let high = S::and(S::load_bits::<2>(strings.add(SIX_LOW)), 3);
+        S::to_f32(S::or(S::and(S::load_bits::<4>(strings), 15), S::shl::<4>(high)))
+    }
+}
+
+/// Lane sums of `Q` rows of inputs with `R` outputs of 6 or 8 bits.
+#[inline(always)]
+unsafe fn vectors<S: Lanes, const Q: usize, const R: usize, const BITS: usize>(
     p: &Product,
     x: *const f32,
     codes: *const u8,
@@ -223,7 +246,7 @@ unsafe fn bytes<S: Lanes, const Q: usize, const R: usize>(
             while at < end {
                 let mut i = 0;
                 while i < R {
-                    let weights = S::to_f32(S::load_u8(codes.add(i * p.inputs + at)));
+                    let weights = vector::<S, BITS>(codes.add(i * p.row_bytes()), at);
                     let mut k = 0;
                     while k < Q {
                         sums[i][k] = S::mul_add(weights, S::load(x.add(k * p.inputs + at)), sums[i][k]);
@@ -273,11 +296,13 @@ unsafe fn decode_kernel<S: Lanes>(p: &Product, codes: &[u8], scales: &[f32], zer
         let mut at = 0;
         while at < p.inputs {
             let group = at / p.group_size;
-            let codes = if p.bits == 8 {
-                S::to_f32(S::load_u8(codes.as_ptr().add(at)))
-            } else {
-                let words = S::load_u32(codes.as_ptr().add(at / BLOCK * (BLOCK / 2)));
-                S::mul(digit::<S>(words, at % BLOCK / LANES), S::splat(DIGIT_FACTORS[at % BLOCK / LANES]))
+            let codes = match p.bits {
+                8 => vector::<S, 8>(codes.as_ptr(), at),
+                6 => vector::<S, 6>(codes.as_ptr(), at),
+                _ => {
+                    let words = S::load_u32(codes.as_ptr().add(at / BLOCK * (BLOCK / 2)));
+                    S::mul(digit::<S>(words, at % BLOCK / LANES), S::splat(DIGIT_FACTORS[at % BLOCK / LANES]))
+                }
             };
             let steps = S::sub(codes, S::splat(f32::from(zeros[group])));
             S::store(S::mul(steps, S::splat(scales[group])), output.as_mut_ptr().add(at));

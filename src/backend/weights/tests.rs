@@ -47,11 +47,14 @@ impl Example {
             for input in 0..inputs {
                 let code = (rng.next() % (1 << bits)) as u8;
                 let row = &mut codes[output * row_bytes..(output + 1) * row_bytes];
-                if bits == 8 {
-                    row[input] = code;
-                } else {
-                    let (block, digit, lane) = (input / BLOCK, input % BLOCK / 16, input % 16);
-                    row[block * 64 + 4 * lane + digit / 2] |= code << (4 * (digit % 2));
+                let (lane, first) = (input % 16, input / 16 * 12);
+                match bits {
+                    8 => row[input] = code,
+                    6 => {
+                        row[first + lane / 2] |= (code & 15) << (4 * (lane % 2));
+                        row[first + 8 + lane / 4] |= (code >> 4) << (2 * (lane % 4));
+                    }
+                    _ => row[input / BLOCK * 64 + 4 * lane + input % BLOCK / 32] |= code << (4 * (input / 16 % 2)),
                 }
                 let group = output * groups + input / group_size;
                 plain.push((f32::from(code) - f32::from(zeros[group])) * scales[group].to_f32());
@@ -67,7 +70,7 @@ impl Example {
     }
 }
 
-const CASES: [(usize, [usize; 2], usize); 12] = [
+const CASES: [(usize, [usize; 2], usize); 16] = [
     (4, [1, 128], 128),
     (4, [3, 32], 32),
     (4, [5, 96], 96),
@@ -75,6 +78,10 @@ const CASES: [(usize, [usize; 2], usize); 12] = [
     (4, [67, 320], 64),
     (4, [9, 288], 32),
     (4, [300, 512], 256),
+    (6, [1, 32], 32),
+    (6, [7, 96], 96),
+    (6, [66, 896], 128),
+    (6, [130, 256], 64),
     (8, [1, 32], 32),
     (8, [7, 96], 96),
     (8, [66, 896], 896),
@@ -149,6 +156,7 @@ fn sizes_that_do_not_fit_are_refused() {
         (4, [4, 128], 96, "group_size"),
         (4, [4, 128], 0, "group_size"),
         (4, [5, 128], 64, "codes"),
+        (6, [4, 128], 64, "codes"),
         (8, [4, 128], 64, "codes"),
         (4, [4, 128], 128, "scales"),
     ] {
