@@ -11,6 +11,7 @@ import tiny_directory
 from skvq.bench import attend, encode, generate, growth, layers, machine, plot, step
 from skvq.bench.layers import Shape
 from skvq.bench.timing import time_in_turns
+from skvq.cli import main
 
 REPORT_KEYS = {"benchmark", "machine", "settings", "rows"}
 MACHINE_KEYS = {"processor", "cores", "platform", "python", "torch_threads", "skvq_threads", "isa", "versions", "time"}
@@ -168,6 +169,18 @@ def test_generate_runs_what_it_can_and_gives_reasons_for_the_rest(tmp_path: Path
     assert all(row["skipped"] if "skipped" in row else row["decode_tokens_per_second"] > 0 for row in others)
     assert any("skipped" in row for row in others)
     plots(report, tmp_path)
+
+
+def test_generate_runs_the_caches_that_are_named(tmp_path: Path) -> None:
+    model, plan = str(tiny_directory.save(tmp_path / "model")), str(tmp_path / "plan.safetensors")
+    assert main(["calibrate", model, "-o", plan, "--tokens", "200", "--dtype", "float32"]) == 0
+    options = {"model": model, "dtype": "float32", "prompt_tokens": 400, "new_tokens": 3, "rounds": 1}
+    report = generate.run_generate(generate.GenerateOptions(**options, plan=plan, caches=("plan", "K2V2")))
+    rows = {row["cache"]: row for row in report["rows"]}
+    assert list(rows) == ["DynamicCache", "QuantizedDynamicCache K2V2", "QuantizedDynamicCache plan"]
+    assert rows["QuantizedDynamicCache plan"]["cache_bytes"] < rows["DynamicCache"]["cache_bytes"]
+    with pytest.raises(ValueError, match="caches='K5': expected a part of one of the names DynamicCache, Quantized"):
+        generate.run_generate(generate.GenerateOptions(**options, caches=("K5",)))
 
 
 def plots(report: dict[str, Any], folder: Path) -> None:

@@ -33,15 +33,19 @@ class GenerateOptions:
     prompt_tokens: int = 4096
     new_tokens: int = 48
     rounds: int = 2
+    plan: str | None = None  # a file: one more packed cache
+    caches: tuple[str, ...] = ()  # only those whose names contain one of these, beside DynamicCache; none: all
 
 
 MakeCache = Callable[[], Any]
 
 
-def _contestants(config: Any, options: GenerateOptions) -> dict[str, MakeCache]:
+def _contestants(model: Any, options: GenerateOptions) -> dict[str, MakeCache]:
     from transformers import DynamicCache, QuantizedCache
 
     from ..cache import QuantizedDynamicCache
+
+    config = model.config
 
     def packed(key_bits: float, value_bits: float) -> MakeCache:
         return lambda: QuantizedDynamicCache(
@@ -54,11 +58,18 @@ def _contestants(config: Any, options: GenerateOptions) -> dict[str, MakeCache]:
     found: dict[str, MakeCache] = {"DynamicCache": lambda: DynamicCache(config=config)}
     for key_bits, value_bits in options.formats:
         found[f"QuantizedDynamicCache K{key_bits:g}V{value_bits:g}"] = packed(key_bits, value_bits)
+    if (plan := options.plan) is not None:
+        found["QuantizedDynamicCache plan"] = lambda: QuantizedDynamicCache.from_plan(model, plan)
     for bits in (4, 2):
         found[f"QuantizedCache quanto {bits} bits"] = stock("quanto", nbits=bits)
         found[f"QuantizedCache hqq {bits} bits"] = stock("hqq", nbits=bits, axis_key=1, axis_value=1)
     found["QuantizedCache fp8"] = stock("fp8")
-    return found
+    unknown = [part for part in options.caches if not any(part in name for name in found)]
+    if unknown:
+        raise ValueError(f"caches={unknown[0]!r}: expected a part of one of the names {', '.join(found)}")
+    first = next(iter(found))
+    wanted = options.caches or ("",)
+    return {name: make for name, make in found.items() if name == first or any(part in name for part in wanted)}
 
 
 def _start_of_decoding() -> None:
@@ -156,8 +167,9 @@ def run_generate(options: GenerateOptions) -> dict[str, Any]:
         attention=options.attention,
         report=lambda text: print(text, file=sys.stderr, flush=True),
     )
+    contestants = _contestants(loaded.model, options)
     prompt = packaged_tokens(loaded.tokenizer, "northanger_abbey", options.prompt_tokens)
     warm_up(loaded.model, prompt)
-    rows = _measure(loaded, prompt, options, _contestants(loaded.model.config, options))
+    rows = _measure(loaded, prompt, options, contestants)
     _print_rows(rows)
     return make_report("generate", asdict(options), rows, model=loaded.name)

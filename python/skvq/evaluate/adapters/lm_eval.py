@@ -29,7 +29,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ExtraNotInstalledError(
-        f"the lm-eval adapter needs EleutherAI's lm_eval ({error}): pip install 'lm_eval[hf]'"
+        f"the lm-eval adapter needs EleutherAI's lm_eval ({error}): pip install 'skvq[tasks]'"
     ) from error
 
 # (texts or None, context's token numbers, continuation's)

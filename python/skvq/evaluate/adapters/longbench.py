@@ -56,7 +56,7 @@ def rouge_l(answer: str, wanted: str, classes: Sequence[str] = ()) -> float:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ExtraNotInstalledError("ROUGE-L needs the package rouge-score: pip install rouge-score") from None
+        raise ExtraNotInstalledError("ROUGE-L needs the package rouge-score: pip install 'skvq[tasks]'") from None
     score: float = RougeScorer(["rougeL"]).score(wanted, answer)["rougeL"].fmeasure
     return score
 
