@@ -239,7 +239,7 @@ def test_what_lives_on_training_is_trained(
 
     def remember(source: str, output: Path, options: Any, **_: Any) -> dict[str, Any]:
         seen.append(options)
-        return {"peak_bytes": None, "plan": None, "checkpoint_bytes": 1, "seconds": {"all": 1.0}}
+        return {"peak_bytes": 1, "plan": None, "checkpoint_bytes": 1, "seconds": {"all": 1.0}}
 
     monkeypatch.setattr("skvq.weights.quantize.quantize_model", remember)
     assert main(["quantize", "model", "-o", str(tmp_path / "out"), *arguments]) == 0

@@ -1,7 +1,8 @@
 """The machine of a measurement: what it is, how fast it copies memory, how much this process holds. And the JSON
 files of reports.
 
-Process memory is read from /proc and so known on Linux only; elsewhere it is None, and reports say so.
+Process memory is read from /proc and so known on Linux only, but for its peak since the beginning; elsewhere it is
+None, and reports say so.
 """
 
 from __future__ import annotations
@@ -107,6 +108,14 @@ def resident_bytes() -> int | None:
 def peak_resident_bytes() -> int | None:
     """Largest resident set of this process since `reset_peak`; None where /proc is missing."""
     return _proc_kibibytes("/proc/self/status", "VmHWM:")
+
+
+def peak_of_process() -> int:
+    """Largest resident set of this process since it began, or since `reset_peak` where that can be done."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # counted in KiB, on macOS in bytes
 
 
 def release_free_memory() -> None:

@@ -6,7 +6,6 @@ Only parses arguments and calls what does the work; torch and transformers are i
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +127,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _run_calibrate(arguments: argparse.Namespace) -> None:
-    from ..bench.machine import set_threads, write_json
+    from ..bench.machine import peak_of_process, release_free_memory, reset_peak, set_threads, write_json
     from ..display import human_bytes
     from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, digests, packaged_texts, read_text
     from ..inspect_plan import plan_table
@@ -145,6 +144,10 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype)
     model = loaded.model.to(arguments.device)
+    # Loading reads the files through memory that the system counts as this process's, though it can take it back.
+    loading_peak = peak_of_process()
+    release_free_memory()
+    reset_peak()
     read_from = time.monotonic()
     # What --bits chooses by is measured on the CPU only, on a piece that is no part of the statistics or their state.
     held_out = int(arguments.bits is not None and model.device.type == "cpu")
@@ -171,15 +174,17 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     plan.save(arguments.output)
     print(plan_table(plan))
     print(f"written: {arguments.output}")
-    end, peak = time.monotonic(), _peak_bytes()
-    print(f"{end - start:.0f} seconds, peak memory {human_bytes(peak)}")
+    end, working_peak = time.monotonic(), peak_of_process()
+    peaks = f"{human_bytes(loading_peak)} while loading, {human_bytes(working_peak)} afterwards"
+    print(f"{end - start:.0f} seconds, peak memory {peaks}")
     if arguments.json is not None:
         seconds = {"load": read_from - start, "read": fitted_from - read_from, "fit": end - fitted_from}
-        write_json(_report(arguments, plan, loaded, {**seconds, "all": end - start}, peak), arguments.json)
+        report = _report(arguments, plan, loaded, {**seconds, "all": end - start})
+        write_json(report | {"loading_peak_bytes": loading_peak, "peak_bytes": working_peak}, arguments.json)
 
 
 def _report(
-    arguments: argparse.Namespace, plan: QuantizationPlan, loaded: Any, seconds: dict[str, float], peak: int
+    arguments: argparse.Namespace, plan: QuantizationPlan, loaded: Any, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """What a calibration took, and what it made."""
     from ..bench.machine import describe_machine
@@ -190,7 +195,6 @@ def _report(
         "settings": settings | {"model": Path(loaded.name).name},
         "machine": describe_machine(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "peak_bytes": peak,
         "model_bytes": sum(x.nbytes for x in loaded.model.parameters()),
         "plan": {name: value for name, value in plan_report(plan).items() if name != "layers"},
     }
@@ -248,14 +252,6 @@ def _spectral(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
         return found.streams, found.notes
 
     return config, fit
-
-
-def _peak_bytes() -> int:
-    """Largest resident set of this process; getrusage counts it in KiB, on macOS in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------

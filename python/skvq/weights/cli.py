@@ -122,11 +122,10 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     )
     set_threads(arguments.threads)
     report = quantize_model(arguments.model, arguments.output, options, state=arguments.state, device=arguments.device)
-    peak = "unknown" if report["peak_bytes"] is None else human_bytes(report["peak_bytes"])
     if report["plan"] is not None:
         print(report["plan"])
     print(f"written: {arguments.output}, {human_bytes(report['checkpoint_bytes'])}")
-    print(f"{report['seconds']['all']:.0f} seconds, peak memory {peak}")
+    print(f"{report['seconds']['all']:.0f} seconds, peak memory {human_bytes(report['peak_bytes'])}")
 
 
 def add_evaluation(subcommands: Any) -> None:

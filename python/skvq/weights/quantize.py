@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._native import SkvqError
-from ..bench.machine import describe_machine, peak_resident_bytes, write_json
+from ..bench.machine import describe_machine, peak_of_process, write_json
 from ..calibrate.collect import collect
 from ..calibrate.spectral_plan import SpectralOptions, spectral_plan
 from ..config import SkvqConfig
@@ -127,7 +127,7 @@ def quantize_model(
         "bits_per_weight": options.weights.bits_per_weight,
         "checkpoint_bytes": size,
         "seconds": {"weights": round(trained, 1), "all": round(time.monotonic() - start, 1)},
-        "peak_bytes": peak_resident_bytes(),
+        "peak_bytes": peak_of_process(),
         "plan": predicted,
         "machine": describe_machine(),
         "blocks": found.log,
