@@ -5,13 +5,16 @@ Is: `check_kernels.py --small` from compilation by NVRTC to JSON; its arithmetic
 a GPU has to show; the benchmarks that check.sh calls are in test_cuda_bench.py.
 """
 
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +24,13 @@ from skvq.cuda_runtime import find_nvrtc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 sys.path.insert(0, str(Path(__file__).with_name("gpu")))
+import check_calibration
 import check_generation
 import check_kernels
 from harness import build, compiler, unit_of
 from machine import FILES, instance_of
+
+from tiny_models import build as build_model
 
 GPU = Path(__file__).with_name("gpu")
 NO_BASH = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -73,6 +79,26 @@ def test_kernels_are_right_in_the_emulated_driver(environment: dict[str, str], t
         ("streams", "needs a GPU"),
         ("graph", "needs a GPU"),
     }
+
+
+def test_calibration_is_checked_against_itself(tmp_path: Path) -> None:
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = run("check_calibration.py", environment, "--json", str(tmp_path / "found.json"))
+    assert "FAIL" not in printed
+    checks = json.loads((tmp_path / "found.json").read_text())["checks"]
+    assert [(check["kind"], check["passed"]) for check in checks] == [("statistics", True)] * 2 + [
+        ("weights", True)
+    ] * 2
+    assert all(check["same_codes"] == 1.0 for check in checks[2:])
+    assert all(check["sums"] > 20 for check in checks[:2])
+
+
+@pytest.mark.parametrize("check", [check_calibration.check_statistics, check_calibration.check_weights])
+def test_another_model_is_noticed(check: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = itertools.count()
+    monkeypatch.setattr(check_calibration, "build", lambda family: build_model(family, seed=next(seeds)))
+    with pytest.raises(AssertionError, match=r"of the largest|a loss of|codes are those"):
+        check("llama", "cpu")
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -146,6 +172,7 @@ def test_check_sh_is_bash() -> None:
         ("nothing-at-all", 1, 0),
         ("check_kernels.py", 1, 1),
         ("check_generation.py", 1, 1),
+        ("check_calibration.py", 1, 1),
         ("warmup", 1, 2),
         ("bench attend", 124, 2),
         ("bench attend", 1, 2),
@@ -181,7 +208,7 @@ def test_check_sh_keeps_to_its_budget(tmp_path: Path) -> None:
     done = check_sh(tmp_path, "nothing-at-all", 1, BUDGET="4")
     assert done.returncode == 2
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert summary.count("skipped, the budget of 4 s is spent") == 7
+    assert summary.count("skipped, the budget of 4 s is spent") == 8
 
 
 @NO_BASH

@@ -4,9 +4,9 @@
 #   tests/gpu/check.sh [OUT_DIR]          (./gpu-check by default)
 #
 # Needs torch built for CUDA and an installed skvq; no Rust, no compiler, no network. The checkout must be that of the installed skvq, since
-# its kernels/params.cuh says how kernels are called. Stages, in this order: environment, warmup, kernels, generation, bench, many, capacity,
-# sanitizer (memcheck and racecheck, where compute-sanitizer is installed), ncu (with NCU=1). A failed stage does not stop the others.
-# OUT_DIR has a log of each, summary.txt, kernels.json, generation.json, bench.json, bench.png, many.json and capacity.json.
+# its kernels/params.cuh says how kernels are called. Stages, in this order: environment, warmup, kernels, generation, calibration, bench, many,
+# capacity, sanitizer (memcheck and racecheck, where compute-sanitizer is installed), ncu (with NCU=1). A failed stage does not stop the others.
+# OUT_DIR has a log of each, summary.txt, kernels.json, generation.json, calibration.json, bench.json, bench.png, many.json and capacity.json.
 # Exit status: 0 all right; 1 a kernel, an attention output or a generation is wrong; 2 another stage failed or did not finish.
 # Settings: PYTHON (python), DEVICE (cuda), STAGES (all of them, by name), BUDGET (540 seconds for everything; a stage gets its share of what
 # is left), MODEL (a local model whose generation is checked too; none), CAPACITY (options of `skvq bench capacity`; the shape of Llama 2 7B,
@@ -17,7 +17,7 @@ out=${1:-gpu-check}
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
 budget=${BUDGET:-540}
-stages=${STAGES:-environment warmup kernels generation bench many capacity sanitizer ncu}
+stages=${STAGES:-environment warmup kernels generation calibration bench many capacity sanitizer ncu}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 summary=()
@@ -106,6 +106,10 @@ if wanted kernels; then stage kernels 180 1 "$python" "$here/check_kernels.py" -
 
 if wanted generation; then
     stage generation 150 1 "$python" "$here/check_generation.py" --device "$device" --model "${MODEL:-}" --json "$out/generation.json"
+fi
+
+if wanted calibration; then
+    stage calibration 90 1 "$python" "$here/check_calibration.py" --device "$device" --json "$out/calibration.json"
 fi
 
 # Both stop by themselves when their time is over, and write what they have.

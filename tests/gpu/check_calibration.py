@@ -1,0 +1,111 @@
+"""Calibration on a GPU against the same on the CPU: statistics of keys and values, and weights block by block.
+
+Is: tiny random models, one of them stored in bfloat16, whose blocks go to the device a window at a time. Is not: timed
+on real models, nor how good a plan is. `--device cpu` checks the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from skvq.calibrate import collect
+from skvq.calibrate.statistics import Statistics
+from skvq.weights import ChannelOptions, Reconstruction, ReconstructOptions, WeightOptions, reconstruct
+from tiny_models import build, prompts
+
+FAMILIES = ("llama", "gemma3")
+MOMENT_ERROR = 1e-3  # of the largest entry: sums in another order
+LOSS_ERROR = 0.05  # a code on the edge of two levels may fall either way
+SAME_CODES = 0.9
+
+
+def statistics_of(family: str, device: str) -> Statistics:
+    """Of two short chunks, with the model on a device."""
+    chunks = list(prompts(2, 300))
+    return collect(build(family).to(device), chunks, sinks=2, window=16, block=64, sample_tokens=0)
+
+
+def moments(found: Statistics) -> dict[str, Tensor]:
+    """All sums, by name, on the CPU."""
+    tensors = {}
+    for index, layer in found.layers.items():
+        parts = {"keys": layer.keys, "values": layer.values, "queries": layer.queries, "attention": layer.attention}
+        for name, part in (parts | {"keys_turned": layer.keys_turned}).items():
+            values = {} if part is None else vars(part)
+            tensors |= {
+                f"{index}.{name}.{x}": value.cpu().double()
+                for x, value in values.items()
+                if isinstance(value, Tensor) and x not in ("histogram", "centre", "width")
+            }
+    return tensors
+
+
+def check_statistics(family: str, device: str) -> dict[str, Any]:
+    """Sums on the device are those on the CPU. Raises AssertionError if not."""
+    expected, found = (moments(statistics_of(family, x)) for x in ("cpu", device))
+    assert expected.keys() == found.keys()
+    worst = 0.0
+    for name, exact in expected.items():
+        error = float((found[name] - exact).abs().max() / exact.abs().max().clamp(min=1e-9))
+        assert error <= MOMENT_ERROR, f"{name}: off by {error:.2e} of the largest"
+        worst = max(worst, error)
+    return {"sums": len(expected), "largest_error": worst}
+
+
+def weights_of(family: str, device: str) -> Reconstruction:
+    """A model that is stored in bfloat16, with trained clips and a trained cache."""
+    options = ReconstructOptions(ahead=1, epochs=2, batch=2, channels=ChannelOptions(bits=4, window=16, sinks=2))
+    return reconstruct(build(family).bfloat16(), prompts(4, 48), WeightOptions(4, 32), options, device=device)
+
+
+def check_weights(family: str, device: str) -> dict[str, Any]:
+    """Losses and codes on the device are near those on the CPU. Raises AssertionError if not."""
+    expected, found = weights_of(family, "cpu"), weights_of(family, device)
+    assert expected.tensors.keys() == found.tensors.keys()
+    worst, same, count = 0.0, 0, 0
+    for ours, theirs in zip(found.log, expected.log, strict=True):
+        error = abs(ours["after"] / theirs["after"] - 1.0)
+        assert error <= LOSS_ERROR, f"block {ours['block']}: a loss of {ours['after']}, on the CPU {theirs['after']}"
+        worst = max(worst, error)
+    for name, exact in expected.tensors.items():
+        assert found.tensors[name].device.type == "cpu"
+        if name.endswith("weight_packed"):
+            halves = [[x >> shift & 15 for shift in range(0, 32, 4)] for x in (exact, found.tensors[name])]
+            same += sum(int((a == b).sum()) for a, b in zip(*halves, strict=True))
+            count += 8 * exact.numel()
+    assert same >= SAME_CODES * count, f"{same} of {count} codes are those of the CPU"
+    return {"largest_loss_error": worst, "same_codes": same / count}
+
+
+def main() -> int:
+    """Runs all checks. Returns the exit status: 1 if one failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    checks = []
+    for kind, check in (("statistics", check_statistics), ("weights", check_weights)):
+        for family in FAMILIES:
+            start, entry = time.perf_counter(), {"kind": kind, "name": family, "passed": True}
+            try:
+                entry |= check(family, arguments.device)
+            except AssertionError as error:
+                entry |= {"passed": False, "reason": str(error)[:2000]}
+            entry["seconds"] = time.perf_counter() - start
+            checks.append(entry)
+            print("ok  " if entry["passed"] else "FAIL", entry, flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"device": arguments.device, "checks": checks}, indent=1) + "\n")
+    return 0 if all(entry["passed"] for entry in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
