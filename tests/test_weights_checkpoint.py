@@ -14,6 +14,7 @@ from skvq.models import load as load_model
 from skvq.models import load_as_stored
 from skvq.weights import ReconstructOptions, WeightOptions, load, reconstruct
 from skvq.weights.checkpoint import write_checkpoint
+from skvq.weights.grid import QuantizedWeight
 from skvq.weights.head import quantized_head
 from skvq.weights.product import PackedLinear
 from skvq.weights.running import Int4Linear
@@ -184,6 +185,28 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("inputs", [128, 64, 96])
+def test_int4_products_on_a_gpu_fit_torchs_operations(inputs: int) -> None:
+    """Shapes and types alone, on tensors without memory: a GPU has to show the numbers (tests/gpu)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        codes, groups = torch.zeros(24, inputs, dtype=torch.uint8), (24, inputs // 32)
+        weight = QuantizedWeight(codes, torch.ones(groups), torch.zeros(groups, dtype=torch.uint8))
+        layer = Int4Linear(weight, torch.zeros(24), torch.device("cuda"))
+        found = layer(torch.zeros(2, 3, inputs, device="cuda"))
+    assert (found.device.type, found.dtype, found.shape) == ("cuda", torch.float32, (2, 3, 24))
+    assert {x.device.type for x in layer.buffers()} == {"cuda"}
+
+
+def test_our_own_product_is_for_the_cpu(tmp_path: Path) -> None:
+    made(tmp_path)
+    with pytest.raises(SkvqError, match="backend='packed': our own product, which is for the CPU"):
+        load(tmp_path, backend="packed", device="cuda")
+    with pytest.raises(SkvqError, match="head_bits=8: our own product, which is for the CPU"):
+        load(tmp_path, head_bits=8, device="cuda")
+
+
 def test_three_bits_have_no_int4_product(tmp_path: Path) -> None:
     made(tmp_path, bits=3)
     with pytest.raises(SkvqError, match="has 3 bits, expected 4"):
@@ -296,6 +319,25 @@ def test_the_plan_of_a_quantized_model_is_named_in_errors(tmp_path: Path, capsys
     assert "candidate 'gptq:bits=4': expected full, rtn:OPTIONS" in capsys.readouterr().err
     assert main(["quantize", str(source), "-o", str(source), *SMALL, "--no-plan"]) == 1
     assert "expected an empty directory" in capsys.readouterr().err
+
+
+def test_bench_weights_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "bench.json"
+    sizes = ["--shapes", "256x128", "48x256", "--rows", "1", "3"]
+    assert main(["bench", "weights", *sizes, "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    assert found["rows"] == []
+    shapes = [(row["outputs"], row["inputs"], row["rows"]) for row in found["products"]]
+    assert shapes == [(256, 128, 1), (256, 128, 3), (48, 256, 1), (48, 256, 3)]
+    assert all(row["packed_float32_ms"] > 0.0 < row["int4pack_bfloat16_ms"] for row in found["products"])
+    capsys.readouterr()
+    for arguments, message in (
+        (["--shapes", "256"], "shapes='256': expected OUTPUTSxINPUTS"),
+        (["--model", "somewhere"], "checkpoint='': expected a model directory beside model='somewhere'"),
+        (["--device", "tpu"], "device='tpu': expected 'cuda' or 'cuda:N'"),
+    ):
+        assert main(["bench", "weights", *arguments]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,8 +170,14 @@ def _add_bench(commands: Any) -> None:
     generate.set_defaults(run=_run_simple, benchmark_name="generate", options_name="GenerateOptions")
 
     weights = bench.add_parser("weights", help="quantized weights: products of every backend, decoding, memory")
-    weights.add_argument("--model", required=True, metavar="PATH_OR_ID", help="of full precision")
-    weights.add_argument("--checkpoint", required=True, metavar="DIR", help="of `skvq quantize`, for the same model")
+    weights.add_argument("--model", metavar="PATH_OR_ID", help="of full precision")
+    weights.add_argument(
+        "--checkpoint", metavar="DIR", help="of `skvq quantize`, for the same model (without both: products alone)"
+    )
+    weights.add_argument(
+        "--shapes", nargs="+", metavar="OxI", help="of products without a checkpoint (default: those of Llama 2 7B)"
+    )
+    weights.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     weights.add_argument("--plan", metavar="FILE", help="of the packed cache (default: the default format)")
     weights.add_argument("--rows", type=whole_number(1), nargs="+", metavar="N", help="of a product (default: 1 256)")
     weights.add_argument("--tokens", type=whole_number(1), metavar="N", help="in the cache (default: 8192)")

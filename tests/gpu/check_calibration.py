@@ -1,4 +1,5 @@
-"""Calibration on a GPU against the same on the CPU: statistics of keys and values, and weights block by block.
+"""Calibration on a GPU against the same on the CPU: statistics of keys and values, and weights block by block; and
+torch's product of 4-bit weights, where a GPU runs it.
 
 Is: tiny random models, one of them stored in bfloat16, whose blocks go to the device a window at a time. Is not: timed
 on real models, nor how good a plan is. `--device cpu` checks the script itself.
@@ -13,15 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from skvq.calibrate import collect
 from skvq.calibrate.statistics import Statistics
 from skvq.weights import ChannelOptions, Reconstruction, ReconstructOptions, WeightOptions, reconstruct
+from skvq.weights.grid import encode
+from skvq.weights.running import Int4Linear
 from tiny_models import build, prompts
 
 FAMILIES = ("llama", "gemma3")
+SHAPES = ("1024x896x128", "512x96x32", "48x4864x64")  # outputs, inputs, group
 MOMENT_ERROR = 1e-3  # of the largest entry: sums in another order
 LOSS_ERROR = 0.05  # a code on the edge of two levels may fall either way
 SAME_CODES = 0.9
@@ -85,6 +90,20 @@ def check_weights(family: str, device: str) -> dict[str, Any]:
     return {"largest_loss_error": worst, "same_codes": same / count}
 
 
+def check_product(shape: str, device: str) -> dict[str, Any]:
+    """torch's int4 product is that of the unpacked weights, to three times what bfloat16 costs."""
+    outputs, inputs, group = map(int, shape.split("x"))
+    generator = torch.Generator().manual_seed(outputs)
+    weight = encode(torch.randn(outputs, inputs, generator=generator), WeightOptions(4, group))
+    rows = torch.randn(7, inputs, generator=generator)
+    exact = rows.double() @ weight.dequantize().double().T
+    half = (rows.bfloat16() @ weight.dequantize().bfloat16().T).double()
+    found = Int4Linear(weight, None, torch.device(device))(rows.to(device)).cpu().double()
+    error, allowed = float((found - exact).norm() / exact.norm()), 3.0 * float((half - exact).norm() / exact.norm())
+    assert error <= allowed, f"off by {error:.2e}, expected at most {allowed:.2e}"
+    return {"error": error, "of_bfloat16": allowed / 3.0}
+
+
 def main() -> int:
     """Runs all checks. Returns the exit status: 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -92,16 +111,17 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     checks = []
-    for kind, check in (("statistics", check_statistics), ("weights", check_weights)):
-        for family in FAMILIES:
-            start, entry = time.perf_counter(), {"kind": kind, "name": family, "passed": True}
-            try:
-                entry |= check(family, arguments.device)
-            except AssertionError as error:
-                entry |= {"passed": False, "reason": str(error)[:2000]}
-            entry["seconds"] = time.perf_counter() - start
-            checks.append(entry)
-            print("ok  " if entry["passed"] else "FAIL", entry, flush=True)
+    cases = [(check, family) for check in (check_statistics, check_weights) for family in FAMILIES]
+    for check, name in [*cases, *[(check_product, shape) for shape in SHAPES]]:
+        start, kind = time.perf_counter(), check.__name__.removeprefix("check_")
+        entry: dict[str, Any] = {"kind": kind, "name": name, "passed": True}
+        try:
+            entry |= check(name, arguments.device)
+        except AssertionError as error:
+            entry |= {"passed": False, "reason": str(error)[:2000]}
+        entry["seconds"] = time.perf_counter() - start
+        checks.append(entry)
+        print("ok  " if entry["passed"] else "FAIL", entry, flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"device": arguments.device, "checks": checks}, indent=1) + "\n")
     return 0 if all(entry["passed"] for entry in checks) else 1

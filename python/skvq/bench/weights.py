@@ -1,9 +1,11 @@
 """`skvq bench weights`: linear layers of a quantized checkpoint on every backend, and decoding with weights and cache
 of every kind.
 
-Products: the distinct shapes of one decoder layer, 1 row (decoding) and a prompt's many. Decoding: greedy steps over a
-cache that is filled without a prompt pass: keys and values of `real_tokens` tokens, repeated up to the wanted length,
-which costs what as many different ones would. Bytes of weights are those that the model holds, shared ones once.
+Products: the distinct shapes of one decoder layer, 1 row (decoding) and a prompt's many; without a checkpoint, random
+weights of `shapes`, and nothing else. On a GPU the contestants are torch's products in bfloat16 and of 4 bits.
+Decoding: greedy steps over a cache that is filled without a prompt pass: keys and values of `real_tokens` tokens,
+repeated up to the wanted length, which costs what as many different ones would. Bytes of weights are those that the
+model holds, shared ones once.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .device import BenchDevice, Clock
 from .machine import make_report
-from .timing import CacheFlush, time_in_turns
+from .timing import CacheFlush, Timing, time_in_turns
 
 LAYER = "layers.1."  # whose products are timed; the first one may differ
+GROUP = 128  # inputs that share a scale in random weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class WeightsOptions:
         new_tokens: timed steps.
         real_tokens: of a text that fill the cache.
         dtypes: of activations, and of the full-precision weights; the first is what ratios are to.
+        shapes: outputs and inputs of products where there is no checkpoint.
+        device: "cpu" or a GPU.
     """
 
     model: str = ""
@@ -48,6 +55,35 @@ class WeightsOptions:
     new_tokens: int = 8
     real_tokens: int = 512
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    shapes: tuple[str, ...] = ("4096x4096", "11008x4096", "4096x11008")  # those of Llama 2 7B
+    device: str = "cpu"
+
+
+class Place:
+    """Where products and steps run, and how one of them is timed."""
+
+    def __init__(self, name: str) -> None:
+        """Raises SkvqError if it is neither "cpu" nor a GPU that can be used."""
+        self.device, self._clock = torch.device("cpu"), None
+        if name != "cpu":
+            found = BenchDevice(name)
+            self.device, self._clock = found.place, Clock(found)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether our own product runs there."""
+        return self._clock is None
+
+    def compare(self, contestants: dict[str, Callable[[], object]], cold: bool) -> dict[str, Timing]:
+        """Times in turns; `cold`: nothing of the weights is in the processor's caches, which is always so on a GPU."""
+        if self._clock is not None:
+            return time_in_turns(contestants, rounds=25, seconds=6.0, once=self._clock.once)
+        return time_in_turns(contestants, rounds=7, seconds=6.0, flush=CacheFlush() if cold else None)
+
+    def synchronize(self) -> None:
+        """Waits for what was started."""
+        if self._clock is not None:
+            self._clock.device.synchronize()
 
 
 def held_bytes(model: Any) -> int:
@@ -60,7 +96,23 @@ def held_bytes(model: Any) -> int:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def _products(options: WeightsOptions, linears: dict[str, Any], bits: int) -> list[dict[str, Any]]:
+def _random_linears(shapes: Sequence[str]) -> dict[str, Any]:
+    """Weights of 4 bits in groups of 128. Raises ValueError if a shape is not like "4096x4096"."""
+    from ..weights.grid import WeightOptions, encode
+
+    found = {}
+    for shape in shapes:
+        sizes = [int(x) for x in shape.split("x") if x.isdecimal()]
+        if len(sizes) != 2 or 0 in sizes or sizes[1] % GROUP:
+            raise ValueError(
+                f"shapes={shape!r}: expected OUTPUTSxINPUTS, such as 4096x4096, inputs a multiple of {GROUP}"
+            )
+        weight = torch.randn(sizes[0], sizes[1], generator=torch.Generator().manual_seed(0))
+        found[shape] = encode(weight, WeightOptions(4, GROUP))
+    return found
+
+
+def _products(place: Place, options: WeightsOptions, linears: dict[str, Any], bits: int) -> list[dict[str, Any]]:
     from ..weights.product import PackedLinear, PackedWeight
     from ..weights.running import Int4Linear
 
@@ -69,34 +121,30 @@ def _products(options: WeightsOptions, linears: dict[str, Any], bits: int) -> li
         found.setdefault((weight.codes.shape[0], weight.codes.shape[1]), (name, weight))
     rows = []
     for (outputs, inputs), (name, weight) in found.items():
-        dense = weight.dequantize()
-        half, ours = dense.bfloat16(), PackedLinear(PackedWeight(weight, bits), None)
-        torchs = Int4Linear(weight, None) if bits == 4 else None
+        dense = weight.dequantize().to(place.device)
+        ours = PackedLinear(PackedWeight(weight, bits), None) if place.is_cpu else None
+        torchs = Int4Linear(weight, None, place.device) if bits == 4 else None
         for count in options.rows:
-            x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(0))
-            y = x.bfloat16()
-            contestants = _contestants(x, y, dense, half, ours, torchs)
-            times = time_in_turns(contestants, rounds=7, seconds=6.0, flush=CacheFlush() if count == 1 else None)
+            x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(0)).to(place.device)
+            times = place.compare(_contestants(x, dense, ours, torchs), cold=count == 1)
             row = {"layer": name, "outputs": outputs, "inputs": inputs, "rows": count}
             rows.append(row | {f"{key}_ms": 1e3 * value.median for key, value in times.items()})
             print(_product_line(rows[-1]), flush=True)
     return rows
 
 
-def _contestants(x: Any, y: Any, dense: Any, half: Any, ours: Any, torchs: Any) -> dict[str, Callable[[], object]]:
-    found: dict[str, Callable[[], object]] = {
-        "float32": lambda: x @ dense.T,
-        "bfloat16": lambda: y @ half.T,
-        "packed_float32": lambda: ours(x),
-        "packed_bfloat16": lambda: ours(y),
-    }
+def _contestants(x: Tensor, dense: Tensor, ours: Any, torchs: Any) -> dict[str, Callable[[], object]]:
+    y, half = x.bfloat16(), dense.bfloat16()
+    found: dict[str, Callable[[], object]] = {"float32": lambda: x @ dense.T, "bfloat16": lambda: y @ half.T}
+    if ours is not None:
+        found |= {"packed_float32": lambda: ours(x), "packed_bfloat16": lambda: ours(y)}
     if torchs is not None:
         found |= {"int4pack_float32": lambda: torchs(x), "int4pack_bfloat16": lambda: torchs(y)}
     return found
 
 
 def _product_line(row: dict[str, Any]) -> str:
-    times = "  ".join(f"{name.removesuffix('_ms')} {value:.2f} ms" for name, value in row.items() if "_ms" in name)
+    times = "  ".join(f"{name.removesuffix('_ms')} {value:.3g} ms" for name, value in row.items() if "_ms" in name)
     return f"{row['outputs']} x {row['inputs']}, {row['rows']} rows: {times}"
 
 
@@ -119,52 +167,60 @@ def _rows_of_text(options: WeightsOptions) -> tuple[list[tuple[Any, Any]], Any, 
     return [(layer.keys, layer.values) for layer in layers], ids[:, -1:], loaded.model.config
 
 
-def _filled(make: Callable[[], Any], rows: list[tuple[Any, Any]], tokens: int, dtype: torch.dtype) -> Any:
-    cache = make()
+def _filled(make: Callable[[], Any], rows: list[tuple[Any, Any]], tokens: int, model: Any) -> Any:
+    cache, device, dtype = make(), model.device, model.dtype
     for index, pair in enumerate(rows):
         length = pair[0].shape[2]
         for start in range(0, tokens, length):
-            keys, values = (x[:, :, : tokens - start].to(dtype) for x in pair)
+            keys, values = (x[:, :, : tokens - start].to(device, dtype) for x in pair)
             cache.update(keys, values, index)
     return cache
 
 
-def _decode(model: Any, cache: Any, token: Any, steps: int) -> list[float]:
+def _decode(place: Place, model: Any, cache: Any, token: Any, steps: int) -> list[float]:
     """Seconds of each step; the first, which warms up, is left out."""
     from ..model_layers import cache_argument
 
-    seconds, given = [], cache_argument(model, cache)
+    seconds, given, token = [], cache_argument(model, cache), token.to(place.device)
     with torch.inference_mode():
         for _ in range(steps + 1):
+            place.synchronize()
             start = time.perf_counter()
             token = model(token, **given, use_cache=True).logits[:, -1:].argmax(-1)
+            place.synchronize()
             seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
 
-def _models(options: WeightsOptions, bits: int) -> dict[str, Callable[[], Any]]:
+def _models(place: Place, options: WeightsOptions, bits: int) -> dict[str, Callable[[], Any]]:
     from ..models import load
     from ..weights import load as load_packed
 
     def plain(dtype: str) -> Callable[[], Any]:
-        return lambda: load(options.model, dtype=dtype).model
+        return lambda: load(options.model, dtype=dtype).model.to(place.device)
 
     def quantized(dtype: str, backend: str, head_bits: int) -> Callable[[], Any]:
         return lambda: load_packed(
-            options.checkpoint, dtype=getattr(torch, dtype), backend=backend, head_bits=head_bits
+            options.checkpoint,
+            dtype=getattr(torch, dtype),
+            backend=backend,
+            head_bits=head_bits,
+            device=place.device,
         )
 
     found = {f"{dtype} weights": plain(dtype) for dtype in options.dtypes}
     for dtype in options.dtypes:
         if bits == 4:
             found[f"low-bit, {dtype}, torch's int4 product"] = quantized(dtype, "int4pack", 16)
+        if not place.is_cpu:
+            continue
         found[f"low-bit, {dtype}"] = quantized(dtype, "auto", 16)
         for head_bits in (8, 6, 4):
             found[f"low-bit, {dtype}, {head_bits}-bit output layer"] = quantized(dtype, "auto", head_bits)
     return found
 
 
-def _decoding(options: WeightsOptions, bits: int) -> list[dict[str, Any]]:
+def _decoding(place: Place, options: WeightsOptions, bits: int) -> list[dict[str, Any]]:
     from transformers import DynamicCache
 
     from ..cache import QuantizedDynamicCache
@@ -173,7 +229,7 @@ def _decoding(options: WeightsOptions, bits: int) -> list[dict[str, Any]]:
     text_rows, token, config = _rows_of_text(options)
     gc.collect()
     rows: list[dict[str, Any]] = []
-    for label, make_model in _models(options, bits).items():
+    for label, make_model in _models(place, options, bits).items():
         model = make_model()
 
         def packed(model: Any = model) -> Any:
@@ -183,8 +239,8 @@ def _decoding(options: WeightsOptions, bits: int) -> list[dict[str, Any]]:
 
         for name, make in {"DynamicCache": lambda: DynamicCache(config=config), "packed": packed}.items():
             print(f"{label} | {name}", file=sys.stderr, flush=True)
-            cache = _filled(make, text_rows, options.tokens, model.dtype)
-            steps = _decode(model, cache, token, options.new_tokens)
+            cache = _filled(make, text_rows, options.tokens, model)
+            steps = _decode(place, model, cache, token, options.new_tokens)
             rows.append(
                 {
                     "weights": label,
@@ -222,12 +278,17 @@ def run_weights(options: WeightsOptions) -> dict[str, Any]:
     from ..weights.running import read_linears
 
     transformers_logging.set_verbosity_error()
-    for name in ("model", "checkpoint"):
-        if not getattr(options, name):
-            raise ValueError(f"{name}={getattr(options, name)!r}: expected a model directory")
+    given = {name: getattr(options, name) for name in ("model", "checkpoint")}
+    for name, other in (("model", "checkpoint"), ("checkpoint", "model")):
+        if given[other] and not given[name]:
+            raise ValueError(f"{name}={given[name]!r}: expected a model directory beside {other}={given[other]!r}")
+    place = Place(options.device)
+    if not options.checkpoint:
+        products = _products(place, options, _random_linears(options.shapes), 4)
+        return make_report("weights", asdict(options), [], products=products)
     linears, bits = read_linears(Path(options.checkpoint), LAYER)
-    products = _products(options, linears, bits)
+    products = _products(place, options, linears, bits)
     del linears
-    rows = _decoding(options, bits)
+    rows = _decoding(place, options, bits)
     _print_decoding(rows)
     return make_report("weights", asdict(options), rows, model=Path(options.model).name, products=products)

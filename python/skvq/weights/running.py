@@ -2,8 +2,8 @@
 
 | backend | a linear layer | for |
 |---|---|---|
-| `packed` | our own product, codes stay packed (product.py) | all bits, decoding and prompts |
-| `int4pack` | torch's int4 product on the CPU, codes stay packed | 4 bits, for comparison |
+| `packed` | our own product on the CPU, codes stay packed (product.py) | all bits, decoding and prompts |
+| `int4pack` | torch's int4 product, codes stay packed | 4 bits, on a GPU; on the CPU for comparison |
 | `dequantized` | the weights in the model's dtype | groups that are no multiple of 32 |
 
 torch's product computes (code − 8) · scale + zero in bfloat16, for which it has vector code; inputs of another dtype
@@ -33,42 +33,57 @@ BACKENDS = ("auto", "packed", "int4pack", "dequantized")
 PACKED, PARTS = ".weight_packed", ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INT4_GROUPS = (32, 64, 128, 256)  # that torch's product knows
-INT4_OUTPUTS = 16  # what the number of outputs must be a multiple of
+INT4_OUTPUTS = {"cpu": 16, "cuda": 8}  # what the number of outputs must be a multiple of
+INNER_TILES = (8, 4, 2)  # of torch's layout on a GPU: the first whose 16-fold divides the inputs
+CPU = torch.device("cpu")
 
 
 class Int4Linear(nn.Module):
     """A linear layer on torch's int4 product: input [..., I], output [..., O] in the input's dtype."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        """Raises SkvqError if torch's product does not know this shape or group size."""
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device = CPU) -> None:
+        """Stays on the device. Raises SkvqError if torch's product does not know this shape, group size or device."""
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
         self.group_size = weight.group_size
-        if not self.serves(weight):
+        if not self.serves(weight, device):
             raise SkvqError(
-                f"int4pack: {self.out_features} outputs in groups of {self.group_size}: expected a multiple of "
-                f"{INT4_OUTPUTS} outputs, and groups of {', '.join(map(str, INT4_GROUPS))}"
+                f"int4pack: {self.out_features} outputs in groups of {self.group_size} on {device}: expected a "
+                f"multiple of 16 outputs on the CPU or of 8 on a GPU, and groups of "
+                f"{', '.join(map(str, INT4_GROUPS))}"
             )
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32), 1)
+        weight = weight.to(device)
         zeros = (8.0 - weight.zero.float()) * weight.scale
         grid = torch.stack([weight.scale, zeros], dim=-1).transpose(0, 1).contiguous()
-        self.register_buffer("packed", packed)
+        self.register_buffer("packed", _int4_codes(weight.codes))
         self.register_buffer("grid", grid.to(torch.bfloat16))  # [G, O, 2]
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().to(device))
 
     @staticmethod
-    def serves(weight: QuantizedWeight) -> bool:
-        """Whether torch's product knows its shape and group size."""
-        return weight.group_size in INT4_GROUPS and weight.codes.shape[0] % INT4_OUTPUTS == 0
+    def serves(weight: QuantizedWeight, device: torch.device = CPU) -> bool:
+        """Whether torch's product knows its shape and group size on the device."""
+        step = INT4_OUTPUTS.get(device.type)
+        return step is not None and weight.group_size in INT4_GROUPS and weight.codes.shape[0] % step == 0
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        made = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.grid)
+        on_cpu, operations = hidden.device.type == "cpu", torch.ops.aten
+        multiply = operations._weight_int4pack_mm_for_cpu if on_cpu else operations._weight_int4pack_mm
+        made = multiply(rows, self.packed, self.group_size, self.grid)
         made = made.to(hidden.dtype).unflatten(0, hidden.shape[:-1])
         return made if self.bias is None else made + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+
+def _int4_codes(codes: Tensor) -> Tensor:
+    """Codes uint8 [O, I] in torch's layout of their device, which takes them as int32 or in pairs."""
+    if codes.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    tiles = next(x for x in INNER_TILES if codes.shape[1] % (16 * x) == 0)
+    pairs = codes[:, 0::2] << 4 | codes[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
 
 
 def _linear(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
@@ -87,21 +102,23 @@ def load(
     backend: str = "auto",
     head_bits: int = 16,
     attention: str = "sdpa",
+    device: str | torch.device = "cpu",
 ) -> Any:
-    """A causal language model from a `pack-quantized` checkpoint, in eval mode on the CPU.
+    """A causal language model from a `pack-quantized` checkpoint, in eval mode.
 
     Args:
         directory: of the checkpoint, or a hub id of one.
-        dtype: of activations and of what is not quantized; None: what is fastest on this processor.
-        backend: one of those at the head of this file; "auto" takes "packed" for layers that it serves and
-            "dequantized" for the others.
+        dtype: of activations and of what is not quantized; None: what is fastest on this processor, bfloat16 on a GPU.
+        backend: one of those at the head of this file; "auto" takes "packed" for layers that it serves, on a GPU
+            "int4pack", and "dequantized" for the others.
         head_bits: of the output layer and the embedding, which checkpoints keep in 16 bits: 8, 6 and 4 round them when
             they are loaded, with a scale for each row, for 128 or for 32 inputs. What that costs: docs/weights.md.
         attention: transformers' attention implementation.
+        device: where the model is put, "cpu" or a GPU; our own product ("packed", and `head_bits`) is for the CPU.
 
     Raises:
         SkvqError: an unknown backend or number of bits, a checkpoint of another format, or a layer that the named
-            backend does not serve.
+            backend does not serve, or not on this device.
     """
     import transformers
 
@@ -111,6 +128,10 @@ def load(
         raise SkvqError(f"backend={backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
     if head_bits not in HEAD_BITS:
         raise SkvqError(f"head_bits={head_bits!r}: expected one of {', '.join(map(str, HEAD_BITS))}")
+    place = torch.device(device)
+    for name, value, usual in (("backend", backend, backend != "packed"), ("head_bits", head_bits, head_bits == 16)):
+        if place.type != "cpu" and not usual:
+            raise SkvqError(f"{name}={value!r}: our own product, which is for the CPU, expected another on {place}")
     folder = _folder(directory)
     config: Any = transformers.AutoConfig.from_pretrained(folder)
     bits = checkpoint_bits(getattr(config, "quantization_config", None), str(directory))
@@ -123,16 +144,16 @@ def load(
     for name in names:
         # The shape is what loading needs; the memory of one number is enough.
         stored[f"{name}.weight"] = torch.zeros(1).expand(*(int(x) for x in held[name]["weight_shape"]))
-    dtype = dtype or getattr(torch, fast_dtype())
+    dtype = dtype or (getattr(torch, fast_dtype()) if place.type == "cpu" else torch.bfloat16)
     family: Any = getattr(transformers, config.architectures[0])
     model = family.from_pretrained(None, config=config, state_dict=stored, dtype=dtype, attn_implementation=attention)
     model.eval().requires_grad_(False)
     for name in names:
-        made = _layer(name, _weight(held.pop(name), bits), bits, model.get_submodule(name).bias, backend, dtype)
+        made = _layer(name, _weight(held.pop(name), bits), bits, model.get_submodule(name).bias, backend, dtype, place)
         replace_module(model, name, made)
     if head_bits != 16:
         quantize_head(model, head_bits)
-    return model
+    return model.to(place)
 
 
 def _folder(directory: str | Path) -> Path:
@@ -195,12 +216,19 @@ def _weight(parts: dict[str, Tensor], bits: int) -> QuantizedWeight:
 
 
 def _layer(
-    name: str, weight: QuantizedWeight, bits: int, bias: Tensor | None, backend: str, dtype: torch.dtype
+    name: str,
+    weight: QuantizedWeight,
+    bits: int,
+    bias: Tensor | None,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
     if backend == "int4pack" and bits != 4:
         raise SkvqError(f"backend='int4pack': {name} has {bits} bits, expected 4, or the backend 'dequantized'")
-    if backend == "int4pack":
-        return Int4Linear(weight, bias)
-    if backend == "packed" or (backend == "auto" and PackedWeight.serves(weight)):
+    on_gpu = device.type != "cpu"
+    if backend == "int4pack" or (backend == "auto" and on_gpu and bits == 4 and Int4Linear.serves(weight, device)):
+        return Int4Linear(weight, bias, device)
+    if backend == "packed" or (backend == "auto" and not on_gpu and PackedWeight.serves(weight)):
         return PackedLinear(PackedWeight(weight, bits), bias)
-    return _linear(weight, bias, dtype)
+    return _linear(weight, bias, dtype).to(device)
