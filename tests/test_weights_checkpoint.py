@@ -191,6 +191,10 @@ def test_int4_products_on_a_gpu_fit_torchs_operations(inputs: int) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
+        try:
+            torch.zeros(1, device="cuda")
+        except RuntimeError as error:
+            pytest.skip(f"this torch asks a driver even for tensors without memory ({error})"[:120])
         codes, groups = torch.zeros(24, inputs, dtype=torch.uint8), (24, inputs // 32)
         weight = QuantizedWeight(codes, torch.ones(groups), torch.zeros(groups, dtype=torch.uint8))
         layer = Int4Linear(weight, torch.zeros(24), torch.device("cuda"))

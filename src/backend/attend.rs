@@ -16,6 +16,7 @@
 mod worker;
 
 use crate::backend::simd::Isa;
+use crate::backend::simd::part_words::PartWords;
 use crate::backend::simd::words::WordTable;
 use crate::backend::threads;
 use crate::codec::Codec;
@@ -197,8 +198,33 @@ struct Plan<'a> {
     key_width: usize,
     value_width: usize,
     /// Tables for products of words, where queries have 16 bits and rows and processor allow it.
-    key_words: Option<WordTable>,
-    value_words: Option<WordTable>,
+    key_words: Option<LevelWords>,
+    value_words: Option<LevelWords>,
+}
+
+/// Levels of a codec's rows as words.
+enum LevelWords {
+    Plain(WordTable),
+    Parts(PartWords),
+}
+
+impl LevelWords {
+    /// None for rows that words do not serve.
+    fn new(codec: &Codec, values: bool) -> Option<Self> {
+        if codec.is_of_parts() {
+            PartWords::new(&codec.parts, codec.layout.code_bytes, values).map(Self::Parts)
+        } else {
+            WordTable::new(&codec.layout, &codec.codebook, values).map(Self::Plain)
+        }
+    }
+
+    /// Words of a query of `width` channels.
+    const fn query_words(&self, width: usize) -> usize {
+        match self {
+            Self::Plain(_) => width / 2,
+            Self::Parts(table) => table.query_words(),
+        }
+    }
 }
 
 impl<'a> Plan<'a> {
@@ -212,9 +238,7 @@ impl<'a> Plan<'a> {
         let value_width = spec.values.layout.head_dim;
         let queries = group * length;
         let has_words = spec.isa.has_words() && call.query.dtype() != Dtype::F32;
-        let words = |codec: &Codec, values| {
-            if has_words { WordTable::new(&codec.layout, &codec.codebook, values) } else { None }
-        };
+        let words = |codec: &Codec, values| if has_words { LevelWords::new(codec, values) } else { None };
         let groups_of_jobs = batch * spec.num_key_value_heads * queries.div_ceil(QUERY_BLOCK);
         let work = batch * heads * length * tokens * (key_width + value_width);
         let threads = if work < SMALL_CALL { 1 } else { threads::num_threads() };

@@ -3,6 +3,7 @@
 use crate::backend::attend::{Attention, attend};
 use crate::backend::noise::score_noise;
 use crate::backend::simd::Isa;
+use crate::backend::simd::part_words::{self, PartWords};
 use crate::backend::simd::words::{self, WordTable};
 use crate::backend::{cpu, simd};
 use crate::codebook::Codebook;
@@ -221,6 +222,113 @@ fn words_score_and_weigh_like_levels_in_f32() {
     assert_eq!(served, if Isa::best().has_words() { 6 * (two_bits + ternary) } else { 0 });
 }
 
+/// Random rows as codes, and the levels that they are decoded to, `[rows, stored channels]`.
+struct Coded<'a> {
+    isa: Isa,
+    codec: &'a Codec,
+    rows: usize,
+    width: usize,
+    codes: Vec<u8>,
+    levels: Vec<f32>,
+    largest: f64,
+}
+
+impl<'a> Coded<'a> {
+    fn new(isa: Isa, codec: &'a Codec, rows: usize, noise: &mut Noise) -> Self {
+        let (layout, width) = (&codec.layout, codec.stored_channels());
+        let (head_dim, identity) = (layout.head_dim, Affine::identity(layout.head_dim));
+        let affine = codec.static_affine(0).unwrap_or(&identity);
+        let (mut codes, mut metadata) = (vec![0; rows * layout.code_bytes], vec![0; layout.metadata_bytes]);
+        for (row, codes) in noise.rows(rows, head_dim).chunks(head_dim).zip(codes.chunks_mut(layout.code_bytes)) {
+            codec.encode_row(row, affine, 0, codes, &mut metadata);
+        }
+        let mut levels = vec![0.0; rows * width + simd::levels::SLACK];
+        if codec.is_of_parts() {
+            simd::levels::decode_parts(isa, &codec.parts, layout.code_bytes, &codes, rows, &mut levels);
+        } else {
+            simd::levels::decode_levels(isa, layout, &codec.codebook, &codes, rows, &mut levels);
+        }
+        let books =
+            codec.parts.iter().map(|part| &part.codebook).chain((!codec.is_of_parts()).then_some(&codec.codebook));
+        let largest = books.map(|book| f64::from(book.largest())).fold(0.0, f64::max);
+        Self { isa, codec, rows, width, codes, levels, largest }
+    }
+
+    fn level(&self, t: usize, c: usize) -> f64 {
+        f64::from(self.levels[t * self.width + c])
+    }
+
+    /// Holds a weighted sum of words, added to ones `[queries, stride]`, against the sum in f64.
+    fn check_weighing(
+        &self,
+        queries: usize,
+        stride: usize,
+        noise: &mut Noise,
+        weigh: impl FnOnce(&[u16], &[f32], &mut [f32]),
+    ) {
+        let (rows, room) = (self.rows, words::WEIGHED_ROWS);
+        let mut weights: Vec<f32> = (0..queries * room).map(|_| noise.uniform().powi(8)).collect();
+        weights[..rows].fill(0.0); // a query that sees none of these rows
+        let (mut weight_words, mut units) = (vec![0; queries * room], vec![0.0; queries]);
+        for (q, unit) in units.iter_mut().enumerate() {
+            let target = &mut weight_words[q * room..][..rows.next_multiple_of(2)];
+            *unit = words::weight_words(self.isa, &weights[q * room..][..rows], target).unwrap();
+        }
+        let mut output = vec![1.0; queries * stride];
+        weigh(&weight_words, &units, &mut output);
+        for q in 0..queries {
+            let weights = &weights[q * room..][..rows];
+            let most: f64 = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() * self.largest;
+            for c in 0..stride {
+                let pair = |(t, weight): (usize, &f32)| f64::from(*weight) * self.level(t, c);
+                let exact: f64 = if c < self.width { weights.iter().enumerate().map(pair).sum() } else { 0.0 };
+                let error = (f64::from(output[q * stride + c]) - 1.0 - exact).abs();
+                // Levels of many bits are up to half a step off, and so is every weight.
+                let allowed = if self.codec.is_of_parts() { 6e-4 } else { 1e-4 };
+                assert!(
+                    error <= allowed * most + 1e-6,
+                    "{} {:?}: output ({q}, {c}) is {error} off",
+                    self.isa,
+                    self.codec
+                );
+            }
+        }
+        weights[0] = f32::NAN;
+        let target = &mut weight_words[..rows.next_multiple_of(2)];
+        assert!(words::weight_words(self.isa, &weights[..rows], target).is_none());
+    }
+
+    /// Holds scores `[queries, rows]` against those in f64; `score` gives None where queries are not finite.
+    fn check_scoring(
+        &self,
+        queries: usize,
+        stride: usize,
+        noise: &mut Noise,
+        score: impl Fn(&[f32]) -> Option<Vec<f32>>,
+    ) {
+        let mut query: Vec<f32> = (0..queries * stride).map(|_| noise.normal()).collect();
+        query[..stride].fill(0.0);
+        let scores = score(&query).unwrap();
+        for (q, query) in query.chunks(stride).enumerate() {
+            let query = &query[..self.width];
+            let most: f64 = query.iter().map(|x| f64::from(x.abs())).sum::<f64>() * self.largest;
+            for t in 0..self.rows {
+                let exact: f64 = query.iter().enumerate().map(|(c, x)| f64::from(*x) * self.level(t, c)).sum();
+                let error = (f64::from(scores[q * self.rows + t]) - exact).abs();
+                let allowed = if self.codec.is_of_parts() { 5e-4 } else { 1e-4 };
+                assert!(
+                    error <= allowed * most,
+                    "{} {:?}: score ({q}, {t}) is {error} off, {exact}",
+                    self.isa,
+                    self.codec
+                );
+            }
+        }
+        query[self.width / 2] = f32::INFINITY;
+        assert!(score(&query).is_none());
+    }
+}
+
 /// False if words do not serve such values.
 fn check_words(isa: Isa, codec: &Codec, rows: usize, queries: usize, noise: &mut Noise) -> bool {
     let (layout, width) = (&codec.layout, codec.layout.head_dim);
@@ -228,58 +336,51 @@ fn check_words(isa: Isa, codec: &Codec, rows: usize, queries: usize, noise: &mut
         assert!(WordTable::new(layout, &codec.codebook, false).is_none());
         return false;
     };
-    let (mut codes, mut metadata) = (vec![0; rows * layout.code_bytes], vec![0; layout.metadata_bytes]);
-    for (row, codes) in noise.rows(rows, width).chunks(width).zip(codes.chunks_mut(layout.code_bytes)) {
-        codec.encode_row(row, &Affine::identity(width), 0, codes, &mut metadata);
-    }
-    let mut levels = vec![0.0; rows * width + simd::levels::SLACK];
-    simd::levels::decode_levels(isa, layout, &codec.codebook, &codes, rows, &mut levels);
-    let level = |t: usize, c: usize| f64::from(levels[t * width + c]);
-    let largest = f64::from(codec.codebook.largest());
-
-    let stride = words::WEIGHED_ROWS;
-    let mut weights: Vec<f32> = (0..queries * stride).map(|_| noise.uniform().powi(8)).collect();
-    weights[..rows].fill(0.0); // a query that sees none of these rows
-    let (mut weight_words, mut units) = (vec![0; queries * stride], vec![0.0; queries]);
-    for (q, unit) in units.iter_mut().enumerate() {
-        let target = &mut weight_words[q * stride..][..rows.next_multiple_of(2)];
-        *unit = words::weight_words(isa, &weights[q * stride..][..rows], target).unwrap();
-    }
-    let ternary = layout.format == Format::Ternary;
-    let product = words::WordWeights { table: &table, ternary, queries, rows, width, weight_stride: stride };
-    let mut output = vec![1.0; queries * width];
-    words::weigh_words(isa, &product, &weight_words, &units, &codes, &mut output);
-    for q in 0..queries {
-        let weights = &weights[q * stride..][..rows];
-        let most: f64 = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() * largest;
-        for c in 0..width {
-            let exact: f64 = weights.iter().enumerate().map(|(t, weight)| f64::from(*weight) * level(t, c)).sum();
-            let error = (f64::from(output[q * width + c]) - 1.0 - exact).abs();
-            assert!(error <= 1e-4 * most + 1e-6, "{isa} {codec:?}: output ({q}, {c}) is {error} off");
-        }
-    }
-    weights[0] = f32::NAN;
-    assert!(words::weight_words(isa, &weights[..rows], &mut weight_words[..rows.next_multiple_of(2)]).is_none());
-
+    let coded = Coded::new(isa, codec, rows, noise);
+    coded.check_weighing(queries, width, noise, |weights, units, output| {
+        let (ternary, weight_stride) = (layout.format == Format::Ternary, words::WEIGHED_ROWS);
+        let product = words::WordWeights { table: &table, ternary, queries, rows, width, weight_stride };
+        words::weigh_words(isa, &product, weights, units, &coded.codes, output);
+    });
     let Some(table) = WordTable::new(layout, &codec.codebook, false) else { return true };
-    let mut query: Vec<f32> = (0..queries * width).map(|_| noise.normal()).collect();
-    query[..width].fill(0.0);
-    let (mut query_words, mut units) = (vec![0; queries * width / 2], vec![0.0; queries]);
-    assert!(words::query_words(isa, &query, width, &mut query_words, &mut units));
-    let product = words::WordScores { table: &table, queries, rows, width, score_stride: rows };
-    let mut scores = vec![f32::NAN; queries * rows];
-    words::score_words(isa, &product, &query_words, &units, &codes, &mut scores);
-    for (q, query) in query.chunks(width).enumerate() {
-        let most: f64 = query.iter().map(|x| f64::from(x.abs())).sum::<f64>() * largest;
-        for t in 0..rows {
-            let exact: f64 = query.iter().enumerate().map(|(c, x)| f64::from(*x) * level(t, c)).sum();
-            let error = (f64::from(scores[q * rows + t]) - exact).abs();
-            assert!(error <= 1e-4 * most, "{isa} {codec:?}: score ({q}, {t}) is {error} off, {exact}");
+    coded.check_scoring(queries, width, noise, |query| {
+        let (mut query_words, mut units) = (vec![0; queries * width / 2], vec![0.0; queries]);
+        let finite = words::query_words(isa, query, width, &mut query_words, &mut units);
+        let product = words::WordScores { table: &table, queries, rows, width, score_stride: rows };
+        let mut scores = vec![f32::NAN; queries * rows];
+        words::score_words(isa, &product, &query_words, &units, &coded.codes, &mut scores);
+        finite.then_some(scores)
+    });
+    true
+}
+
+/// Likewise for rows of parts.
+#[test]
+fn words_of_parts_score_and_weigh_like_levels_in_f32() {
+    let mut noise = Noise(10);
+    for isa in Isa::available().into_iter().filter(|isa| isa.has_words()) {
+        for round in 0..60 {
+            let stride = [16, 64, 80, 96, 112, 128, 192, 256, 512][round % 9];
+            let (rows, queries) = [(1, 1), (2, 3), (15, 4), (33, 5), (64, 8), (7, 13)][noise.below(6)];
+            let codec = random_codec_of_parts(&mut noise, stride, 1, false);
+            let coded = Coded::new(isa, &codec, rows, &mut noise);
+            let table = |values| PartWords::new(&codec.parts, codec.layout.code_bytes, values).unwrap();
+            coded.check_weighing(queries, stride, &mut noise, |weights, units, output| {
+                let (table, weight_stride) = (&table(true), words::WEIGHED_ROWS);
+                let product = part_words::PartWeights { table, queries, rows, weight_stride, output_stride: stride };
+                part_words::weigh_words(isa, &product, weights, units, &coded.codes, output);
+            });
+            coded.check_scoring(queries, stride, &mut noise, |query| {
+                let table = &table(false);
+                let (mut query_words, mut units) = (vec![0; queries * table.query_words()], vec![0.0; queries]);
+                let finite = part_words::query_words(isa, table, query, stride, &mut query_words, &mut units);
+                let product = part_words::PartScores { table, queries, rows, score_stride: rows };
+                let mut scores = vec![f32::NAN; queries * rows];
+                part_words::score_words(isa, &product, &query_words, &units, &coded.codes, &mut scores);
+                finite.then_some(scores)
+            });
         }
     }
-    query[width / 2] = f32::INFINITY;
-    assert!(!words::query_words(isa, &query, width, &mut query_words, &mut units));
-    true
 }
 
 #[test]

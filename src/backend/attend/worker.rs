@@ -5,8 +5,8 @@
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
-use super::{CHUNK, Chunk, Job, Plan, Region, State};
-use crate::backend::simd::{LANES, levels, matmul, prefetch, rows, vectors, words};
+use super::{CHUNK, Chunk, Job, LevelWords, Plan, Region, State};
+use crate::backend::simd::{LANES, levels, matmul, part_words, prefetch, rows, vectors, words};
 use crate::codec::Codec;
 use crate::format::{Format, PAGE_ROWS};
 use crate::layer::{Head, Stream};
@@ -110,9 +110,9 @@ impl<'a> Turning<'a> {
 
 /// What products of 16-bit integers need, where the call has tables for them.
 struct Words<'a> {
-    keys: Option<&'a words::WordTable>,
-    values: Option<&'a words::WordTable>,
-    /// `[queries, key width / 2]` of the folded queries, and the unit of each.
+    keys: Option<&'a LevelWords>,
+    values: Option<&'a LevelWords>,
+    /// `[queries, words of one]` of the folded queries, and the unit of each.
     queries: Vec<u32>,
     query_units: Vec<f32>,
     /// Whether they stand for all queries.
@@ -127,7 +127,7 @@ impl<'a> Words<'a> {
         let (keys, values) = (plan.key_words.as_ref(), plan.value_words.as_ref());
         let room = |wanted: bool, length: usize| if wanted { length * queries } else { 0 };
         Self {
-            queries: vec![0; room(keys.is_some(), plan.key_width / 2)],
+            queries: vec![0; queries * keys.map_or(0, |keys| keys.query_words(plan.key_width))],
             query_units: vec![0.0; room(keys.is_some(), 1)],
             queries_hold: false,
             weights: vec![0; room(values.is_some(), words::WEIGHED_ROWS)],
@@ -413,15 +413,19 @@ impl<'a> Worker<'a> {
     fn score_words(&mut self, chunk: Chunk) {
         for (start, count) in pieces(chunk) {
             let codes = self.codes(false, chunk.first + start);
-            let product = words::WordScores {
-                table: self.words.keys.expect("queries hold only for keys with a table"),
-                queries: self.job.queries,
-                rows: count,
-                width: self.plan.key_width,
-                score_stride: CHUNK,
-            };
-            let Words { queries, query_units, .. } = &self.words;
-            words::score_words(self.plan.isa, &product, queries, query_units, codes, &mut self.partial);
+            let Words { queries: words, query_units: units, .. } = &self.words;
+            let (isa, queries, score_stride, scores) = (self.plan.isa, self.job.queries, CHUNK, &mut self.partial);
+            match self.words.keys.expect("queries hold only for keys with a table") {
+                LevelWords::Plain(table) => {
+                    let width = self.plan.key_width;
+                    let product = words::WordScores { table, queries, rows: count, width, score_stride };
+                    words::score_words(isa, &product, words, units, codes, scores);
+                }
+                LevelWords::Parts(table) => {
+                    let product = part_words::PartScores { table, queries, rows: count, score_stride };
+                    part_words::score_words(isa, &product, words, units, codes, scores);
+                }
+            }
             self.keep_packed_scores(0, start, count);
             self.prefetch_past(false, chunk.first + start + count, count);
         }
@@ -522,9 +526,13 @@ impl<'a> Worker<'a> {
                 self.sums[q * groups + g] = vectors::sum(isa, group);
             }
         }
-        if self.words.keys.is_some() {
-            let Words { queries, query_units, .. } = &mut self.words;
-            self.words.queries_hold = words::query_words(isa, &self.folded, width, queries, query_units);
+        if let Words { keys: Some(table), queries, query_units, .. } = &mut self.words {
+            self.words.queries_hold = match table {
+                LevelWords::Plain(_) => words::query_words(isa, &self.folded, width, queries, query_units),
+                LevelWords::Parts(table) => {
+                    part_words::query_words(isa, table, &self.folded, width, queries, query_units)
+                }
+            };
         }
     }
 
@@ -649,15 +657,24 @@ impl<'a> Worker<'a> {
                 None => return false,
             }
         }
-        let product = words::WordWeights {
-            table,
-            ternary: layout.format == Format::Ternary,
-            queries: self.job.queries,
-            rows: count,
-            width: layout.head_dim,
-            weight_stride: stride,
-        };
-        words::weigh_words(self.plan.isa, &product, weights, weight_units, codes, &mut self.packed_output);
+        let (isa, queries, output) = (self.plan.isa, self.job.queries, &mut self.packed_output);
+        match table {
+            LevelWords::Plain(table) => {
+                let (ternary, width) = (layout.format == Format::Ternary, layout.head_dim);
+                let product = words::WordWeights { table, ternary, queries, rows: count, width, weight_stride: stride };
+                words::weigh_words(isa, &product, weights, weight_units, codes, output);
+            }
+            LevelWords::Parts(table) => {
+                let product = part_words::PartWeights {
+                    table,
+                    queries,
+                    rows: count,
+                    weight_stride: stride,
+                    output_stride: self.plan.value_width,
+                };
+                part_words::weigh_words(isa, &product, weights, weight_units, codes, output);
+            }
+        }
         self.prefetch_past(true, chunk.first + start + count, count);
         true
     }

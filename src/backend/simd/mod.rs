@@ -27,6 +27,7 @@ pub(crate) mod levels;
 pub(crate) mod matmul;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
+pub(crate) mod part_words;
 mod portable;
 pub(crate) mod products;
 pub(crate) mod rows;

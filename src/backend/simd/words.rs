@@ -32,9 +32,9 @@ const LARGEST_WEIGHT: f32 = 32767.0;
 /// Rows of a weighted sum at most: 64 · 32767 · 1023 is below 2³¹.
 pub(crate) const WEIGHED_ROWS: usize = 64;
 /// Added to a float below 2²², this leaves the nearest integer in its low bits, negative ones as two's complement.
-const ROUNDING: f32 = 12_582_912.0;
+pub(super) const ROUNDING: f32 = 12_582_912.0;
 /// The least that is taken for the largest of some factors, so that the inverse of their unit is finite.
-const TINY: f32 = 1e-30;
+pub(super) const TINY: f32 = 1e-30;
 /// Bytes of ternary codes that are expanded at a time, and what may be read behind them.
 const TERNARY_BYTES: usize = 2048;
 const MARGIN: usize = LANES;

@@ -1,0 +1,433 @@
+//! Scores and weighted sums of rows of parts as products of 16-bit integers: what `words.rs` does for two-bit and ternary rows.
+//!
+//! A row's channels come sixteen at a time, each sixteen of one part and so of one number of bits. Their levels are words of the low
+//! halves of sixteen lanes, or of the high ones: two sixteens of a row make a vector for scores, the same sixteen of two neighbouring rows
+//! one for weighted sums. Shapes: words of queries `[queries, 16 · pairs]`, of weights `[queries, stride]`.
+
+use super::words::{ROUNDING, TINY, WEIGHED_ROWS};
+use super::{LANES, Lanes, multiversion};
+use crate::parts::Part;
+
+multiversion! {
+    /// Queries `[queries, stride]` in the order in which the sixteens of rows come, with the unit of each; false if one is not finite.
+    pub(crate) fn query_words(table: &PartWords, queries: &[f32], stride: usize, words: &mut [u32], units: &mut [f32]) -> bool = query_words_kernel;
+    /// `scores[q][t] = Σ_c queries[q][c] · level[t][c]` of rows that lie back to back in `codes`.
+    pub(crate) fn score_words(product: &PartScores, words: &[u32], units: &[f32], codes: &[u8], scores: &mut [f32]) = score_words_kernel;
+    /// `output[q][c] += Σ_t weights[q][t] · level[t][c]` of rows that lie back to back in `codes`.
+    pub(crate) fn weigh_words(product: &PartWeights, words: &[u16], units: &[f32], codes: &[u8], output: &mut [f32]) = weigh_words_kernel;
+}
+
+/// Levels of a part with most bits.
+const LEVELS: usize = 32;
+/// The largest level, of keys and of values: as many steps as leave room for a query's, or for those of all weights of a piece.
+const LARGEST_KEY: f32 = 4095.0;
+const LARGEST_VALUE: f32 = 1023.0;
+
+/// Sixteen channels of a row.
+#[derive(Clone, Copy, Debug)]
+struct Sixteen {
+    bits: usize,
+    /// Byte of the row with their codes, or with the low four bits of them; byte with the fifth ones.
+    at: usize,
+    fifth: usize,
+    channel: usize,
+    part: usize,
+}
+
+/// Where the codes of a row are, and the levels of every part as words.
+#[derive(Clone, Debug)]
+pub(crate) struct PartWords {
+    sixteens: Vec<Sixteen>,
+    /// In the low half; the high half is 0.
+    levels: Vec<[u32; LEVELS]>,
+    code_bytes: usize,
+    /// What one step of a word is worth.
+    unit: f32,
+    largest_query: f32,
+}
+
+impl PartWords {
+    /// Of rows of `code_bytes`; None for a row of no parts. Keys are scored, values are weighed.
+    pub(crate) fn new(parts: &[Part], code_bytes: usize, values: bool) -> Option<Self> {
+        let channels = parts.last()?.channels().end;
+        let steps = if values { LARGEST_VALUE } else { LARGEST_KEY };
+        let unit = parts.iter().map(|part| part.codebook.largest()).fold(TINY, f32::max) / steps;
+        let word = |part: &Part, code: usize| u32::from((part.codebook.level(code as u8) / unit).round() as i16 as u16);
+        // Over and over, so that what stands above a code is of no matter.
+        let words_of = |part: &Part| std::array::from_fn(|code| word(part, code % (1 << part.bits)));
+        let mut sixteens = Vec::with_capacity(channels / LANES);
+        for (index, part) in parts.iter().enumerate() {
+            let low = part.bits.min(4);
+            assert!(part.width.is_multiple_of(LANES) && part.bytes().end <= code_bytes, "a part outside its row");
+            sixteens.extend((0..part.width).step_by(LANES).map(|c| Sixteen {
+                bits: part.bits,
+                at: part.offset + c / 8 * low,
+                fifth: part.offset + part.width / 8 * low + c / 8,
+                channel: part.first + c,
+                part: index,
+            }));
+        }
+        let largest_query = ((1u64 << 31) as f32 / (steps + 1.0) / channels as f32 - 1.0).min(32767.0);
+        Some(Self { sixteens, levels: parts.iter().map(words_of).collect(), code_bytes, unit, largest_query })
+    }
+
+    /// Words of a query.
+    pub(crate) const fn query_words(&self) -> usize {
+        self.sixteens.len().div_ceil(2) * LANES
+    }
+
+    fn channels(&self) -> usize {
+        self.sixteens.len() * LANES
+    }
+}
+
+#[inline(always)]
+unsafe fn query_words_kernel<S: Lanes>(
+    table: &PartWords,
+    queries: &[f32],
+    stride: usize,
+    words: &mut [u32],
+    units: &mut [f32],
+) -> bool {
+    let (channels, length) = (table.channels(), table.query_words());
+    assert!(stride >= channels && queries.len() >= units.len() * stride && words.len() == units.len() * length);
+    let mut all_finite = true;
+    for ((query, words), unit) in queries.chunks_exact(stride).zip(words.chunks_exact_mut(length)).zip(units) {
+        // SAFETY: vectors of sixteen channels of a row, of sixteen words of its pairs; the caller has S's features.
+        unsafe {
+            let mut magnitude = S::splat_u32(0);
+            let mut largest = S::zero();
+            let mut c = 0;
+            while c < channels {
+                let x = S::load(query.as_ptr().add(c));
+                magnitude = S::max_magnitude(magnitude, x);
+                largest = S::max(S::abs(x), largest);
+                c += LANES;
+            }
+            all_finite &= S::all_finite(magnitude);
+            let largest = S::reduce_max(largest).max(TINY);
+            *unit = largest / table.largest_query;
+            let (factor, rounding) = (S::splat(1.0 / *unit), S::splat(ROUNDING));
+            for (pair, sixteens) in table.sixteens.chunks(2).enumerate() {
+                let mut halves = [S::splat_u32(0); 2];
+                for (half, sixteen) in halves.iter_mut().zip(sixteens) {
+                    let x = S::load(query[sixteen.channel..][..LANES].as_ptr());
+                    *half = S::and(S::to_bits(S::add(S::mul(x, factor), rounding)), 0xffff);
+                }
+                let both = S::or(halves[0], S::shl::<16>(halves[1]));
+                S::store(S::from_bits(both), words[pair * LANES..][..LANES].as_mut_ptr().cast());
+            }
+        }
+    }
+    all_finite
+}
+
+/// The levels of one part, as tables of words.
+#[derive(Clone, Copy)]
+struct Tables<S: Lanes> {
+    low: S::Table16,
+    upper: S::Table16,
+    first: S::F,
+    second: S::F,
+}
+
+impl<S: Lanes> Tables<S> {
+    #[inline(always)]
+    unsafe fn new(levels: &[u32; LEVELS]) -> Self {
+        // SAFETY: the caller's. Tables take floats; nothing is done with them but to look them up.
+        unsafe {
+            let floats = levels.map(f32::from_bits);
+            Self {
+                low: S::table16(&floats[..LANES]),
+                upper: S::table16(&floats[LANES..]),
+                first: S::splat(floats[0]),
+                second: S::splat(floats[1]),
+            }
+        }
+    }
+}
+
+/// The levels of sixteen codes of `BITS` bits, in the low halves.
+#[inline(always)]
+unsafe fn levels_of<S: Lanes, const BITS: usize>(tables: &Tables<S>, row: *const u8, sixteen: &Sixteen) -> S::I {
+    // SAFETY: the caller's row has these bytes.
+    unsafe {
+        let at = row.add(sixteen.at);
+        S::to_bits(match BITS {
+            1 => S::select_bits(at.cast::<u16>().read_unaligned().to_le(), tables.first, tables.second),
+            2 => S::lookup16(tables.low, S::load_bits::<2>(at)),
+            3 => S::lookup16(tables.low, S::load_bits::<3>(at)),
+            4 => S::lookup16(tables.low, S::load_bits::<4>(at)),
+            _ => {
+                let codes = S::load_bits::<4>(at);
+                let bits = row.add(sixteen.fifth).cast::<u16>().read_unaligned().to_le();
+                S::select_bits(bits, S::lookup16(tables.low, codes), S::lookup16(tables.upper, codes))
+            }
+        })
+    }
+}
+
+/// Sizes of a score product.
+pub(crate) struct PartScores<'a> {
+    pub table: &'a PartWords,
+    pub queries: usize,
+    pub rows: usize,
+    pub score_stride: usize,
+}
+
+#[inline(always)]
+unsafe fn score_words_kernel<S: Lanes>(p: &PartScores, words: &[u32], units: &[f32], codes: &[u8], scores: &mut [f32]) {
+    assert!(codes.len() >= p.rows * p.table.code_bytes);
+    assert!(units.len() == p.queries && words.len() == p.queries * p.table.query_words());
+    assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
+    // SAFETY: by the assertions, and those of `PartWords::new`, every sixteen below stays inside the slices; the caller has S's features.
+    unsafe {
+        let mut q = 0;
+        while q + 4 <= p.queries {
+            score_rows::<S, 4, 4>(p, q, words, units, codes, scores);
+            q += 4;
+        }
+        while q < p.queries {
+            score_rows::<S, 1, 16>(p, q, words, units, codes, scores);
+            q += 1;
+        }
+    }
+}
+
+/// `Q` queries against all rows, `T` at a time; Q · T is 16.
+#[inline(always)]
+unsafe fn score_rows<S: Lanes, const Q: usize, const T: usize>(
+    p: &PartScores,
+    q: usize,
+    words: &[u32],
+    units: &[f32],
+    codes: &[u8],
+    scores: &mut [f32],
+) {
+    // SAFETY: see `score_words_kernel`. The last rows are done together with some before them, or singly where there are too few.
+    unsafe {
+        let mut t = 0;
+        while t + T <= p.rows {
+            score_block::<S, Q, T>(p, q, t, words, units, codes, scores);
+            t += T;
+        }
+        if t < p.rows && p.rows >= T {
+            score_block::<S, Q, T>(p, q, p.rows - T, words, units, codes, scores);
+        } else {
+            while t < p.rows {
+                score_block::<S, Q, 1>(p, q, t, words, units, codes, scores);
+                t += 1;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
+    p: &PartScores,
+    q: usize,
+    t: usize,
+    words: &[u32],
+    units: &[f32],
+    codes: &[u8],
+    scores: &mut [f32],
+) {
+    // SAFETY: q + Q ≤ queries, t + T ≤ rows (see `score_words_kernel`).
+    unsafe {
+        let length = p.table.query_words();
+        let mut words = words.as_ptr().add(q * length);
+        let row = codes.as_ptr().add(t * p.table.code_bytes);
+        let mut sums = [[S::splat_u32(0); T]; Q];
+        for pair in p.table.sixteens.chunks(2) {
+            let mut levels = [S::splat_u32(0); T];
+            if let Some(second) = pair.get(1) {
+                all_levels::<S, T>(p.table, second, row, &mut levels);
+                let mut j = 0;
+                while j < T {
+                    levels[j] = S::shl::<16>(levels[j]);
+                    j += 1;
+                }
+            }
+            all_levels::<S, T>(p.table, &pair[0], row, &mut levels);
+            let mut i = 0;
+            while i < Q {
+                let vector = S::load_u32(words.add(i * length).cast());
+                let mut j = 0;
+                while j < T {
+                    sums[i][j] = S::dot_words(sums[i][j], vector, levels[j]);
+                    j += 1;
+                }
+                i += 1;
+            }
+            words = words.add(LANES);
+        }
+        let target = scores.as_mut_ptr().add(q * p.score_stride + t);
+        if Q * T == LANES {
+            let mut all = [S::zero(); LANES];
+            let mut k = 0;
+            while k < LANES {
+                all[k] = S::signed_to_f32(sums[k / T][k % T]);
+                k += 1;
+            }
+            let mut folded = [0.0f32; LANES];
+            S::store(S::reduce_add_16(all), folded.as_mut_ptr());
+            let mut k = 0;
+            while k < LANES {
+                let unit = units[q + k / T] * p.table.unit;
+                target.add(k / T * p.score_stride + k % T).write(folded[k] * unit);
+                k += 1;
+            }
+        } else {
+            let mut i = 0;
+            while i < Q {
+                let sum = S::reduce_add(S::signed_to_f32(sums[i][0]));
+                target.add(i * p.score_stride).write(sum * units[q + i] * p.table.unit);
+                i += 1;
+            }
+        }
+    }
+}
+
+/// Adds the levels of a sixteen of `T` rows to lanes whose low halves are 0.
+#[inline(always)]
+unsafe fn all_levels<S: Lanes, const T: usize>(
+    table: &PartWords,
+    sixteen: &Sixteen,
+    row: *const u8,
+    levels: &mut [S::I; T],
+) {
+    // SAFETY: the caller's rows have these bytes.
+    unsafe {
+        let tables = Tables::<S>::new(&table.levels[sixteen.part]);
+        match sixteen.bits {
+            1 => levels_of_rows::<S, T, 1>(table, &tables, sixteen, row, levels),
+            2 => levels_of_rows::<S, T, 2>(table, &tables, sixteen, row, levels),
+            3 => levels_of_rows::<S, T, 3>(table, &tables, sixteen, row, levels),
+            4 => levels_of_rows::<S, T, 4>(table, &tables, sixteen, row, levels),
+            _ => levels_of_rows::<S, T, 5>(table, &tables, sixteen, row, levels),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn levels_of_rows<S: Lanes, const T: usize, const BITS: usize>(
+    table: &PartWords,
+    tables: &Tables<S>,
+    sixteen: &Sixteen,
+    row: *const u8,
+    levels: &mut [S::I; T],
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut j = 0;
+        while j < T {
+            levels[j] = S::or(levels[j], levels_of::<S, BITS>(tables, row.add(j * table.code_bytes), sixteen));
+            j += 1;
+        }
+    }
+}
+
+/// Sizes of a weighted sum of rows.
+pub(crate) struct PartWeights<'a> {
+    pub table: &'a PartWords,
+    pub queries: usize,
+    /// At most [`WEIGHED_ROWS`].
+    pub rows: usize,
+    /// Words of a query.
+    pub weight_stride: usize,
+    pub output_stride: usize,
+}
+
+#[inline(always)]
+unsafe fn weigh_words_kernel<S: Lanes>(
+    p: &PartWeights,
+    words: &[u16],
+    units: &[f32],
+    codes: &[u8],
+    output: &mut [f32],
+) {
+    assert!(p.rows <= WEIGHED_ROWS && codes.len() >= p.rows * p.table.code_bytes);
+    assert!(p.weight_stride >= p.rows.next_multiple_of(2) && words.len() >= p.queries * p.weight_stride);
+    assert!(p.output_stride >= p.table.channels() && output.len() >= p.queries * p.output_stride);
+    assert!(units.len() == p.queries);
+    for sixteen in &p.table.sixteens {
+        // SAFETY: by the assertions, and those of `PartWords::new`, sixteens of rows and outputs lie inside the slices; the caller has S's
+        // features.
+        unsafe {
+            match sixteen.bits {
+                1 => weigh_sixteen::<S, 1>(p, sixteen, words, units, codes, output),
+                2 => weigh_sixteen::<S, 2>(p, sixteen, words, units, codes, output),
+                3 => weigh_sixteen::<S, 3>(p, sixteen, words, units, codes, output),
+                4 => weigh_sixteen::<S, 4>(p, sixteen, words, units, codes, output),
+                _ => weigh_sixteen::<S, 5>(p, sixteen, words, units, codes, output),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn weigh_sixteen<S: Lanes, const BITS: usize>(
+    p: &PartWeights,
+    sixteen: &Sixteen,
+    words: &[u16],
+    units: &[f32],
+    codes: &[u8],
+    output: &mut [f32],
+) {
+    // SAFETY: see `weigh_words_kernel`.
+    unsafe {
+        let mut q = 0;
+        while q + 8 <= p.queries {
+            weigh_rows::<S, 8, BITS>(p, sixteen, q, words, units, codes, output);
+            q += 8;
+        }
+        while q + 4 <= p.queries {
+            weigh_rows::<S, 4, BITS>(p, sixteen, q, words, units, codes, output);
+            q += 4;
+        }
+        while q < p.queries {
+            weigh_rows::<S, 1, BITS>(p, sixteen, q, words, units, codes, output);
+            q += 1;
+        }
+    }
+}
+
+/// `Q` queries and one sixteen of all rows, two rows at a time; of an odd number the last is its own second, whose weight is 0.
+#[inline(always)]
+unsafe fn weigh_rows<S: Lanes, const Q: usize, const BITS: usize>(
+    p: &PartWeights,
+    sixteen: &Sixteen,
+    q: usize,
+    words: &[u16],
+    units: &[f32],
+    codes: &[u8],
+    output: &mut [f32],
+) {
+    // SAFETY: see `weigh_words_kernel`.
+    unsafe {
+        let tables = Tables::<S>::new(&p.table.levels[sixteen.part]);
+        let words = words.as_ptr().add(q * p.weight_stride);
+        let mut sums = [S::splat_u32(0); Q];
+        let mut t = 0;
+        while t < p.rows {
+            let second = (t + 1).min(p.rows - 1);
+            let low = levels_of::<S, BITS>(&tables, codes.as_ptr().add(t * p.table.code_bytes), sixteen);
+            let high = levels_of::<S, BITS>(&tables, codes.as_ptr().add(second * p.table.code_bytes), sixteen);
+            let levels = S::or(low, S::shl::<16>(high));
+            let mut i = 0;
+            while i < Q {
+                let pair = S::splat_u32(words.add(i * p.weight_stride + t).cast::<u32>().read_unaligned());
+                sums[i] = S::dot_words(sums[i], pair, levels);
+                i += 1;
+            }
+            t += 2;
+        }
+        let mut i = 0;
+        while i < Q {
+            let target = output.as_mut_ptr().add((q + i) * p.output_stride + sixteen.channel);
+            let sum = S::mul(S::signed_to_f32(sums[i]), S::splat(units[q + i] * p.table.unit));
+            S::store(S::add(S::load(target), sum), target);
+            i += 1;
+        }
+    }
+}
