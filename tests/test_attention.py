@@ -12,6 +12,7 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 import skvq
+from parts_examples import stream_plan
 from skvq.attention import plain_attention, skvq_attention_forward
 from skvq.layer import PackedLayer
 from skvq.packed import AttentionCounts
@@ -183,15 +184,26 @@ def test_dropout_leaves_weights_out() -> None:
     assert not torch.allclose(kept, dropped)
 
 
-@pytest.mark.parametrize("value_bits", [2, 1.6])
+def layer_plan(name: str) -> LayerPlan:
+    """The default format with values of so many bits, or rows of parts: "parts HEAD_DIM"."""
+    if not name.startswith("parts"):
+        return LayerPlan.from_config(skvq.SkvqConfig(value_bits=float(name)))
+    head_dim = int(name.removeprefix("parts"))
+    values = stream_plan(head_dim, 1, seed=7, turning=False, noise=False)
+    return LayerPlan(stream_plan(head_dim, 0), values, 128, 5)
+
+
+@pytest.mark.parametrize("name", ["2", "1.6", "parts 64", "parts 112", "parts 128", "parts 256"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_queries_of_sixteen_bits_cost_the_rounding_of_the_result(dtype: torch.dtype, value_bits: float) -> None:
+def test_queries_of_sixteen_bits_cost_the_rounding_of_the_result(dtype: torch.dtype, name: str) -> None:
     """However this processor multiplies them: as queries in float32, to one and a half roundings."""
-    store = LayerPlan.from_config(skvq.SkvqConfig(value_bits=value_bits)).build(2, 64, 64, dtype)
-    store.append(*(random(1, 2, 2000, 64, seed=seed).to(dtype) for seed in (1, 2)))
-    query = 2 * random(1, 8, 1, 64, seed=3).to(dtype)
+    plan = layer_plan(name)
+    head_dim = int(name.removeprefix("parts")) if name.startswith("parts") else 64
+    store = plan.build(2, head_dim, head_dim, dtype)
+    store.append(*(random(1, 2, 2000, head_dim, seed=seed).to(dtype) for seed in (1, 2)))
+    query = 2 * random(1, 8, 1, head_dim, seed=3).to(dtype)
     short, exact = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
-    store.attend(query, short, scale=0.125)
-    store.attend(query.float(), exact, scale=0.125)
+    store.attend(query, short, scale=head_dim**-0.5)
+    store.attend(query.float(), exact, scale=head_dim**-0.5)
     rounding = (exact.to(dtype).float() - exact).abs().max()
     assert (short.float() - exact).abs().max() <= 1.5 * rounding

@@ -237,8 +237,14 @@ impl<'a> Plan<'a> {
         let group = heads / spec.num_key_value_heads;
         let value_width = spec.values.layout.head_dim;
         let queries = group * length;
-        let has_words = spec.isa.has_words() && call.query.dtype() != Dtype::F32;
-        let words = |codec: &Codec, values| if has_words { LevelWords::new(codec, values) } else { None };
+        // Levels of many bits lose too much as words for the eleven bits of a float16.
+        let dtype = call.query.dtype();
+        let has_words = |codec: &Codec| match dtype {
+            Dtype::F32 => false,
+            Dtype::F16 => spec.isa.has_words() && !codec.is_of_parts(),
+            Dtype::BF16 => spec.isa.has_words(),
+        };
+        let words = |codec: &Codec, values| if has_words(codec) { LevelWords::new(codec, values) } else { None };
         let groups_of_jobs = batch * spec.num_key_value_heads * queries.div_ceil(QUERY_BLOCK);
         let work = batch * heads * length * tokens * (key_width + value_width);
         let threads = if work < SMALL_CALL { 1 } else { threads::num_threads() };

@@ -2,6 +2,9 @@
 //!
 //! What it is: tables of cosines and sines, shared by all codecs with the same frequencies; m(t) of a row; and, for attention, q·m(t)
 //! of [`SPAN`] positions as one small product. What it is not: a rotary embedding of rows.
+//!
+//! Most frequencies turn so little within a span that all of them together are a polynomial of its positions ([`TERMS`]): of the 128 waves
+//! of a head of 128 channels with a base of a million 60 rows of the product are left.
 
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
@@ -10,6 +13,12 @@ use crate::error::{Error, Result};
 
 /// Positions of a span: t = SPAN·i + j. The chunks of attention are no longer.
 pub const SPAN: usize = 256;
+/// Half a span.
+const HALF: usize = SPAN / 2;
+/// Frequencies that turn by no more than this in half a span are slow.
+const SLOW: f64 = 0.5;
+/// Terms of the polynomial that stands for slow ones: the next is below 0.5⁸ / 8!, 10⁻⁷ of an amplitude.
+const TERMS: usize = 8;
 
 /// Cosines and sines of one set of frequencies, one frequency a channel.
 #[derive(Debug)]
@@ -21,8 +30,13 @@ pub struct Turns {
     channel_of: Vec<u16>,
     /// cos(jθ), then sin(jθ), by channel: `[SPAN, 2, D]`.
     steps: Vec<f32>,
-    /// cos(jθ) of the distinct frequencies, then sin(jθ): `[2·F, SPAN]`.
-    waves: Vec<f32>,
+    /// Places of the distinct frequencies that are fast, and of the slow ones; the latter are none if they would be no fewer as terms.
+    fast: Vec<u16>,
+    slow: Vec<u16>,
+    /// cos(jθ) of the fast frequencies, then sin(jθ), then the powers of j / [`HALF`] − 1 if any are slow: `[rows, SPAN]`.
+    rows: Vec<f32>,
+    /// ±φⁿ / n! with φ = [`HALF`]·θ, the terms of cosine and sine about the middle of a span: `[slow, TERMS]`.
+    terms: Vec<f32>,
     /// cos(SPAN·i·θ), then sin, by channel, of the first spans: `[i, 2, D]`.
     spans: RwLock<Arc<Vec<f32>>>,
 }
@@ -40,13 +54,27 @@ impl Turns {
         }
         let mut steps = Vec::with_capacity(2 * SPAN * frequencies.len());
         (0..SPAN).for_each(|j| push_turn(frequencies, j, &mut steps));
-        let distinct: Vec<f64> = channel_of.iter().map(|&c| f64::from(frequencies[usize::from(c)])).collect();
+        let theta = |place: u16| f64::from(frequencies[usize::from(channel_of[usize::from(place)])]);
+        let places = 0..channel_of.len() as u16;
+        let (mut slow, mut fast): (Vec<u16>, Vec<u16>) =
+            places.clone().partition(|&place| theta(place).abs() * HALF as f64 <= SLOW);
+        if 2 * slow.len() <= TERMS {
+            (slow, fast) = (Vec::new(), places.collect());
+        }
         let wave = |turn: fn(f64) -> f64| {
-            distinct.iter().flat_map(move |theta| (0..SPAN).map(move |j| turn(j as f64 * theta) as f32))
+            fast.iter().flat_map(move |&place| (0..SPAN).map(move |j| turn(j as f64 * theta(place)) as f32))
         };
-        let waves = wave(f64::cos).chain(wave(f64::sin)).collect();
+        let power = |n: usize| (0..SPAN).map(move |j| (j as f64 / HALF as f64 - 1.0).powi(n as i32) as f32);
+        let powers = (0..if slow.is_empty() { 0 } else { TERMS }).flat_map(power);
+        let rows = wave(f64::cos).chain(wave(f64::sin)).chain(powers).collect();
+        let terms = slow.iter().flat_map(|&place| terms_of(HALF as f64 * theta(place))).collect();
         let spans = RwLock::new(Arc::new(Vec::new()));
-        Self { frequencies: frequencies.to_vec(), distinct_of, channel_of, steps, waves, spans }
+        Self { frequencies: frequencies.to_vec(), distinct_of, channel_of, steps, fast, slow, rows, terms, spans }
+    }
+
+    /// Rows of the product of a span.
+    fn rows(&self) -> usize {
+        self.rows.len() / SPAN
     }
 
     /// The tables for these frequencies: those that somebody else has made, if they are still there.
@@ -120,6 +148,17 @@ impl Turns {
     }
 }
 
+/// cos φx = Σ of the even terms times xⁿ, sin φx = Σ of the odd ones.
+fn terms_of(phi: f64) -> [f32; TERMS] {
+    let mut term = 1.0;
+    std::array::from_fn(|n| {
+        if n > 0 {
+            term *= phi / n as f64;
+        }
+        (if n % 4 < 2 { term } else { -term }) as f32
+    })
+}
+
 fn push_turn(frequencies: &[f32], position: usize, table: &mut Vec<f32>) {
     let angles = || frequencies.iter().map(|theta| position as f64 * f64::from(*theta));
     table.extend(angles().map(|angle| angle.cos() as f32));
@@ -183,7 +222,7 @@ impl TurningMean {
         }
     }
 
-    /// Rows of [`Self::score_span`]'s product.
+    /// Amplitudes of a query.
     pub fn waves(&self) -> usize {
         2 * self.turns.channel_of.len()
     }
@@ -219,30 +258,46 @@ impl TurningMean {
         scores: &mut [f32],
         stride: usize,
     ) {
-        let (d, waves) = (self.mean.len(), self.waves());
+        let (d, waves, rows) = (self.mean.len(), self.waves(), self.turns.rows());
         debug_assert!(first % SPAN + count <= SPAN, "positions {first}.. of more than one span");
         let span = &spans[first / SPAN * 2 * d..][..2 * d];
-        let half = waves / 2;
-        for (from, to) in amplitudes.chunks_exact(waves).zip(scratch.chunks_exact_mut(waves)) {
-            for f in 0..half {
-                let channel = usize::from(self.turns.channel_of[f]);
-                let (cosine, sine) = (span[channel], span[d + channel]);
-                to[f] = from[f] * cosine + from[half + f] * sine;
-                to[half + f] = from[half + f] * cosine - from[f] * sine;
+        let middle = &self.turns.steps[HALF * 2 * d..][..2 * d];
+        let (half, fast) = (waves / 2, self.turns.fast.len());
+        for (from, to) in amplitudes.chunks_exact(waves).zip(scratch.chunks_exact_mut(rows)) {
+            let turned = |place: u16| {
+                let (f, channel) = (usize::from(place), usize::from(self.turns.channel_of[usize::from(place)]));
+                (turn_waves((from[f], from[half + f]), span[channel], span[d + channel]), channel)
+            };
+            let (waves, terms) = to.split_at_mut(2 * fast);
+            for (f, &place) in self.turns.fast.iter().enumerate() {
+                ((waves[f], waves[fast + f]), _) = turned(place);
+            }
+            terms.fill(0.0);
+            for (&place, own) in self.turns.slow.iter().zip(self.turns.terms.chunks_exact(TERMS)) {
+                let (amplitudes, channel) = turned(place);
+                let (a, b) = turn_waves(amplitudes, middle[channel], middle[d + channel]);
+                for (n, (term, own)) in terms.iter_mut().zip(own).enumerate() {
+                    *term += if n % 2 == 0 { a } else { b } * own;
+                }
             }
         }
         let product = matmul::WeighTile {
             queries: amplitudes.len() / waves,
-            weight_stride: waves,
-            rows: waves,
+            weight_stride: rows,
+            rows,
             width: SPAN,
             first: first % SPAN,
             count: count.next_multiple_of(LANES),
             output_first: 0,
             output_stride: stride,
         };
-        matmul::weigh_tile(isa, &product, scratch, &self.turns.waves, scores);
+        matmul::weigh_tile(isa, &product, scratch, &self.turns.rows, scores);
     }
+}
+
+/// Amplitudes of a cosine and a sine counted from a position whose own are given: those counted from there.
+fn turn_waves((a, b): (f32, f32), cosine: f32, sine: f32) -> (f32, f32) {
+    (a * cosine + b * sine, b * cosine - a * sine)
 }
 
 #[cfg(test)]
@@ -297,6 +352,46 @@ mod tests {
                             assert!((found - exact).abs() < 2e-4, "{isa} {origin} {j}: {found} {exact}");
                         }
                     }
+                }
+            }
+        }
+    }
+
+    /// Slow frequencies as a polynomial, none, a few that stay waves, and all; bases of Llama 2 and of Qwen2.
+    #[test]
+    fn slow_waves_are_a_polynomial_within_rounding() {
+        let spread = |base: f64| (0..128).map(move |c| base.powf(-f64::from(c % 64) / 64.0) as f32).collect::<Vec<_>>();
+        let few = [vec![1.0f32; 56], vec![0.001, 0.002, 0.0, 0.003, 0.001, 0.002, 0.0, 0.003]].concat();
+        for (frequencies, expected) in [
+            (spread(1e6), 2 * 26 + TERMS),
+            (spread(1e4), 2 * 39 + TERMS),
+            (vec![0.1; 16], 2),
+            (few, 10),
+            ((0..32).map(|c| 1e-4 * c as f32).collect(), TERMS),
+        ] {
+            let d = frequencies.len();
+            let mean: Vec<f32> = (0..d).map(|c| (c as f32 * 1.3).sin() * 20.0).collect();
+            let quarter = mean.iter().rev().copied().collect();
+            let turning = TurningMean::new(mean, quarter, Turns::shared(&frequencies).unwrap()).unwrap();
+            assert_eq!(turning.turns.rows(), expected);
+            let spans = turning.turns.spans(20);
+            let query: Vec<f32> = (0..d).map(|i| (i as f32 * 0.37).cos()).collect();
+            let (mut amplitudes, mut scratch) = (vec![0.0; turning.waves()], vec![0.0; turning.waves()]);
+            turning.amplitudes(&query, &spans, 5, &mut amplitudes);
+            let size: f64 = amplitudes.iter().map(|x| f64::from(x.abs())).sum();
+            for first in [0, 17 * SPAN] {
+                let mut scores = vec![0.0; SPAN];
+                turning.score_span(Isa::best(), &spans, first, SPAN, &amplitudes, &mut scratch, &mut scores, SPAN);
+                for (j, score) in scores.into_iter().enumerate() {
+                    let position = (5 + first + j) as f64;
+                    let of = |c: usize| {
+                        let angle = position * f64::from(frequencies[c]);
+                        let mean =
+                            f64::from(turning.mean[c]) * angle.cos() + f64::from(turning.quarter[c]) * angle.sin();
+                        f64::from(query[c]) * mean
+                    };
+                    let exact: f64 = (0..d).map(of).sum();
+                    assert!((f64::from(score) - exact).abs() < 1e-6 * size, "{first} {j}: {score} {exact} of {size}");
                 }
             }
         }

@@ -38,8 +38,8 @@ struct Sixteen {
 #[derive(Clone, Debug)]
 pub(crate) struct PartWords {
     sixteens: Vec<Sixteen>,
-    /// In the low half; the high half is 0.
-    levels: Vec<[u32; LEVELS]>,
+    /// Of every part, as words of the low half and of the high half; the other is 0. As floats, which nobody computes with.
+    levels: Vec<[[f32; LEVELS]; 2]>,
     code_bytes: usize,
     /// What one step of a word is worth.
     unit: f32,
@@ -54,7 +54,9 @@ impl PartWords {
         let unit = parts.iter().map(|part| part.codebook.largest()).fold(TINY, f32::max) / steps;
         let word = |part: &Part, code: usize| u32::from((part.codebook.level(code as u8) / unit).round() as i16 as u16);
         // Over and over, so that what stands above a code is of no matter.
-        let words_of = |part: &Part| std::array::from_fn(|code| word(part, code % (1 << part.bits)));
+        let words_of = |part: &Part| {
+            [0, 16].map(|half| std::array::from_fn(|code| f32::from_bits(word(part, code % (1 << part.bits)) << half)))
+        };
         let mut sixteens = Vec::with_capacity(channels / LANES);
         for (index, part) in parts.iter().enumerate() {
             let low = part.bits.min(4);
@@ -133,21 +135,20 @@ struct Tables<S: Lanes> {
 
 impl<S: Lanes> Tables<S> {
     #[inline(always)]
-    unsafe fn new(levels: &[u32; LEVELS]) -> Self {
-        // SAFETY: the caller's. Tables take floats; nothing is done with them but to look them up.
+    unsafe fn new(levels: &[f32; LEVELS]) -> Self {
+        // SAFETY: the caller's.
         unsafe {
-            let floats = levels.map(f32::from_bits);
             Self {
-                low: S::table16(&floats[..LANES]),
-                upper: S::table16(&floats[LANES..]),
-                first: S::splat(floats[0]),
-                second: S::splat(floats[1]),
+                low: S::table16(&levels[..LANES]),
+                upper: S::table16(&levels[LANES..]),
+                first: S::splat(levels[0]),
+                second: S::splat(levels[1]),
             }
         }
     }
 }
 
-/// The levels of sixteen codes of `BITS` bits, in the low halves.
+/// The levels of sixteen codes of `BITS` bits, in the halves that the tables are of.
 #[inline(always)]
 unsafe fn levels_of<S: Lanes, const BITS: usize>(tables: &Tables<S>, row: *const u8, sixteen: &Sixteen) -> S::I {
     // SAFETY: the caller's row has these bytes.
@@ -240,15 +241,9 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
         let mut sums = [[S::splat_u32(0); T]; Q];
         for pair in p.table.sixteens.chunks(2) {
             let mut levels = [S::splat_u32(0); T];
-            if let Some(second) = pair.get(1) {
-                all_levels::<S, T>(p.table, second, row, &mut levels);
-                let mut j = 0;
-                while j < T {
-                    levels[j] = S::shl::<16>(levels[j]);
-                    j += 1;
-                }
+            for (half, sixteen) in pair.iter().enumerate() {
+                all_levels::<S, T>(p.table, half, sixteen, row, &mut levels);
             }
-            all_levels::<S, T>(p.table, &pair[0], row, &mut levels);
             let mut i = 0;
             while i < Q {
                 let vector = S::load_u32(words.add(i * length).cast());
@@ -288,17 +283,18 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
     }
 }
 
-/// Adds the levels of a sixteen of `T` rows to lanes whose low halves are 0.
+/// Adds the levels of a sixteen of `T` rows to lanes in which this half is 0.
 #[inline(always)]
 unsafe fn all_levels<S: Lanes, const T: usize>(
     table: &PartWords,
+    half: usize,
     sixteen: &Sixteen,
     row: *const u8,
     levels: &mut [S::I; T],
 ) {
     // SAFETY: the caller's rows have these bytes.
     unsafe {
-        let tables = Tables::<S>::new(&table.levels[sixteen.part]);
+        let tables = Tables::<S>::new(&table.levels[sixteen.part][half]);
         match sixteen.bits {
             1 => levels_of_rows::<S, T, 1>(table, &tables, sixteen, row, levels),
             2 => levels_of_rows::<S, T, 2>(table, &tables, sixteen, row, levels),
@@ -405,15 +401,17 @@ unsafe fn weigh_rows<S: Lanes, const Q: usize, const BITS: usize>(
 ) {
     // SAFETY: see `weigh_words_kernel`.
     unsafe {
-        let tables = Tables::<S>::new(&p.table.levels[sixteen.part]);
+        let [low, high] = &p.table.levels[sixteen.part];
+        let (low, high) = (Tables::<S>::new(low), Tables::<S>::new(high));
         let words = words.as_ptr().add(q * p.weight_stride);
         let mut sums = [S::splat_u32(0); Q];
         let mut t = 0;
         while t < p.rows {
             let second = (t + 1).min(p.rows - 1);
-            let low = levels_of::<S, BITS>(&tables, codes.as_ptr().add(t * p.table.code_bytes), sixteen);
-            let high = levels_of::<S, BITS>(&tables, codes.as_ptr().add(second * p.table.code_bytes), sixteen);
-            let levels = S::or(low, S::shl::<16>(high));
+            let levels = S::or(
+                levels_of::<S, BITS>(&low, codes.as_ptr().add(t * p.table.code_bytes), sixteen),
+                levels_of::<S, BITS>(&high, codes.as_ptr().add(second * p.table.code_bytes), sixteen),
+            );
             let mut i = 0;
             while i < Q {
                 let pair = S::splat_u32(words.add(i * p.weight_stride + t).cast::<u32>().read_unaligned());
