@@ -187,13 +187,13 @@ def test_dropout_leaves_weights_out() -> None:
 def layer_plan(name: str) -> LayerPlan:
     """The default format with values of so many bits, or rows of parts: "parts HEAD_DIM"."""
     if not name.startswith("parts"):
-        return LayerPlan.from_config(skvq.SkvqConfig(value_bits=float(name)))
+        return LayerPlan.from_config(skvq.SkvqConfig(key_bits=max(2.0, float(name)), value_bits=float(name)))
     head_dim = int(name.removeprefix("parts"))
     values = stream_plan(head_dim, 1, seed=7, turning=False, noise=False)
     return LayerPlan(stream_plan(head_dim, 0), values, 128, 5)
 
 
-@pytest.mark.parametrize("name", ["2", "1.6", "parts 64", "parts 112", "parts 128", "parts 256"])
+@pytest.mark.parametrize("name", ["2", "1.6", "3", "4", "parts 64", "parts 112", "parts 128", "parts 256"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_queries_of_sixteen_bits_cost_the_rounding_of_the_result(dtype: torch.dtype, name: str) -> None:
     """However this processor multiplies them: as queries in float32, to one and a half roundings."""

@@ -209,13 +209,20 @@ enum LevelWords {
 }
 
 impl LevelWords {
-    /// None for rows that words do not serve.
-    fn new(codec: &Codec, values: bool) -> Option<Self> {
-        if codec.is_of_parts() {
-            PartWords::new(&codec.parts, codec.layout.code_bytes, values).map(Self::Parts)
-        } else {
-            WordTable::new(&codec.layout, &codec.codebook, values).map(Self::Plain)
+    /// None for rows that words do not serve. Many levels lose too much as words for the eleven bits of a float16.
+    fn new(codec: &Codec, queries: Dtype, values: bool) -> Option<Self> {
+        if let Some(table) = WordTable::new(&codec.layout, &codec.codebook, values) {
+            return Some(Self::Plain(table));
         }
+        if queries == Dtype::F16 {
+            return None;
+        }
+        let table = if codec.is_of_parts() {
+            PartWords::of_parts(&codec.parts, codec.layout.code_bytes, values)
+        } else {
+            PartWords::of_rows(&codec.layout, &codec.codebook, values)
+        };
+        table.map(Self::Parts)
     }
 
     /// Words of a query of `width` channels.
@@ -237,14 +244,9 @@ impl<'a> Plan<'a> {
         let group = heads / spec.num_key_value_heads;
         let value_width = spec.values.layout.head_dim;
         let queries = group * length;
-        // Levels of many bits lose too much as words for the eleven bits of a float16.
         let dtype = call.query.dtype();
-        let has_words = |codec: &Codec| match dtype {
-            Dtype::F32 => false,
-            Dtype::F16 => spec.isa.has_words() && !codec.is_of_parts(),
-            Dtype::BF16 => spec.isa.has_words(),
-        };
-        let words = |codec: &Codec, values| if has_words(codec) { LevelWords::new(codec, values) } else { None };
+        let has_words = spec.isa.has_words() && dtype != Dtype::F32;
+        let words = |codec: &Codec, values| if has_words { LevelWords::new(codec, dtype, values) } else { None };
         let groups_of_jobs = batch * spec.num_key_value_heads * queries.div_ceil(QUERY_BLOCK);
         let work = batch * heads * length * tokens * (key_width + value_width);
         let threads = if work < SMALL_CALL { 1 } else { threads::num_threads() };

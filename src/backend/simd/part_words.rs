@@ -1,4 +1,5 @@
-//! Scores and weighted sums of rows of parts as products of 16-bit integers: what `words.rs` does for two-bit and ternary rows.
+//! Scores and weighted sums of rows of parts and of three bits as products of 16-bit integers: what `words.rs` does for two-bit and
+//! ternary rows. (Rows of four bits gained nothing by it.)
 //!
 //! A row's channels come sixteen at a time, each sixteen of one part and so of one number of bits. Their levels are words of the low
 //! halves of sixteen lanes, or of the high ones: two sixteens of a row make a vector for scores, the same sixteen of two neighbouring rows
@@ -6,6 +7,8 @@
 
 use super::words::{ROUNDING, TINY, WEIGHED_ROWS};
 use super::{LANES, Lanes, multiversion};
+use crate::codebook::Codebook;
+use crate::format::{Format, RowLayout};
 use crate::parts::Part;
 
 multiversion! {
@@ -23,13 +26,19 @@ const LEVELS: usize = 32;
 const LARGEST_KEY: f32 = 4095.0;
 const LARGEST_VALUE: f32 = 1023.0;
 
+/// How sixteen codes lie in a row: strings of 1 to [`STRINGS`] bits; planes of two bits, of which there are four, and a string of the third
+/// bits.
+type Kind = usize;
+const STRINGS: Kind = 5;
+const PLANES: Kind = 6;
+
 /// Sixteen channels of a row.
 #[derive(Clone, Copy, Debug)]
 struct Sixteen {
-    bits: usize,
-    /// Byte of the row with their codes, or with the low four bits of them; byte with the fifth ones.
+    kind: Kind,
+    /// Byte of the row with their codes, or with the low bits of them; byte with the string of the bits above.
     at: usize,
-    fifth: usize,
+    above: usize,
     channel: usize,
     part: usize,
 }
@@ -47,30 +56,48 @@ pub(crate) struct PartWords {
 }
 
 impl PartWords {
-    /// Of rows of `code_bytes`; None for a row of no parts. Keys are scored, values are weighed.
-    pub(crate) fn new(parts: &[Part], code_bytes: usize, values: bool) -> Option<Self> {
+    /// Of rows of parts of `code_bytes`; None for a row of no parts. Keys are scored, values are weighed.
+    pub(crate) fn of_parts(parts: &[Part], code_bytes: usize, values: bool) -> Option<Self> {
         let channels = parts.last()?.channels().end;
-        let steps = if values { LARGEST_VALUE } else { LARGEST_KEY };
-        let unit = parts.iter().map(|part| part.codebook.largest()).fold(TINY, f32::max) / steps;
-        let word = |part: &Part, code: usize| u32::from((part.codebook.level(code as u8) / unit).round() as i16 as u16);
-        // Over and over, so that what stands above a code is of no matter.
-        let words_of = |part: &Part| {
-            [0, 16].map(|half| std::array::from_fn(|code| f32::from_bits(word(part, code % (1 << part.bits)) << half)))
-        };
         let mut sixteens = Vec::with_capacity(channels / LANES);
         for (index, part) in parts.iter().enumerate() {
             let low = part.bits.min(4);
             assert!(part.width.is_multiple_of(LANES) && part.bytes().end <= code_bytes, "a part outside its row");
             sixteens.extend((0..part.width).step_by(LANES).map(|c| Sixteen {
-                bits: part.bits,
+                kind: part.bits,
                 at: part.offset + c / 8 * low,
-                fifth: part.offset + part.width / 8 * low + c / 8,
+                above: part.offset + part.width / 8 * low + c / 8,
                 channel: part.first + c,
                 part: index,
             }));
         }
+        let books: Vec<_> = parts.iter().map(|part| (&part.codebook, part.bits)).collect();
+        Some(Self::new(sixteens, &books, code_bytes, values))
+    }
+
+    /// Of rows of three bits; None for others, and where a sixteen is not of one plane and one scale.
+    pub(crate) fn of_rows(layout: &RowLayout, codebook: &Codebook, values: bool) -> Option<Self> {
+        let (width, plane) = (layout.head_dim, layout.head_dim / 4);
+        if layout.format != Format::Int3 || layout.groups() != 1 || !plane.is_multiple_of(LANES) {
+            return None;
+        }
+        let sixteen =
+            |c| Sixteen { kind: PLANES + c / plane, at: c % plane, above: plane + c / 8, channel: c, part: 0 };
+        let sixteens = (0..width).step_by(LANES).map(sixteen).collect();
+        Some(Self::new(sixteens, &[(codebook, 3)], layout.code_bytes, values))
+    }
+
+    fn new(sixteens: Vec<Sixteen>, books: &[(&Codebook, usize)], code_bytes: usize, values: bool) -> Self {
+        let steps = if values { LARGEST_VALUE } else { LARGEST_KEY };
+        let unit = books.iter().map(|(book, _)| book.largest()).fold(TINY, f32::max) / steps;
+        let word = |book: &Codebook, code: usize| u32::from((book.level(code as u8) / unit).round() as i16 as u16);
+        // Over and over, so that what stands above a code is of no matter.
+        let words_of = |&(book, bits): &(&Codebook, usize)| {
+            [0, 16].map(|half| std::array::from_fn(|code| f32::from_bits(word(book, code % (1 << bits)) << half)))
+        };
+        let channels = sixteens.len() * LANES;
         let largest_query = ((1u64 << 31) as f32 / (steps + 1.0) / channels as f32 - 1.0).min(32767.0);
-        Some(Self { sixteens, levels: parts.iter().map(words_of).collect(), code_bytes, unit, largest_query })
+        Self { sixteens, levels: books.iter().map(words_of).collect(), code_bytes, unit, largest_query }
     }
 
     /// Words of a query.
@@ -124,11 +151,12 @@ unsafe fn query_words_kernel<S: Lanes>(
     all_finite
 }
 
-/// The levels of one part, as tables of words.
+/// The levels of one part, as tables of words: the first sixteen, the others; the second four of eight.
 #[derive(Clone, Copy)]
 struct Tables<S: Lanes> {
     low: S::Table16,
     upper: S::Table16,
+    fours: [S::Table4; 2],
     first: S::F,
     second: S::F,
 }
@@ -141,6 +169,7 @@ impl<S: Lanes> Tables<S> {
             Self {
                 low: S::table16(&levels[..LANES]),
                 upper: S::table16(&levels[LANES..]),
+                fours: [S::table4(&levels[..4]), S::table4(&levels[4..8])],
                 first: S::splat(levels[0]),
                 second: S::splat(levels[1]),
             }
@@ -148,21 +177,31 @@ impl<S: Lanes> Tables<S> {
     }
 }
 
-/// The levels of sixteen codes of `BITS` bits, in the halves that the tables are of.
+/// The levels of sixteen codes of a kind, in the halves that the tables are of.
 #[inline(always)]
-unsafe fn levels_of<S: Lanes, const BITS: usize>(tables: &Tables<S>, row: *const u8, sixteen: &Sixteen) -> S::I {
+unsafe fn levels_of<S: Lanes, const KIND: Kind>(tables: &Tables<S>, row: *const u8, sixteen: &Sixteen) -> S::I {
     // SAFETY: the caller's row has these bytes.
     unsafe {
         let at = row.add(sixteen.at);
-        S::to_bits(match BITS {
+        let above = || row.add(sixteen.above).cast::<u16>().read_unaligned().to_le();
+        S::to_bits(match KIND {
             1 => S::select_bits(at.cast::<u16>().read_unaligned().to_le(), tables.first, tables.second),
             2 => S::lookup16(tables.low, S::load_bits::<2>(at)),
             3 => S::lookup16(tables.low, S::load_bits::<3>(at)),
             4 => S::lookup16(tables.low, S::load_bits::<4>(at)),
-            _ => {
+            STRINGS => {
                 let codes = S::load_bits::<4>(at);
-                let bits = row.add(sixteen.fifth).cast::<u16>().read_unaligned().to_le();
-                S::select_bits(bits, S::lookup16(tables.low, codes), S::lookup16(tables.upper, codes))
+                S::select_bits(above(), S::lookup16(tables.low, codes), S::lookup16(tables.upper, codes))
+            }
+            _ => {
+                let bytes = S::load_u8(at);
+                let codes = match KIND - PLANES {
+                    0 => bytes,
+                    1 => S::shr::<2>(bytes),
+                    2 => S::shr::<4>(bytes),
+                    _ => S::shr::<6>(bytes),
+                };
+                S::select_bits(above(), S::lookup4(tables.fours[0], codes), S::lookup4(tables.fours[1], codes))
             }
         })
     }
@@ -295,18 +334,22 @@ unsafe fn all_levels<S: Lanes, const T: usize>(
     // SAFETY: the caller's rows have these bytes.
     unsafe {
         let tables = Tables::<S>::new(&table.levels[sixteen.part][half]);
-        match sixteen.bits {
+        match sixteen.kind {
             1 => levels_of_rows::<S, T, 1>(table, &tables, sixteen, row, levels),
             2 => levels_of_rows::<S, T, 2>(table, &tables, sixteen, row, levels),
             3 => levels_of_rows::<S, T, 3>(table, &tables, sixteen, row, levels),
             4 => levels_of_rows::<S, T, 4>(table, &tables, sixteen, row, levels),
-            _ => levels_of_rows::<S, T, 5>(table, &tables, sixteen, row, levels),
+            5 => levels_of_rows::<S, T, 5>(table, &tables, sixteen, row, levels),
+            6 => levels_of_rows::<S, T, 6>(table, &tables, sixteen, row, levels),
+            7 => levels_of_rows::<S, T, 7>(table, &tables, sixteen, row, levels),
+            8 => levels_of_rows::<S, T, 8>(table, &tables, sixteen, row, levels),
+            _ => levels_of_rows::<S, T, 9>(table, &tables, sixteen, row, levels),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn levels_of_rows<S: Lanes, const T: usize, const BITS: usize>(
+unsafe fn levels_of_rows<S: Lanes, const T: usize, const KIND: Kind>(
     table: &PartWords,
     tables: &Tables<S>,
     sixteen: &Sixteen,
@@ -317,7 +360,7 @@ unsafe fn levels_of_rows<S: Lanes, const T: usize, const BITS: usize>(
     unsafe {
         let mut j = 0;
         while j < T {
-            levels[j] = S::or(levels[j], levels_of::<S, BITS>(tables, row.add(j * table.code_bytes), sixteen));
+            levels[j] = S::or(levels[j], levels_of::<S, KIND>(tables, row.add(j * table.code_bytes), sixteen));
             j += 1;
         }
     }
@@ -350,19 +393,23 @@ unsafe fn weigh_words_kernel<S: Lanes>(
         // SAFETY: by the assertions, and those of `PartWords::new`, sixteens of rows and outputs lie inside the slices; the caller has S's
         // features.
         unsafe {
-            match sixteen.bits {
+            match sixteen.kind {
                 1 => weigh_sixteen::<S, 1>(p, sixteen, words, units, codes, output),
                 2 => weigh_sixteen::<S, 2>(p, sixteen, words, units, codes, output),
                 3 => weigh_sixteen::<S, 3>(p, sixteen, words, units, codes, output),
                 4 => weigh_sixteen::<S, 4>(p, sixteen, words, units, codes, output),
-                _ => weigh_sixteen::<S, 5>(p, sixteen, words, units, codes, output),
+                5 => weigh_sixteen::<S, 5>(p, sixteen, words, units, codes, output),
+                6 => weigh_sixteen::<S, 6>(p, sixteen, words, units, codes, output),
+                7 => weigh_sixteen::<S, 7>(p, sixteen, words, units, codes, output),
+                8 => weigh_sixteen::<S, 8>(p, sixteen, words, units, codes, output),
+                _ => weigh_sixteen::<S, 9>(p, sixteen, words, units, codes, output),
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn weigh_sixteen<S: Lanes, const BITS: usize>(
+unsafe fn weigh_sixteen<S: Lanes, const KIND: Kind>(
     p: &PartWeights,
     sixteen: &Sixteen,
     words: &[u16],
@@ -374,15 +421,15 @@ unsafe fn weigh_sixteen<S: Lanes, const BITS: usize>(
     unsafe {
         let mut q = 0;
         while q + 8 <= p.queries {
-            weigh_rows::<S, 8, BITS>(p, sixteen, q, words, units, codes, output);
+            weigh_rows::<S, 8, KIND>(p, sixteen, q, words, units, codes, output);
             q += 8;
         }
         while q + 4 <= p.queries {
-            weigh_rows::<S, 4, BITS>(p, sixteen, q, words, units, codes, output);
+            weigh_rows::<S, 4, KIND>(p, sixteen, q, words, units, codes, output);
             q += 4;
         }
         while q < p.queries {
-            weigh_rows::<S, 1, BITS>(p, sixteen, q, words, units, codes, output);
+            weigh_rows::<S, 1, KIND>(p, sixteen, q, words, units, codes, output);
             q += 1;
         }
     }
@@ -390,7 +437,7 @@ unsafe fn weigh_sixteen<S: Lanes, const BITS: usize>(
 
 /// `Q` queries and one sixteen of all rows, two rows at a time; of an odd number the last is its own second, whose weight is 0.
 #[inline(always)]
-unsafe fn weigh_rows<S: Lanes, const Q: usize, const BITS: usize>(
+unsafe fn weigh_rows<S: Lanes, const Q: usize, const KIND: Kind>(
     p: &PartWeights,
     sixteen: &Sixteen,
     q: usize,
@@ -409,8 +456,8 @@ unsafe fn weigh_rows<S: Lanes, const Q: usize, const BITS: usize>(
         while t < p.rows {
             let second = (t + 1).min(p.rows - 1);
             let levels = S::or(
-                levels_of::<S, BITS>(&low, codes.as_ptr().add(t * p.table.code_bytes), sixteen),
-                levels_of::<S, BITS>(&high, codes.as_ptr().add(second * p.table.code_bytes), sixteen),
+                levels_of::<S, KIND>(&low, codes.as_ptr().add(t * p.table.code_bytes), sixteen),
+                levels_of::<S, KIND>(&high, codes.as_ptr().add(second * p.table.code_bytes), sixteen),
             );
             let mut i = 0;
             while i < Q {
