@@ -5,7 +5,7 @@
 //! halves of sixteen lanes, or of the high ones: two sixteens of a row make a vector for scores, the same sixteen of two neighbouring rows
 //! one for weighted sums. Shapes: words of queries `[queries, 16 · pairs]`, of weights `[queries, stride]`.
 
-use super::words::{ROUNDING, TINY, WEIGHED_ROWS};
+use super::words::{ROUNDING, ScoreWords, TINY, WEIGHED_ROWS, magnitude, score_all};
 use super::{LANES, Lanes, multiversion};
 use crate::codebook::Codebook;
 use crate::format::{Format, RowLayout};
@@ -124,17 +124,8 @@ unsafe fn query_words_kernel<S: Lanes>(
     for ((query, words), unit) in queries.chunks_exact(stride).zip(words.chunks_exact_mut(length)).zip(units) {
         // SAFETY: vectors of sixteen channels of a row, of sixteen words of its pairs; the caller has S's features.
         unsafe {
-            let mut magnitude = S::splat_u32(0);
-            let mut largest = S::zero();
-            let mut c = 0;
-            while c < channels {
-                let x = S::load(query.as_ptr().add(c));
-                magnitude = S::max_magnitude(magnitude, x);
-                largest = S::max(S::abs(x), largest);
-                c += LANES;
-            }
-            all_finite &= S::all_finite(magnitude);
-            let largest = S::reduce_max(largest).max(TINY);
+            let (largest, finite) = magnitude::<S>(&query[..channels]);
+            all_finite &= finite;
             *unit = largest / table.largest_query;
             let (factor, rounding) = (S::splat(1.0 / *unit), S::splat(ROUNDING));
             for (pair, sixteens) in table.sixteens.chunks(2).enumerate() {
@@ -220,103 +211,57 @@ unsafe fn score_words_kernel<S: Lanes>(p: &PartScores, words: &[u32], units: &[f
     assert!(codes.len() >= p.rows * p.table.code_bytes);
     assert!(units.len() == p.queries && words.len() == p.queries * p.table.query_words());
     assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
-    // SAFETY: by the assertions, and those of `PartWords::new`, every sixteen below stays inside the slices; the caller has S's features.
-    unsafe {
-        let mut q = 0;
-        while q + 4 <= p.queries {
-            score_rows::<S, 4, 4>(p, q, words, units, codes, scores);
-            q += 4;
-        }
-        while q < p.queries {
-            score_rows::<S, 1, 16>(p, q, words, units, codes, scores);
-            q += 1;
-        }
-    }
+    // SAFETY: by the assertions, and those of `PartWords`, every sixteen of a row stays inside the slices; the caller has S's features.
+    unsafe { score_all::<S, _>(p, words, units, codes, scores) }
 }
 
-/// `Q` queries against all rows, `T` at a time; Q · T is 16.
-#[inline(always)]
-unsafe fn score_rows<S: Lanes, const Q: usize, const T: usize>(
-    p: &PartScores,
-    q: usize,
-    words: &[u32],
-    units: &[f32],
-    codes: &[u8],
-    scores: &mut [f32],
-) {
-    // SAFETY: see `score_words_kernel`. The last rows are done together with some before them, or singly where there are too few.
-    unsafe {
-        let mut t = 0;
-        while t + T <= p.rows {
-            score_block::<S, Q, T>(p, q, t, words, units, codes, scores);
-            t += T;
-        }
-        if t < p.rows && p.rows >= T {
-            score_block::<S, Q, T>(p, q, p.rows - T, words, units, codes, scores);
-        } else {
-            while t < p.rows {
-                score_block::<S, Q, 1>(p, q, t, words, units, codes, scores);
-                t += 1;
-            }
-        }
+impl ScoreWords for PartScores<'_> {
+    fn queries(&self) -> usize {
+        self.queries
     }
-}
 
-#[inline(always)]
-unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
-    p: &PartScores,
-    q: usize,
-    t: usize,
-    words: &[u32],
-    units: &[f32],
-    codes: &[u8],
-    scores: &mut [f32],
-) {
-    // SAFETY: q + Q ≤ queries, t + T ≤ rows (see `score_words_kernel`).
-    unsafe {
-        let length = p.table.query_words();
-        let mut words = words.as_ptr().add(q * length);
-        let row = codes.as_ptr().add(t * p.table.code_bytes);
-        let mut sums = [[S::splat_u32(0); T]; Q];
-        for pair in p.table.sixteens.chunks(2) {
-            let mut levels = [S::splat_u32(0); T];
-            for (half, sixteen) in pair.iter().enumerate() {
-                all_levels::<S, T>(p.table, half, sixteen, row, &mut levels);
-            }
-            let mut i = 0;
-            while i < Q {
-                let vector = S::load_u32(words.add(i * length).cast());
-                let mut j = 0;
-                while j < T {
-                    sums[i][j] = S::dot_words(sums[i][j], vector, levels[j]);
-                    j += 1;
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn score_stride(&self) -> usize {
+        self.score_stride
+    }
+
+    fn unit(&self) -> f32 {
+        self.table.unit
+    }
+
+    #[inline(always)]
+    unsafe fn add<S: Lanes, const Q: usize, const T: usize>(
+        &self,
+        q: usize,
+        t: usize,
+        words: &[u32],
+        codes: &[u8],
+        sums: &mut [[S::I; T]; Q],
+    ) {
+        // SAFETY: q + Q ≤ queries, t + T ≤ rows.
+        unsafe {
+            let length = self.table.query_words();
+            let mut words = words.as_ptr().add(q * length);
+            let row = codes.as_ptr().add(t * self.table.code_bytes);
+            for pair in self.table.sixteens.chunks(2) {
+                let mut levels = [S::splat_u32(0); T];
+                for (half, sixteen) in pair.iter().enumerate() {
+                    all_levels::<S, T>(self.table, half, sixteen, row, &mut levels);
                 }
-                i += 1;
-            }
-            words = words.add(LANES);
-        }
-        let target = scores.as_mut_ptr().add(q * p.score_stride + t);
-        if Q * T == LANES {
-            let mut all = [S::zero(); LANES];
-            let mut k = 0;
-            while k < LANES {
-                all[k] = S::signed_to_f32(sums[k / T][k % T]);
-                k += 1;
-            }
-            let mut folded = [0.0f32; LANES];
-            S::store(S::reduce_add_16(all), folded.as_mut_ptr());
-            let mut k = 0;
-            while k < LANES {
-                let unit = units[q + k / T] * p.table.unit;
-                target.add(k / T * p.score_stride + k % T).write(folded[k] * unit);
-                k += 1;
-            }
-        } else {
-            let mut i = 0;
-            while i < Q {
-                let sum = S::reduce_add(S::signed_to_f32(sums[i][0]));
-                target.add(i * p.score_stride).write(sum * units[q + i] * p.table.unit);
-                i += 1;
+                let mut i = 0;
+                while i < Q {
+                    let vector = S::load_u32(words.add(i * length).cast());
+                    let mut j = 0;
+                    while j < T {
+                        sums[i][j] = S::dot_words(sums[i][j], vector, levels[j]);
+                        j += 1;
+                    }
+                    i += 1;
+                }
+                words = words.add(LANES);
             }
         }
     }

@@ -78,6 +78,22 @@ impl WordTable {
     }
 }
 
+/// The largest |x| of whole vectors, at least [`TINY`], and whether all of them are finite.
+#[inline(always)]
+pub(super) unsafe fn magnitude<S: Lanes>(values: &[f32]) -> (f32, bool) {
+    // SAFETY: vectors inside the slice; the caller has S's features.
+    unsafe {
+        let mut bits = S::splat_u32(0);
+        let mut largest = S::zero();
+        for vector in values.chunks_exact(LANES) {
+            let x = S::load(vector.as_ptr());
+            bits = S::max_magnitude(bits, x);
+            largest = S::max(S::abs(x), largest);
+        }
+        (S::reduce_max(largest).max(TINY), S::all_finite(bits))
+    }
+}
+
 #[inline(always)]
 unsafe fn query_words_kernel<S: Lanes>(queries: &[f32], width: usize, words: &mut [u32], units: &mut [f32]) -> bool {
     let planes = width / 4;
@@ -88,17 +104,8 @@ unsafe fn query_words_kernel<S: Lanes>(queries: &[f32], width: usize, words: &mu
     for ((query, words), unit) in queries.chunks_exact(width).zip(words.chunks_exact_mut(width / 2)).zip(units) {
         // SAFETY: vectors of 16 channels below `width`, of 16 words below half of it; the caller has S's features.
         unsafe {
-            let mut magnitude = S::splat_u32(0);
-            let mut largest = S::zero();
-            let mut c = 0;
-            while c < width {
-                let x = S::load(query.as_ptr().add(c));
-                magnitude = S::max_magnitude(magnitude, x);
-                largest = S::max(S::abs(x), largest);
-                c += LANES;
-            }
-            all_finite &= S::all_finite(magnitude);
-            let largest = S::reduce_max(largest).max(TINY);
+            let (largest, finite) = magnitude::<S>(query);
+            all_finite &= finite;
             *unit = largest / largest_word(width);
             let (factor, rounding) = (S::splat(1.0 / *unit), S::splat(ROUNDING));
             let mut block = 0;
@@ -134,15 +141,46 @@ unsafe fn score_words_kernel<S: Lanes>(p: &WordScores, words: &[u32], units: &[f
     assert!(p.width.is_multiple_of(4 * LANES) && codes.len() >= p.rows * p.width / 4);
     assert!(units.len() == p.queries && words.len() == p.queries * p.width / 2);
     assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
-    // SAFETY: by the assertions every block below stays inside the slices; the caller has S's features.
+    // SAFETY: by the assertions every block of a row stays inside the slices; the caller has S's features.
+    unsafe { score_all::<S, _>(p, words, units, codes, scores) }
+}
+
+/// A score product: words of queries and codes of rows that fit its sizes.
+pub(super) trait ScoreWords {
+    fn queries(&self) -> usize;
+    fn rows(&self) -> usize;
+    fn score_stride(&self) -> usize;
+    /// What one step of a level is worth.
+    fn unit(&self) -> f32;
+    /// Adds the products of queries `q .. q + Q` and rows `t .. t + T`, whose lanes are still to be summed.
+    unsafe fn add<S: Lanes, const Q: usize, const T: usize>(
+        &self,
+        q: usize,
+        t: usize,
+        words: &[u32],
+        codes: &[u8],
+        sums: &mut [[S::I; T]; Q],
+    );
+}
+
+/// Scores of all queries and rows of a product whose sizes were checked.
+#[inline(always)]
+pub(super) unsafe fn score_all<S: Lanes, P: ScoreWords>(
+    p: &P,
+    words: &[u32],
+    units: &[f32],
+    codes: &[u8],
+    scores: &mut [f32],
+) {
+    // SAFETY: the caller's.
     unsafe {
         let mut q = 0;
-        while q + 4 <= p.queries {
-            score_rows::<S, 4, 4>(p, q, words, units, codes, scores);
+        while q + 4 <= p.queries() {
+            score_rows::<S, P, 4, 4>(p, q, words, units, codes, scores);
             q += 4;
         }
-        while q < p.queries {
-            score_rows::<S, 1, 16>(p, q, words, units, codes, scores);
+        while q < p.queries() {
+            score_rows::<S, P, 1, 16>(p, q, words, units, codes, scores);
             q += 1;
         }
     }
@@ -150,26 +188,26 @@ unsafe fn score_words_kernel<S: Lanes>(p: &WordScores, words: &[u32], units: &[f
 
 /// `Q` queries against all rows, `T` at a time; Q · T is 16.
 #[inline(always)]
-unsafe fn score_rows<S: Lanes, const Q: usize, const T: usize>(
-    p: &WordScores,
+unsafe fn score_rows<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
+    p: &P,
     q: usize,
     words: &[u32],
     units: &[f32],
     codes: &[u8],
     scores: &mut [f32],
 ) {
-    // SAFETY: see `score_words_kernel`. The last rows are done together with some before them, or singly where there are too few.
+    // SAFETY: see `score_all`. The last rows are done together with some before them, or singly where there are too few.
     unsafe {
         let mut t = 0;
-        while t + T <= p.rows {
-            score_block::<S, Q, T>(p, q, t, words, units, codes, scores);
+        while t + T <= p.rows() {
+            score_block::<S, P, Q, T>(p, q, t, words, units, codes, scores);
             t += T;
         }
-        if t < p.rows && p.rows >= T {
-            score_block::<S, Q, T>(p, q, p.rows - T, words, units, codes, scores);
+        if t < p.rows() && p.rows() >= T {
+            score_block::<S, P, Q, T>(p, q, p.rows() - T, words, units, codes, scores);
         } else {
-            while t < p.rows {
-                score_block::<S, Q, 1>(p, q, t, words, units, codes, scores);
+            while t < p.rows() {
+                score_block::<S, P, Q, 1>(p, q, t, words, units, codes, scores);
                 t += 1;
             }
         }
@@ -177,8 +215,8 @@ unsafe fn score_rows<S: Lanes, const Q: usize, const T: usize>(
 }
 
 #[inline(always)]
-unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
-    p: &WordScores,
+unsafe fn score_block<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
+    p: &P,
     q: usize,
     t: usize,
     words: &[u32],
@@ -186,40 +224,12 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
     codes: &[u8],
     scores: &mut [f32],
 ) {
-    // SAFETY: q + Q ≤ queries, t + T ≤ rows (see `score_words_kernel`); blocks are below the planes of a row.
+    // SAFETY: q + Q ≤ queries, t + T ≤ rows.
     unsafe {
-        let planes = p.width / 4;
-        let table = p.table.load::<S>();
-        let words = words.as_ptr().add(q * p.width / 2);
-        let row = codes.as_ptr().add(t * planes);
         let mut sums = [[S::splat_u32(0); T]; Q];
-        let mut block = 0;
-        while block < planes {
-            let mut half = 0;
-            while half < 2 {
-                let mut vectors = [S::splat_u32(0); Q];
-                let mut i = 0;
-                while i < Q {
-                    vectors[i] = S::load_u32(words.add(i * p.width / 2 + 2 * block + half * LANES).cast());
-                    i += 1;
-                }
-                let mut j = 0;
-                while j < T {
-                    let bytes = S::load_u8(row.add(j * planes + block));
-                    let index = if half == 0 { bytes } else { S::shr::<4>(bytes) };
-                    let levels = S::to_bits(S::lookup16(table, index));
-                    let mut i = 0;
-                    while i < Q {
-                        sums[i][j] = S::dot_words(sums[i][j], vectors[i], levels);
-                        i += 1;
-                    }
-                    j += 1;
-                }
-                half += 1;
-            }
-            block += LANES;
-        }
-        let target = scores.as_mut_ptr().add(q * p.score_stride + t);
+        p.add::<S, Q, T>(q, t, words, codes, &mut sums);
+        let (stride, unit) = (p.score_stride(), p.unit());
+        let target = scores.as_mut_ptr().add(q * stride + t);
         if Q * T == LANES {
             let mut all = [S::zero(); LANES];
             let mut k = 0;
@@ -231,16 +241,77 @@ unsafe fn score_block<S: Lanes, const Q: usize, const T: usize>(
             S::store(S::reduce_add_16(all), folded.as_mut_ptr());
             let mut k = 0;
             while k < LANES {
-                let unit = units[q + k / T] * p.table.unit;
-                target.add(k / T * p.score_stride + k % T).write(folded[k] * unit);
+                target.add(k / T * stride + k % T).write(folded[k] * (units[q + k / T] * unit));
                 k += 1;
             }
         } else {
             let mut i = 0;
             while i < Q {
                 let sum = S::reduce_add(S::signed_to_f32(sums[i][0]));
-                target.add(i * p.score_stride).write(sum * units[q + i] * p.table.unit);
+                target.add(i * stride).write(sum * units[q + i] * unit);
                 i += 1;
+            }
+        }
+    }
+}
+
+impl ScoreWords for WordScores<'_> {
+    fn queries(&self) -> usize {
+        self.queries
+    }
+
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn score_stride(&self) -> usize {
+        self.score_stride
+    }
+
+    fn unit(&self) -> f32 {
+        self.table.unit
+    }
+
+    #[inline(always)]
+    unsafe fn add<S: Lanes, const Q: usize, const T: usize>(
+        &self,
+        q: usize,
+        t: usize,
+        words: &[u32],
+        codes: &[u8],
+        sums: &mut [[S::I; T]; Q],
+    ) {
+        // SAFETY: q + Q ≤ queries, t + T ≤ rows; blocks are below the planes of a row.
+        unsafe {
+            let planes = self.width / 4;
+            let table = self.table.load::<S>();
+            let words = words.as_ptr().add(q * self.width / 2);
+            let row = codes.as_ptr().add(t * planes);
+            let mut block = 0;
+            while block < planes {
+                let mut half = 0;
+                while half < 2 {
+                    let mut vectors = [S::splat_u32(0); Q];
+                    let mut i = 0;
+                    while i < Q {
+                        vectors[i] = S::load_u32(words.add(i * self.width / 2 + 2 * block + half * LANES).cast());
+                        i += 1;
+                    }
+                    let mut j = 0;
+                    while j < T {
+                        let bytes = S::load_u8(row.add(j * planes + block));
+                        let index = if half == 0 { bytes } else { S::shr::<4>(bytes) };
+                        let levels = S::to_bits(S::lookup16(table, index));
+                        let mut i = 0;
+                        while i < Q {
+                            sums[i][j] = S::dot_words(sums[i][j], vectors[i], levels);
+                            i += 1;
+                        }
+                        j += 1;
+                    }
+                    half += 1;
+                }
+                block += LANES;
             }
         }
     }
