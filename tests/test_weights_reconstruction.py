@@ -252,12 +252,18 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def rounded(family: str) -> Any:
-    """A model in bfloat16."""
-    return build(family).bfloat16()
+    """A model in bfloat16; "llama with biases" in its attention, as Qwen2 has them."""
+    if family != "llama with biases":
+        return build(family).bfloat16()
+    model = build("llama", attention_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model.bfloat16()
 
 
 @pytest.mark.parametrize("channels", [None, CHANNELS])
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "llama with biases", "mistral-window", "phi3"])
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_window_of_blocks_is_in_float32(
     family: str, ahead: int, channels: ChannelOptions | None, monkeypatch: pytest.MonkeyPatch

@@ -138,9 +138,10 @@ class BlockWindow:
         """The layer's weights go back to the model, rounded to its dtype."""
         made, own = self._held.pop(index)[0], self._layers[index]
         if made is not own:
+            values = dict(made.named_parameters())  # in another order where a weight was trained
             with torch.no_grad():
-                for parameter, value in zip(own.parameters(), made.parameters(), strict=True):
-                    parameter.copy_(value)
+                for name, parameter in own.named_parameters():
+                    parameter.copy_(values[name])
 
     def advance(self, index: int, stream: Tensor, batch: int) -> Tensor:
         """The stream behind one layer."""
