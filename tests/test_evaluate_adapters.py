@@ -239,7 +239,8 @@ def test_lm_eval_runs_a_task(model: Any, tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_lm_eval_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "skvq.evaluate.adapters.lm_eval", raising=False)
     with pytest.raises(ExtraNotInstalledError, match=r"pip install 'skvq\[tasks\]'"):
         importlib.import_module("skvq.evaluate.adapters.lm_eval")
