@@ -348,7 +348,8 @@ fn check_words(isa: Isa, codec: &Codec, rows: usize, queries: usize, noise: &mut
     coded.check_scoring(queries, width, noise, |query| {
         let (mut query_words, mut units) = (vec![0; queries * width / 2], vec![0.0; queries]);
         let finite = words::query_words(isa, query, width, &mut query_words, &mut units);
-        let product = words::WordScores { table: &table, queries, rows, width, score_stride: rows };
+        let product =
+            words::WordScores { table: &table, width, sizes: words::ScoreSizes { queries, rows, score_stride: rows } };
         let mut scores = vec![f32::NAN; queries * rows];
         words::score_words(isa, &product, &query_words, &units, &coded.codes, &mut scores);
         finite.then_some(scores)
@@ -387,7 +388,8 @@ fn words_of_parts_score_and_weigh_like_levels_in_f32() {
                 let table = &table(false);
                 let (mut query_words, mut units) = (vec![0; queries * table.query_words()], vec![0.0; queries]);
                 let finite = part_words::query_words(isa, table, query, stride, &mut query_words, &mut units);
-                let product = part_words::PartScores { table, queries, rows, score_stride: rows };
+                let product =
+                    part_words::PartScores { table, sizes: words::ScoreSizes { queries, rows, score_stride: rows } };
                 let mut scores = vec![f32::NAN; queries * rows];
                 part_words::score_words(isa, &product, &query_words, &units, &coded.codes, &mut scores);
                 finite.then_some(scores)

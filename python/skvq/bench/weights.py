@@ -122,19 +122,20 @@ def _products(place: Place, options: WeightsOptions, linears: dict[str, Any], bi
     rows = []
     for (outputs, inputs), (name, weight) in found.items():
         dense = weight.dequantize().to(place.device)
+        half = dense.bfloat16()
         ours = PackedLinear(PackedWeight(weight, bits), None) if place.is_cpu else None
         torchs = Int4Linear(weight, None, place.device) if bits == 4 else None
         for count in options.rows:
             x = torch.randn(count, inputs, generator=torch.Generator().manual_seed(0)).to(place.device)
-            times = place.compare(_contestants(x, dense, ours, torchs), cold=count == 1)
+            times = place.compare(_contestants(x, dense, half, ours, torchs), cold=count == 1)
             row = {"layer": name, "outputs": outputs, "inputs": inputs, "rows": count}
             rows.append(row | {f"{key}_ms": 1e3 * value.median for key, value in times.items()})
             print(_product_line(rows[-1]), flush=True)
     return rows
 
 
-def _contestants(x: Tensor, dense: Tensor, ours: Any, torchs: Any) -> dict[str, Callable[[], object]]:
-    y, half = x.bfloat16(), dense.bfloat16()
+def _contestants(x: Tensor, dense: Tensor, half: Tensor, ours: Any, torchs: Any) -> dict[str, Callable[[], object]]:
+    y = x.bfloat16()
     found: dict[str, Callable[[], object]] = {"float32": lambda: x @ dense.T, "bfloat16": lambda: y @ half.T}
     if ours is not None:
         found |= {"packed_float32": lambda: ours(x), "packed_bfloat16": lambda: ours(y)}

@@ -214,8 +214,7 @@ def capture(model: Any, token_ids: Tensor, batch: int, device: torch.device | No
         return hook
 
     device = device or torch.device("cpu")
-    with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(_outside_in_float32(model, layers))
+    with torch.no_grad(), _outside_in_float32(model, layers):
         try:
             hooks += [x.register_forward_pre_hook(keep(i), with_kwargs=True) for i, x in enumerate(layers)]
             with ExitStack() as running:

@@ -155,7 +155,7 @@ def _written(output: Path, device: str) -> Any:
     """The quantized model: packed in float32 on the CPU, unpacked in bfloat16 on other devices."""
     if torch.device(device).type == "cpu":
         return load_checkpoint(output, dtype=torch.float32)
-    return load_checkpoint(output, dtype=torch.bfloat16, backend="dequantized").to(device)
+    return load_checkpoint(output, backend="dequantized", device=device)
 
 
 def _plan(

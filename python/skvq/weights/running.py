@@ -49,8 +49,8 @@ class Int4Linear(nn.Module):
         if not self.serves(weight, device):
             raise SkvqError(
                 f"int4pack: {self.out_features} outputs in groups of {self.group_size} on {device}: expected a "
-                f"multiple of 16 outputs on the CPU or of 8 on a GPU, and groups of "
-                f"{', '.join(map(str, INT4_GROUPS))}"
+                f"multiple of {INT4_OUTPUTS['cpu']} outputs on the CPU or of {INT4_OUTPUTS['cuda']} on a GPU, and "
+                f"groups of {', '.join(map(str, INT4_GROUPS))}"
             )
         weight = weight.to(device)
         zeros = (8.0 - weight.zero.float()) * weight.scale
@@ -129,9 +129,9 @@ def load(
     if head_bits not in HEAD_BITS:
         raise SkvqError(f"head_bits={head_bits!r}: expected one of {', '.join(map(str, HEAD_BITS))}")
     place = torch.device(device)
-    for name, value, usual in (("backend", backend, backend != "packed"), ("head_bits", head_bits, head_bits == 16)):
-        if place.type != "cpu" and not usual:
-            raise SkvqError(f"{name}={value!r}: our own product, which is for the CPU, expected another on {place}")
+    if place.type != "cpu" and (backend == "packed" or head_bits != 16):
+        given = f"backend={backend!r}" if backend == "packed" else f"head_bits={head_bits!r}"
+        raise SkvqError(f"{given}: our own product, which is for the CPU, expected another on {place}")
     folder = _folder(directory)
     config: Any = transformers.AutoConfig.from_pretrained(folder)
     bits = checkpoint_bits(getattr(config, "quantization_config", None), str(directory))

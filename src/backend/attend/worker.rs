@@ -413,17 +413,17 @@ impl<'a> Worker<'a> {
     fn score_words(&mut self, chunk: Chunk) {
         for (start, count) in pieces(chunk) {
             let codes = self.codes(false, chunk.first + start);
-            let Words { queries: words, query_units: units, .. } = &self.words;
-            let (isa, queries, score_stride, scores) = (self.plan.isa, self.job.queries, CHUNK, &mut self.partial);
+            let Words { queries, query_units: units, .. } = &self.words;
+            let sizes = words::ScoreSizes { queries: self.job.queries, rows: count, score_stride: CHUNK };
+            let (isa, scores) = (self.plan.isa, &mut self.partial);
             match self.words.keys.expect("queries hold only for keys with a table") {
                 LevelWords::Plain(table) => {
-                    let width = self.plan.key_width;
-                    let product = words::WordScores { table, queries, rows: count, width, score_stride };
-                    words::score_words(isa, &product, words, units, codes, scores);
+                    let product = words::WordScores { table, width: self.plan.key_width, sizes };
+                    words::score_words(isa, &product, queries, units, codes, scores);
                 }
                 LevelWords::Parts(table) => {
-                    let product = part_words::PartScores { table, queries, rows: count, score_stride };
-                    part_words::score_words(isa, &product, words, units, codes, scores);
+                    let product = part_words::PartScores { table, sizes };
+                    part_words::score_words(isa, &product, queries, units, codes, scores);
                 }
             }
             self.keep_packed_scores(0, start, count);

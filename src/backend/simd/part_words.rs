@@ -5,7 +5,7 @@
 //! halves of sixteen lanes, or of the high ones: two sixteens of a row make a vector for scores, the same sixteen of two neighbouring rows
 //! one for weighted sums. Shapes: words of queries `[queries, 16 · pairs]`, of weights `[queries, stride]`.
 
-use super::words::{ROUNDING, ScoreWords, TINY, WEIGHED_ROWS, magnitude, score_all};
+use super::words::{ROUNDING, ScoreSizes, ScoreWords, TINY, WEIGHED_ROWS, magnitude, score_all};
 use super::{LANES, Lanes, multiversion};
 use crate::codebook::Codebook;
 use crate::format::{Format, RowLayout};
@@ -198,40 +198,21 @@ unsafe fn levels_of<S: Lanes, const KIND: Kind>(tables: &Tables<S>, row: *const 
     }
 }
 
-/// Sizes of a score product.
+/// A score product.
 pub(crate) struct PartScores<'a> {
     pub table: &'a PartWords,
-    pub queries: usize,
-    pub rows: usize,
-    pub score_stride: usize,
+    pub sizes: ScoreSizes,
 }
 
 #[inline(always)]
 unsafe fn score_words_kernel<S: Lanes>(p: &PartScores, words: &[u32], units: &[f32], codes: &[u8], scores: &mut [f32]) {
-    assert!(codes.len() >= p.rows * p.table.code_bytes);
-    assert!(units.len() == p.queries && words.len() == p.queries * p.table.query_words());
-    assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
+    assert!(codes.len() >= p.sizes.rows * p.table.code_bytes);
+    assert!(words.len() == p.sizes.queries * p.table.query_words());
     // SAFETY: by the assertions, and those of `PartWords`, every sixteen of a row stays inside the slices; the caller has S's features.
-    unsafe { score_all::<S, _>(p, words, units, codes, scores) }
+    unsafe { score_all::<S, _>(p, &p.sizes, p.table.unit, words, units, codes, scores) }
 }
 
 impl ScoreWords for PartScores<'_> {
-    fn queries(&self) -> usize {
-        self.queries
-    }
-
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn score_stride(&self) -> usize {
-        self.score_stride
-    }
-
-    fn unit(&self) -> f32 {
-        self.table.unit
-    }
-
     #[inline(always)]
     unsafe fn add<S: Lanes, const Q: usize, const T: usize>(
         &self,
@@ -335,7 +316,7 @@ unsafe fn weigh_words_kernel<S: Lanes>(
     assert!(p.output_stride >= p.table.channels() && output.len() >= p.queries * p.output_stride);
     assert!(units.len() == p.queries);
     for sixteen in &p.table.sixteens {
-        // SAFETY: by the assertions, and those of `PartWords::new`, sixteens of rows and outputs lie inside the slices; the caller has S's
+        // SAFETY: by the assertions, and those of `PartWords`, sixteens of rows and outputs lie inside the slices; the caller has S's
         // features.
         unsafe {
             match sixteen.kind {

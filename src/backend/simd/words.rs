@@ -78,15 +78,15 @@ impl WordTable {
     }
 }
 
-/// The largest |x| of whole vectors, at least [`TINY`], and whether all of them are finite.
+/// The largest |x|, at least [`TINY`], and whether all of them are finite.
 #[inline(always)]
 pub(super) unsafe fn magnitude<S: Lanes>(values: &[f32]) -> (f32, bool) {
-    // SAFETY: vectors inside the slice; the caller has S's features.
+    // SAFETY: lanes of the slice; the caller has S's features.
     unsafe {
         let mut bits = S::splat_u32(0);
         let mut largest = S::zero();
-        for vector in values.chunks_exact(LANES) {
-            let x = S::load(vector.as_ptr());
+        for vector in values.chunks(LANES) {
+            let x = S::load_partial(vector.as_ptr(), vector.len());
             bits = S::max_magnitude(bits, x);
             largest = S::max(S::abs(x), largest);
         }
@@ -127,31 +127,30 @@ unsafe fn query_words_kernel<S: Lanes>(queries: &[f32], width: usize, words: &mu
 }
 
 /// Sizes of a score product.
-pub(crate) struct WordScores<'a> {
-    pub table: &'a WordTable,
+pub(crate) struct ScoreSizes {
     pub queries: usize,
     pub rows: usize,
+    pub score_stride: usize,
+}
+
+/// A score product of two-bit rows.
+pub(crate) struct WordScores<'a> {
+    pub table: &'a WordTable,
     /// Channels of a row, a multiple of 64.
     pub width: usize,
-    pub score_stride: usize,
+    pub sizes: ScoreSizes,
 }
 
 #[inline(always)]
 unsafe fn score_words_kernel<S: Lanes>(p: &WordScores, words: &[u32], units: &[f32], codes: &[u8], scores: &mut [f32]) {
-    assert!(p.width.is_multiple_of(4 * LANES) && codes.len() >= p.rows * p.width / 4);
-    assert!(units.len() == p.queries && words.len() == p.queries * p.width / 2);
-    assert!(p.queries == 0 || scores.len() >= (p.queries - 1) * p.score_stride + p.rows);
+    assert!(p.width.is_multiple_of(4 * LANES) && codes.len() >= p.sizes.rows * p.width / 4);
+    assert!(words.len() == p.sizes.queries * p.width / 2);
     // SAFETY: by the assertions every block of a row stays inside the slices; the caller has S's features.
-    unsafe { score_all::<S, _>(p, words, units, codes, scores) }
+    unsafe { score_all::<S, _>(p, &p.sizes, p.table.unit, words, units, codes, scores) }
 }
 
 /// A score product: words of queries and codes of rows that fit its sizes.
 pub(super) trait ScoreWords {
-    fn queries(&self) -> usize;
-    fn rows(&self) -> usize;
-    fn score_stride(&self) -> usize;
-    /// What one step of a level is worth.
-    fn unit(&self) -> f32;
     /// Adds the products of queries `q .. q + Q` and rows `t .. t + T`, whose lanes are still to be summed.
     unsafe fn add<S: Lanes, const Q: usize, const T: usize>(
         &self,
@@ -163,24 +162,28 @@ pub(super) trait ScoreWords {
     );
 }
 
-/// Scores of all queries and rows of a product whose sizes were checked.
+/// Scores of all queries and rows of a product whose words and codes fit its sizes; `unit` is what one step of a level is worth.
 #[inline(always)]
 pub(super) unsafe fn score_all<S: Lanes, P: ScoreWords>(
     p: &P,
+    sizes: &ScoreSizes,
+    unit: f32,
     words: &[u32],
     units: &[f32],
     codes: &[u8],
     scores: &mut [f32],
 ) {
+    assert!(units.len() == sizes.queries);
+    assert!(sizes.queries == 0 || scores.len() >= (sizes.queries - 1) * sizes.score_stride + sizes.rows);
     // SAFETY: the caller's.
     unsafe {
         let mut q = 0;
-        while q + 4 <= p.queries() {
-            score_rows::<S, P, 4, 4>(p, q, words, units, codes, scores);
+        while q + 4 <= sizes.queries {
+            score_rows::<S, P, 4, 4>(p, sizes, q, unit, words, units, codes, scores);
             q += 4;
         }
-        while q < p.queries() {
-            score_rows::<S, P, 1, 16>(p, q, words, units, codes, scores);
+        while q < sizes.queries {
+            score_rows::<S, P, 1, 16>(p, sizes, q, unit, words, units, codes, scores);
             q += 1;
         }
     }
@@ -188,39 +191,48 @@ pub(super) unsafe fn score_all<S: Lanes, P: ScoreWords>(
 
 /// `Q` queries against all rows, `T` at a time; Q · T is 16.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn score_rows<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
     p: &P,
+    sizes: &ScoreSizes,
     q: usize,
+    unit: f32,
     words: &[u32],
     units: &[f32],
     codes: &[u8],
     scores: &mut [f32],
 ) {
+    let (rows, stride) = (sizes.rows, sizes.score_stride);
+    let units: [f32; Q] = std::array::from_fn(|i| units[q + i] * unit);
+    let scores = &mut scores[q * stride..];
     // SAFETY: see `score_all`. The last rows are done together with some before them, or singly where there are too few.
     unsafe {
         let mut t = 0;
-        while t + T <= p.rows() {
-            score_block::<S, P, Q, T>(p, q, t, words, units, codes, scores);
+        while t + T <= rows {
+            score_block::<S, P, Q, T>(p, q, t, stride, words, &units, codes, scores);
             t += T;
         }
-        if t < p.rows() && p.rows() >= T {
-            score_block::<S, P, Q, T>(p, q, p.rows() - T, words, units, codes, scores);
+        if t < rows && rows >= T {
+            score_block::<S, P, Q, T>(p, q, rows - T, stride, words, &units, codes, scores);
         } else {
-            while t < p.rows() {
-                score_block::<S, P, Q, 1>(p, q, t, words, units, codes, scores);
+            while t < rows {
+                score_block::<S, P, Q, 1>(p, q, t, stride, words, &units, codes, scores);
                 t += 1;
             }
         }
     }
 }
 
+/// `units` and `scores` are those of query `q` and the next.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn score_block<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
     p: &P,
     q: usize,
     t: usize,
+    stride: usize,
     words: &[u32],
-    units: &[f32],
+    units: &[f32; Q],
     codes: &[u8],
     scores: &mut [f32],
 ) {
@@ -228,8 +240,7 @@ unsafe fn score_block<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
     unsafe {
         let mut sums = [[S::splat_u32(0); T]; Q];
         p.add::<S, Q, T>(q, t, words, codes, &mut sums);
-        let (stride, unit) = (p.score_stride(), p.unit());
-        let target = scores.as_mut_ptr().add(q * stride + t);
+        let target = scores.as_mut_ptr().add(t);
         if Q * T == LANES {
             let mut all = [S::zero(); LANES];
             let mut k = 0;
@@ -241,14 +252,14 @@ unsafe fn score_block<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
             S::store(S::reduce_add_16(all), folded.as_mut_ptr());
             let mut k = 0;
             while k < LANES {
-                target.add(k / T * stride + k % T).write(folded[k] * (units[q + k / T] * unit));
+                target.add(k / T * stride + k % T).write(folded[k] * units[k / T]);
                 k += 1;
             }
         } else {
             let mut i = 0;
             while i < Q {
                 let sum = S::reduce_add(S::signed_to_f32(sums[i][0]));
-                target.add(i * stride).write(sum * units[q + i] * unit);
+                target.add(i * stride).write(sum * units[i]);
                 i += 1;
             }
         }
@@ -256,22 +267,6 @@ unsafe fn score_block<S: Lanes, P: ScoreWords, const Q: usize, const T: usize>(
 }
 
 impl ScoreWords for WordScores<'_> {
-    fn queries(&self) -> usize {
-        self.queries
-    }
-
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn score_stride(&self) -> usize {
-        self.score_stride
-    }
-
-    fn unit(&self) -> f32 {
-        self.table.unit
-    }
-
     #[inline(always)]
     unsafe fn add<S: Lanes, const Q: usize, const T: usize>(
         &self,
@@ -320,23 +315,11 @@ impl ScoreWords for WordScores<'_> {
 #[inline(always)]
 unsafe fn weight_words_kernel<S: Lanes>(weights: &[f32], words: &mut [u16]) -> Option<f32> {
     assert!(words.len() == weights.len().next_multiple_of(2));
-    // SAFETY: lanes i..i+n of the slice; the caller has S's features.
-    let largest = unsafe {
-        let mut largest = S::zero();
-        let mut magnitude = S::splat_u32(0);
-        let mut i = 0;
-        while i < weights.len() {
-            let n = (weights.len() - i).min(LANES);
-            let x = S::load_partial(weights.as_ptr().add(i), n);
-            magnitude = S::max_magnitude(magnitude, x);
-            largest = S::max(x, largest);
-            i += n;
-        }
-        if !S::all_finite(magnitude) {
-            return None;
-        }
-        S::reduce_max(largest).max(TINY)
-    };
+    // SAFETY: the caller has S's features.
+    let (largest, finite) = unsafe { magnitude::<S>(weights) };
+    if !finite {
+        return None;
+    }
     let factor = LARGEST_WEIGHT / largest;
     for (word, weight) in words.iter_mut().zip(weights) {
         *word = (weight * factor + ROUNDING).to_bits() as u16;
