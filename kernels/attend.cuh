@@ -32,27 +32,27 @@ struct FoldedQueries {
     const float* extras[Tiles];
     int extras_step[Tiles];
 
-    /// `first_index`: tile of the kv head; `first_tile`: the same as a place in memory.
-    __device__ __forceinline__ void load(const AttendParams& p, int first_index, i64 first_tile, int lane) {
-        constexpr int width = K::head_dim / 16 * 64, extras_width = extras_head + K::groups;
+    /// `first_index`: tile of the kv head; `folded`, `folded_extras`: of that tile, read by `read`.
+    template <class Read>
+    __device__ __forceinline__ void load(const AttendParams& p, int first_index, const u32* folded, const float* folded_extras, const Read& read, int lane) {
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
             auto existing = [&](int query) { return existing_query(query, p.group, p.length, first_index + n); };
             const int own = 4 * existing(lane / 4) + lane % 4, pair[2] = {existing(lane % 4 * 2), existing(lane % 4 * 2 + 1)};
-            fragments[n] = reinterpret_cast<const u32*>(p.folded) + (first_tile + n) * width + 2 * own;
-            extras[n] = reinterpret_cast<const float*>(p.extras) + ((first_tile + n) * query_tile + pair[0]) * extras_width;
-            extras_step[n] = (pair[1] - pair[0]) * extras_width;
+            fragments[n] = folded + n * folded_words<K> + 2 * own;
+            extras[n] = folded_extras + n * extras_floats<K> + pair[0] * extras_width<K>;
+            extras_step[n] = (pair[1] - pair[0]) * extras_width<K>;
             for (int side = 0; side < 2; ++side) {
                 const float* from = extras[n] + side * extras_step[n];
-                unit[n][side] = load_here(from);
-                shifted[n][side] = load_here(from + 1);
-                if constexpr (K::is_parts) noise[n][side] = load_here(from + 2);
+                unit[n][side] = read(from);
+                shifted[n][side] = read(from + 1);
+                if constexpr (K::is_parts) noise[n][side] = read(from + 2);
             }
             auto fragment = [&](auto tile, u32(&b)[2]) {
                 const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
                 b[0] = pair.x, b[1] = pair.y;
             };
-            if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(p.folded) + (first_tile + n) * (width / 4), own);
+            if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(folded + n * folded_words<K>), own, read);
             if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { fragment(tile, kept[n][decltype(tile)::value]); });
         });
     }
@@ -167,19 +167,59 @@ constexpr int resident_blocks = Tiles > 1 || K::head_dim > 128 || V::head_dim > 
 template <class K, class V, int Tiles>
 constexpr int state_bytes = StateExchange<V, Tiles>::bytes;
 /// Of shared memory: rows on their way, then states.
-template <class K, class V, int Tiles>
-constexpr int attend_bytes = RowRing<K, V>::bytes > state_bytes<K, V, Tiles> ? RowRing<K, V>::bytes : state_bytes<K, V, Tiles>;
+template <class K, class V, int Tiles, int Taken = 0>
+constexpr int attend_bytes =
+    RowRing<K, V, false, Taken>::bytes > state_bytes<K, V, Tiles> ? RowRing<K, V, false, Taken>::bytes : state_bytes<K, V, Tiles>;
 
-/// A split of the past: all that a block does, or that a warp does where each has its own (`Apart`).
-template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders>
-__device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) {
+/// The first page of a split; of the one behind the last: where the past ends.
+__device__ __forceinline__ int first_page_of(const AttendParams& p, int split) {
+    return split * p.short_pages + min(split, p.long_splits) * (p.pages_per_split - p.short_pages);
+}
+
+/// Where the work of a split lies: which tiles of queries, of which (sequence, kv head).
+struct SplitPlace {
+    int split, batch, head_tile;
+
+    __device__ __forceinline__ int head(const AttendParams& p) const { return head_tile / p.query_tiles; }
+    __device__ __forceinline__ int first_tile(const AttendParams& p) const { return head_tile % p.query_tiles; }
+    __device__ __forceinline__ i64 sequence(const AttendParams& p) const { return static_cast<i64>(batch) * p.kv_heads + head(p); }
+};
+
+/// What comes before and after a split: queries that a launch before has folded, states that one behind unfolds.
+template <class K, class V, int Tiles, bool Apart>
+struct AmongLaunches {
+    static constexpr int shared_bytes = 0;  // beside rows on their way and states
+    /// Queries for rows of this block of statistics. That launch may be at it until here.
+    template <bool Bytes>
+    __device__ __forceinline__ void bring(FoldedQueries<K, Tiles, Bytes>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
+                                          int lane) const {
+        wait_for_earlier_launches();
+        const int first = place.first_tile(p);
+        const i64 tile = (place.sequence(p) * p.key_blocks + statistics) * p.query_tiles + first;
+        queries.load(p, first, reinterpret_cast<const u32*>(p.folded) + tile * folded_words<K>,
+                     reinterpret_cast<const float*>(p.extras) + tile * extras_floats<K>, FromLaunch(), lane);
+    }
+    template <bool Remainders>
+    __device__ __forceinline__ void write(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, const SplitPlace& place, float* shared) const {
+        if constexpr (Apart) {
+            write_own_states<V, Tiles, Remainders>(state, p, place.batch, place.head_tile, p.kv_heads * p.query_tiles, place.split);
+        } else {
+            __syncthreads();
+            write_states<V, Tiles, Remainders>(state, p, place.batch, place.head_tile, p.kv_heads * p.query_tiles, place.split, shared);
+        }
+    }
+};
+
+/// A split of the past: all that a block does, or that a warp does where each has its own (`Apart`). `around`: as AmongLaunches.
+template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders, class Around>
+__device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, const Around& around) {
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = Apart ? blockIdx.z * attend_warps + warp : blockIdx.z, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
     const int head_tile = blockIdx.x * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
+    const SplitPlace place_of_split = {split, batch, head_tile};
     if (Apart && split >= p.splits) return;
     // What does not depend on the lengths is asked for before they are known: a short split is all latency.
-    auto page_of = [&](int which) { return which * p.short_pages + min(which, p.long_splits) * (p.pages_per_split - p.short_pages); };
-    const int first_page = page_of(split);
+    const int first_page = first_page_of(p, split);
     const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
     const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
     auto key_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.key_pages) + (first_entry + page)); };
@@ -192,8 +232,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
-    constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart>::fits;
-    const RowLimits limits(p, batch, first_page, page_of(split + 1), lengths[0], sinks, total, wholes, K::is_parts);
+    constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
+    const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths[0], sinks, total, wholes, K::is_parts);
 
     RunningState<V, Tiles, Remainders> state;
     state.clear(p.weight_unit);
@@ -209,10 +249,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             return reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
         };
 
-        // Folded by the launch before, which may be at it until here.
         auto queries_come = [&] {
-            wait_for_earlier_launches();
-            queries.load(p, first_query_tile, (sequence * p.key_blocks + statistics) * p.query_tiles + first_query_tile, lane);
+            around.bring(queries, p, place_of_split, statistics, lane);
             queries.prepare(p);
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -223,7 +261,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
         if constexpr (wholes) {
             // Whole pages, two row blocks of each for a warp. While they are computed those of later pages are on their way.
             static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
-            using Ring = RowRing<K, V, Apart>;
+            using Ring = RowRing<K, V, Apart, Around::shared_bytes>;
             const Ring ring(shared, warp, lane);
             const int turns = (limits.whole_end - limits.whole_begin) * Ring::page_turns;
             // Pages whose copies begin next: their addresses are read a turn before.
@@ -342,25 +380,27 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared) 
             else if (block <= last_block) load_block(block, now);
         }
     }
-    if constexpr (Apart) {
-        write_own_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split);
-    } else {
-        __syncthreads();
-        write_states<V, Tiles, Remainders>(state, p, batch, head_tile, head_tiles, split, reinterpret_cast<float*>(shared));
+    around.write(state, p, place_of_split, reinterpret_cast<float*>(shared));
+}
+
+/// A split by the loop that its levels allow.
+template <class K, class V, int Tiles, bool Apart, class Around>
+__device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared, const Around& around) {
+    static_assert(K::stream == keys && V::stream == values, "keys, then values");
+    constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
+    const bool integers = bytes && p.as_bytes;
+    if constexpr (remainders) {
+        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false>(p, shared, around);
     }
+    integers ? attend_split<K, V, Tiles, Apart, bytes, remainders>(p, shared, around)
+             : attend_split<K, V, Tiles, Apart, false, remainders>(p, shared, around);
 }
 
 template <class K, class V, int Tiles, bool Apart>
 __device__ __forceinline__ void attend_rows(const AttendParams& p) {
-    static_assert(K::stream == keys && V::stream == values, "keys, then values");
     alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
     let_next_launch_begin();
-    constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
-    const bool integers = bytes && p.as_bytes;
-    if constexpr (remainders) {
-        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false>(p, shared);
-    }
-    integers ? attend_split<K, V, Tiles, Apart, bytes, remainders>(p, shared) : attend_split<K, V, Tiles, Apart, false, remainders>(p, shared);
+    attend_levels<K, V, Tiles, Apart>(p, shared, AmongLaunches<K, V, Tiles, Apart>());
 }
 
 template <class K, class V, int Tiles>

@@ -105,11 +105,11 @@ struct ManyQueries {
     }
     /// `first_index`: tile of the kv head; `first_tile`: the same as a place in memory.
     __device__ __forceinline__ void load(const AttendParams& p, int first_index, i64 first_tile, int lane) {
-        constexpr int width = K::head_dim / 16 * 64, extras_width = extras_head + K::groups;
+        constexpr int width = folded_words<K>;
         for (int side = 0; side < 2; ++side) {
             const int query = existing_query(lane / 4, p.group, p.length, first_index + side);
             fragments[side] = reinterpret_cast<const u32*>(p.folded) + (first_tile + side) * width + 2 * (4 * query + lane % 4);
-            extras[side] = reinterpret_cast<const float*>(p.extras) + ((first_tile + side) * query_tile + query) * extras_width;
+            extras[side] = reinterpret_cast<const float*>(p.extras) + ((first_tile + side) * query_tile + query) * extras_width<K>;
             if constexpr (in_registers) {
                 for (int i = 0; i < 3; ++i) numbers[side][i] = log2_e * extras[side][i];
             }

@@ -46,10 +46,11 @@ struct ByteQueries {
     static constexpr int words = K::tiles / 2;
     u32 high[words][2], low[words][2];
 
-    __device__ __forceinline__ void load(const U32x4* from, int lane) {
+    template <class Read>
+    __device__ __forceinline__ void load(const U32x4* from, int lane, const Read& read) {
         for_each<words>([&](auto index) {
             constexpr int w = decltype(index)::value;
-            const U32x4 four = load_here(from + 32 * w + lane);
+            const U32x4 four = read(from + 32 * w + lane);
             high[w][0] = four.x, high[w][1] = four.y, low[w][0] = four.z, low[w][1] = four.w;
         });
     }

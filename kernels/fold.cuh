@@ -1,6 +1,6 @@
 // Queries folded for packed keys: q·x̂ = (R(s∘q))_π·ŷ_π + q·μ, or (Bᵀq)·ŷ + q·m(t).
 //
-// Is: one launch before attend.cuh; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
+// Is: one launch before attend.cuh, or what each block of attend_once.cuh does first; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
 // by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block
 // of statistics has its own q', so a split of attention stays inside one block.
@@ -37,14 +37,23 @@ __device__ __forceinline__ void write_query_halves(const float (&row)[K::head_di
     });
 }
 
+/// Of shared memory, for what a transform does to the eight rows of a block.
+template <class Rows>
+constexpr int transform_floats = rows_per_block * (Rows::is_parts ? product_parts(Rows::head_dim) : 1) * Rows::head_dim;
+/// Of a tile: words of q'; numbers of a query's extras, and of all.
+template <class K>
+constexpr int folded_words = K::head_dim / 16 * 64;
+template <class K>
+constexpr int extras_width = extras_head + K::groups;
+template <class K>
+constexpr int extras_floats = query_tile * extras_width<K>;
+
+/// The queries of a tile to `fragments` and `extras`, as FoldParams has them, for one block of statistics. `buffer` [transform_floats<K>], at a multiple of
+/// 16 bytes. 16 threads for each query; all threads of the block take part.
 template <class T, class K>
-__global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ FoldParams p) {
-    let_next_launch_begin();
-    wait_for_earlier_launches();
+__device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int head, int tile, int block, float* buffer, u32* fragments, float* extras) {
     constexpr int D = K::head_dim, per_lane = D / 16;
-    alignas(16) __shared__ float buffer[rows_per_block * (K::is_parts ? product_parts(D) : 1) * D];
-    const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
-    const int blocks = gridDim.x, query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
     const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
     float* own = buffer + query * D;
@@ -89,10 +98,6 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
 #pragma unroll
     for (int k = 0; k < per_lane; ++k) row[k] *= inverse_unit;
 
-    const i64 tile_index = ((static_cast<i64>(batch) * p.kv_heads + head) * blocks + block) * p.query_tiles + tile;
-    u32* fragments = reinterpret_cast<u32*>(p.folded) + tile_index * (D / 16 * 64);
-    constexpr int extras_width = extras_head + K::groups;
-    float* extras = reinterpret_cast<float*>(p.extras) + tile_index * (query_tile * extras_width);
     const bool as_bytes = by_bytes<K, 1> && p.as_bytes;
     // Zero points meet the sum of what the scores are made of: the rounded elements.
     float sums[K::groups] = {};
@@ -100,13 +105,24 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
         if (as_bytes) sums[0] = write_query_bytes<D>(row, fragments + 16 * query, lane);
     }
     if (!as_bytes) write_query_halves<K>(row, sums, fragments + 8 * query, lane);
-    float* own_extras = extras + query * extras_width;
+    float* own_extras = extras + query * extras_width<K>;
 #pragma unroll
     for (int g = 0; g < K::groups; ++g) {
         const float sum = add_lanes(sums[g]) * unit;
         if (lane == 0) own_extras[extras_head + g] = sum;
     }
     if (lane == 0) own_extras[0] = unit, own_extras[1] = shifted, own_extras[2] = noise, own_extras[3] = 0.0f;
+}
+
+template <class T, class K>
+__global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ FoldParams p) {
+    let_next_launch_begin();
+    wait_for_earlier_launches();
+    alignas(16) __shared__ float buffer[transform_floats<K>];
+    const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
+    const i64 index = ((static_cast<i64>(batch) * p.kv_heads + head) * gridDim.x + block) * p.query_tiles + tile;
+    fold_tile<T, K>(p, batch, head, tile, block, buffer, reinterpret_cast<u32*>(p.folded) + index * folded_words<K>,
+                    reinterpret_cast<float*>(p.extras) + index * extras_floats<K>);
 }
 
 }  // namespace skvq

@@ -138,6 +138,16 @@ struct PlainParams {
     i32 padding;
 };
 
+/// attend_once.cuh. Grid: kv heads × batch × (splits of packed rows + those of the regions). Of `fold` and `attend` neither folded queries, extras nor
+/// states are used: the states of packed rows are among those of `plain`, from first_state on.
+struct OnceParams {
+    FoldParams fold;
+    AttendParams attend;
+    PlainParams plain;
+    TransformParams values;
+    i32 first_state, padding;
+};
+
 /// merge.cuh, unfold: packed states of some splits become one state in the model's space.
 struct UnfoldParams {
     u64 packed;  // f32 [batch, kv heads, query tiles, 8, splits, 4 + D]
@@ -295,6 +305,7 @@ static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 480, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
+static_assert(sizeof(OnceParams) == 1288, "OnceParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

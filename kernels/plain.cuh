@@ -41,15 +41,15 @@ struct RegionRows {
     }
 };
 
-/// How threads share rows and queries.
-template <class T, int Dk, int Dv>
+/// How threads share rows and queries. `Most`: queries of a thread, and rows whose loads are on their way together; 2 takes fewer registers than 4.
+template <class T, int Dk, int Dv, int Most>
 struct PlainShape {
     static constexpr int channels = 16 / sizeof(T);  // of a load
     static constexpr int lanes = (Dk > Dv ? Dk : Dv) / channels <= 8 ? 8 : 16;
     static constexpr int slots = row_threads / lanes, warp_slots = 32 / lanes;  // rows at a time
     static constexpr int key_loads = (Dk / channels + lanes - 1) / lanes, value_loads = (Dv / channels + lanes - 1) / lanes;
-    static constexpr int queries = (key_loads > value_loads ? key_loads : value_loads) * channels <= 8 ? 4 : 2;  // of a thread
-    static constexpr int rows = lanes == 8 || key_loads + value_loads > 4 ? 2 : 4;  // whose loads are on their way together
+    static constexpr int queries = (key_loads > value_loads ? key_loads : value_loads) * channels <= 8 ? Most : 2;  // of a thread
+    static constexpr int rows = lanes == 8 || key_loads + value_loads > 4 ? 2 : Most;
     // Scores of these rows and queries, one in every `apart` lanes of a slot.
     static constexpr int scores = rows * queries, apart = lanes / scores;
     static_assert(scores <= lanes, "a lane has one score");
@@ -141,9 +141,9 @@ __device__ __forceinline__ float scatter_sums(float (&numbers)[count], int lane)
 }
 
 /// Some queries of a tile, and what a slot of lanes has seen for them.
-template <class T, int Dk, int Dv>
+template <class T, int Dk, int Dv, int Most>
 struct PlainQueries {
-    using Shape = PlainShape<T, Dk, Dv>;
+    using Shape = PlainShape<T, Dk, Dv, Most>;
     using KeyRow = LaneRow<T, Dk, Shape::key_loads, Shape::lanes>;
     using ValueRow = LaneRow<T, Dv, Shape::value_loads, Shape::lanes>;
     static constexpr int queries = Shape::queries, rows = Shape::rows, lanes = Shape::lanes;
@@ -206,21 +206,23 @@ struct PlainQueries {
     }
 };
 
-template <class T, int Dk, int Dv>
-__global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ PlainParams p) {
-    using Shape = PlainShape<T, Dk, Dv>;
-    let_next_launch_begin();
-    using Queries = PlainQueries<T, Dk, Dv>;
+template <class T, int Dk, int Dv, int Most>
+constexpr int plain_bytes = PlainShape<T, Dk, Dv, Most>::slots * PlainShape<T, Dk, Dv, Most>::queries * (state_head + Dv) * 4;
+
+/// A split of the regions' rows, number `which` of all: its state, for the queries of a tile. `buffer` [plain_bytes / 16].
+template <class T, int Dk, int Dv, int Most>
+__device__ __forceinline__ void plain_split(const PlainParams& p, int which, int head_tile, int batch, U32x4* buffer) {
+    using Shape = PlainShape<T, Dk, Dv, Most>;
+    using Queries = PlainQueries<T, Dk, Dv, Most>;
     constexpr int warps = row_threads / 32, most_parts = query_tile / Shape::queries, width = state_head + Dv;
     static_assert(most_parts <= warps, "each part of the queries has a warp");
-    __shared__ U32x4 buffer[Shape::slots * Shape::queries * width / 4];
     float* seen = reinterpret_cast<float*>(buffer);  // [slots, queries of a part, 4 + Dv], as states
 
-    const int batch = blockIdx.z, head_tile = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
+    const int head_tiles = p.kv_heads * p.query_tiles;
     const int head = head_tile / p.query_tiles, first_query = head_tile % p.query_tiles * query_tile;
     const int count = min(query_tile, p.group * p.length - first_query);
     if (count <= 0) return wait_for_earlier_launches();
-    int split = blockIdx.x, index = 0;
+    int split = which, index = 0;
     while (split >= p.regions[index].splits) split -= p.regions[index++].splits;
     const PlainRegion& region = p.regions[index];
     const i32* read = reinterpret_cast<const i32*>(p.lengths);
@@ -339,10 +341,17 @@ __global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ Pla
 #pragma unroll
         for (int k = 0; k < Dv / 16; ++k) output[k] += factor * from[i * step + state_head + channel + 16 * k];
     }
-    float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, blockIdx.x, Dv);
+    float* to = state_at(p.states, batch, head_tile, head_tiles, query, p.state_count, which, Dv);
     if (channel == 0) to[0] = largest, to[1] = sum, to[2] = 0.0f, to[3] = 0.0f;
 #pragma unroll
     for (int k = 0; k < Dv / 16; ++k) to[state_head + channel + 16 * k] = output[k];
+}
+
+template <class T, int Dk, int Dv>
+__global__ void __launch_bounds__(row_threads) plain(const __grid_constant__ PlainParams p) {
+    let_next_launch_begin();
+    __shared__ U32x4 buffer[plain_bytes<T, Dk, Dv, 4> / 16];
+    plain_split<T, Dk, Dv, 4>(p, blockIdx.x, blockIdx.y, blockIdx.z, buffer);
 }
 
 }  // namespace skvq

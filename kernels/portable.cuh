@@ -268,7 +268,13 @@ alignas(16) extern __shared__ unsigned char skvq_dynamic_shared[];
 
 constexpr u32 whole_warp = 0xffffffffu;
 
-/// How words are read: of pages, which are read once, or of shared memory.
+/// How words are read: of pages, which are read once, of what a launch before this one writes, or of shared memory.
+struct FromLaunch {
+    template <class T>
+    __device__ __forceinline__ T operator()(const T* from) const {
+        return load_here(from);
+    }
+};
 struct FromPage {
     template <class T>
     __device__ __forceinline__ T operator()(const T* from) const {

@@ -231,10 +231,9 @@ struct StateExchange {
     static constexpr int bytes = (at_once * warp_floats + attend_warps * queries) * 4;
 };
 
-/// Brings the four warps' states together in shared memory and writes those of the block.
+/// Brings the four warps' states together in shared memory: references are joint, sums are StateExchange::at_once summands.
 template <class V, int Tiles, bool Remainders>
-__device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
-                                             int head_tiles, int split, float* shared) {
+__device__ __forceinline__ void exchange_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, float* shared) {
     using Exchange = StateExchange<V, Tiles>;
     constexpr int queries = Exchange::queries, width = Exchange::width;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -267,6 +266,15 @@ __device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>&
         }
         __syncthreads();
     }
+}
+
+/// The state of a block, each element by one thread.
+template <class V, int Tiles, bool Remainders>
+__device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
+                                             int head_tiles, int split, float* shared) {
+    using Exchange = StateExchange<V, Tiles>;
+    constexpr int queries = Exchange::queries, width = Exchange::width;
+    exchange_states(state, p, shared);
     const int exist = min(queries, p.group * p.length - head_tile % p.query_tiles * query_tile);
     for (int i = threadIdx.x; i < exist * width; i += attend_threads) {
         const int query = i / width, element = i % width;

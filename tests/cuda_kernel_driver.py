@@ -29,6 +29,7 @@ HEADERS = [
     "noise.cuh",
     "attend.cuh",
     "attend_many.cuh",
+    "attend_once.cuh",
     "merge.cuh",
     "plain.cuh",
     "turning.cuh",
@@ -58,6 +59,7 @@ def instances(case: cases.Case) -> list[str]:
         names += [*(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
         if case.keys.get("block") or case.values.get("block"):
             names += [*(f"attend_apart<{', '.join(packed)}, {count}>" for count in tiles)]
+        names += [f"attend_once<{element}, {', '.join(packed)}>"] if 1 in tiles else []
         names += [f"attend_many<{', '.join(packed)}>"] if takes_many else []
         names += [f"unfold<{width_v}>", *([f"turning<{element}, {width_k}>"] if "shift_sine" in case.keys else [])]
     return [

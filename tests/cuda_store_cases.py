@@ -22,6 +22,7 @@ from skvq import SkvqError, _native
 STREAM = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of the largest output: queries, levels and weights are f16 in the kernels.
+QUERY_TILE = 8  # queries of a kv head that one launch may serve
 ERROR = {"float32": 1.5e-3, "float16": 2e-3, "bfloat16": 8e-3}
 # A scale of a block is one step off where sums in another order round the other way.
 FP16_STEP = 2.0**-10
@@ -363,20 +364,26 @@ class Pair:
     def query_heads(self) -> int:
         return self.case.kv_heads * self.case.group
 
-    def check_attention(self, generator: torch.Generator, length: int, **more: Any) -> None:
+    def check_attention(self, generator: torch.Generator, length: int, *, both: bool = True, **more: Any) -> None:
+        """Of random queries of the last `length` tokens; `both`: with one launch and with many, where that can be."""
         dtype, width = DTYPES[self.case.dtype], self.case.keys["head_dim"]
         query = torch.randn(self.cpu.batch_size, self.query_heads, length, width, generator=generator).to(dtype)
         shape = (*query.shape[:3], self.case.values["head_dim"])
-        expected, found = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        expected = torch.full(shape, torch.nan, dtype=dtype)
         scale = width**-0.5
         self.cpu.attend(query, expected, scale=scale, **more)
-        self.cuda.attend(query, found, scale=scale, **more)
         largest = max(1.0, float(expected.float().abs().max()))
-        error = float((expected.float() - found.float()).abs().max()) / largest
         # Queries here look at channels that those of the prompt did not: folded ones are large where keys are small;
         # what f16 rounds off the products does not cancel as the products do.
         limit = ERROR[self.case.dtype] * (4 if "query_exponent" in self.case.keys else 1)
-        assert error <= limit, f"attention of {length}, {sorted(more)}: {error:.2e}"
+        before = self.cuda.one_launch
+        for one_launch in (False, True) if both and self.case.group * length <= QUERY_TILE else (before,):
+            found = torch.full(shape, torch.nan, dtype=dtype)
+            self.cuda.one_launch = one_launch
+            self.cuda.attend(query, found, scale=scale, **more)
+            error = float((expected.float() - found.float()).abs().max()) / largest
+            assert error <= limit, f"attention of {length}, {sorted(more)}, one launch {one_launch}: {error:.2e}"
+        self.cuda.one_launch = before
 
 
 def run_program(case: Case, nvrtc: str, seed: int) -> None:

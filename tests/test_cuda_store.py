@@ -55,6 +55,14 @@ def test_a_captured_step_is_replayed(driver: Path, nvrtc: str, name: str) -> Non
     assert printed == "equal\n"
 
 
+@pytest.mark.parametrize("name", ["static", "parts"])
+def test_a_captured_step_of_one_launch_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
+    setting = {"SKVQ_ONE_LAUNCH": "1", "FAKE_CUDA_LOG": "1"}
+    printed, seen = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name, **setting)
+    assert printed == "equal\n"
+    assert "4skvq11attend_once" in seen
+
+
 def test_many_queries_have_a_kernel_of_their_own(driver: Path, nvrtc: str) -> None:
     _, seen = run_code(FEW_AND_MANY, driver, nvrtc, FAKE_CUDA_LOG="1")
     few, many = seen.split("few\n")[1].split("many\n")
@@ -245,7 +253,7 @@ print("made", file=sys.stderr, flush=True)
 pair.append(*pair.rows(generator, int(rest[1])))
 for _ in range(3):
     pair.append(*pair.rows(generator, 1))
-    pair.check_attention(generator, 1)
+    pair.check_attention(generator, 1, both=False)
 """
 
 
@@ -277,6 +285,21 @@ def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> No
         assert all((" early " in line) == early for line in found)
     assert not any(" early " in line for line in launches if "append" in line or "poke" in line)
     assert len(launches) <= 60
+
+
+@pytest.mark.parametrize("name", ["static", "parts", "blocks"])
+def test_attention_of_few_queries_in_one_launch(driver: Path, nvrtc: str, name: str) -> None:
+    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1", SKVQ_ONE_LAUNCH="1")
+    launches = seen.split("made\n")[1].splitlines()
+    for kernel in ("fold", "attend", "unfold"):
+        assert not attention_launches(launches, kernel)
+    # Rows in the model's type alone have no other kernel.
+    once, merges = (attention_launches(launches, kernel) for kernel in ("attend_once", "merge"))
+    assert once
+    assert len(once) + len(attention_launches(launches, "plain")) == len(merges)
+    assert len(attention_launches(launches, "turning")) == (len(once) if name == "parts" else 0)
+    assert not any(" early " in line for line in once)
+    assert all(" early " in line for line in merges)
 
 
 @pytest.mark.parametrize("setting", [{"SKVQ_OVERLAP": "0"}, {"FAKE_CUDA_CAPABILITY": "80"}], ids=["asked", "sm_80"])

@@ -90,7 +90,15 @@ APART = [
     Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=600, group=2, name="padding"),
 ]
 APART = [dataclasses.replace(call, apart=True, name=f"apart: {call.name}") for call in APART]
-CALLS += APART
+# One launch before the merge, where a tile has all queries of a kv head.
+ONCE = [
+    dataclasses.replace(call, once=True, name=f"once: {call.name}")
+    for call in CALLS
+    if call.tiles == 1 and call.group * call.length <= 8
+]
+MANY_BLOCKS = Call(codec(**BLOCKS), codec(**BLOCKS), group=8, packed=900, paddings=(300,), name="once: many blocks")
+ONCE.append(dataclasses.replace(MANY_BLOCKS, once=True))
+CALLS += APART + ONCE
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +150,7 @@ def test_queries_that_do_not_exist_are_neither_written_nor_read(
 
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])
 def test_order_of_threads_changes_nothing(schedule: str, kernels: harness.Kernels) -> None:
-    for call in (*CALLS[:2], APART[1]):
+    for call in (*CALLS[:2], APART[1], *ONCE[:2]):
         check_order(call, schedule, kernels)
 
 

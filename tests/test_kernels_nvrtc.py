@@ -52,6 +52,13 @@ ATTEND = {
     f"skvq::attend<{K4}, {V3}, 1>": THREE_BLOCKS,
     f"skvq::attend<{layout('keys', '1.5')}, {layout('values', '8')}, 1>": TWO_BLOCKS,
 }
+ONCE = {
+    f"skvq::attend_once<skvq::Half, {K2}, {V16}>": FOUR_BLOCKS,
+    f"skvq::attend_once<skvq::BFloat, {K2}, {V2}>": FOUR_BLOCKS,
+    f"skvq::attend_once<skvq::Half, {KP}, {VP}>": THREE_BLOCKS,
+    f"skvq::attend_once<float, {K2}, {V16}>": THREE_BLOCKS,
+    f"skvq::attend_once<skvq::Half, {layout('keys', '2', 256)}, {layout('values', '2', 256)}>": TWO_BLOCKS,
+}
 WIDE = layout("keys", "4", 256, group_size=32, symmetric=False)
 WIDE_PARTS = parts("values", 256, (5, 64), (3, 64), (1, 128))
 OTHERS = {
@@ -94,6 +101,7 @@ ATTEND_MANY = {f"skvq::attend_many<{k}, {v}>": TWO_BLOCKS for k, v in MANY}
 HEADERS = [
     "attend.cuh",
     "attend_many.cuh",
+    "attend_once.cuh",
     "merge.cuh",
     "plain.cuh",
     "turning.cuh",
@@ -109,6 +117,11 @@ JOBS = [
     (arch, expression)
     for arch in ARCHITECTURES
     for expression in (ATTEND if arch == "sm_90a" else list(ATTEND)[: 2 if arch == "sm_80" else 1])
+]
+JOBS += [
+    (arch, expression)
+    for arch in ARCHITECTURES
+    for expression in (ONCE if arch == "sm_90a" else list(ONCE)[: 4 if arch == "sm_80" else 1])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
 JOBS += [("sm_90a", name) for name in OTHERS if any(kernel in name for kernel in ("append_row", "turning", "fold"))]
@@ -183,7 +196,7 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     assert not any(spilled), log
     used = re.search(r"Used (\d+) registers", log)
     assert used
-    assert int(used[1]) <= {**ATTEND, **ATTEND_MANY, **OTHERS}[job[1]]
+    assert int(used[1]) <= {**ATTEND, **ATTEND_MANY, **ONCE, **OTHERS}[job[1]]
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
@@ -196,6 +209,15 @@ def test_a_row_block_takes_no_more_instructions_than_pages_md_says(arch: str, fo
     )
     assert found["all"] <= instructions * cost.SLACK, found
     assert found["alu"] <= alu * cost.SLACK, found
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
+@pytest.mark.parametrize(("arch", "formats"), cost.COUNTED, ids=map("-".join, cost.COUNTED))
+def test_one_launch_takes_hardly_more_instructions_a_row_block(arch: str, formats: str) -> None:
+    instructions, _, products = cost.COUNTED[arch, formats]
+    expression = list(ONCE)[("2 bits + ternary", "2 + 2 bits").index(formats)]
+    found = sass.cost_of(sass.disassemble(compiled()[arch, expression][2]), products, row_blocks=2)
+    assert found["all"] <= instructions * 1.05, found
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")

@@ -4,6 +4,7 @@
 #pragma once
 #include "append.cuh"
 #include "attend_many.cuh"
+#include "attend_once.cuh"
 #include "decode.cuh"
 #include "encode.cuh"
 #include "merge.cuh"
@@ -43,6 +44,9 @@ INSTANCE(skvq::attend<skvq::Keys2, skvq::ValuesTernary, 1>)
 INSTANCE(skvq::attend<skvq::KeysParts, skvq::ValuesParts, 1>)
 INSTANCE(skvq::attend_apart<skvq::Keys2, skvq::ValuesTernary, 1>)
 INSTANCE(skvq::attend_many<skvq::Keys2, skvq::ValuesTernary>)
+INSTANCE(skvq::attend_once<float, skvq::Keys2, skvq::Values2>)
+INSTANCE(skvq::attend_once<float, skvq::Keys2, skvq::ValuesTernary>)
+INSTANCE(skvq::attend_once<float, skvq::KeysParts, skvq::ValuesParts>)
 INSTANCE(skvq::fold<float, skvq::Keys2>)
 INSTANCE(skvq::fold<float, skvq::KeysParts>)
 INSTANCE(skvq::turning<float, 64>)

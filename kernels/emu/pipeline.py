@@ -1,4 +1,5 @@
-"""Attention by kernels, end to end: fold, attend, plain, unfold, merge as a backend launches them, in the emulator.
+"""Attention by kernels, end to end: fold, attend, plain, unfold, merge as a backend launches them, in the emulator;
+or attend_once in place of all but the last.
 
 Is: the launches and their workspaces for rows that skvq.reference has packed; the same call in float64. Is not: fast.
 Shapes: keys [B, H, T, Dk], values [B, H, T, Dv] in the model's type, query [B, H·group, L, Dk].
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from skvq.reference import ReferenceCodec
 
-HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "merge.cuh", "plain.cuh", "turning.cuh"]
+HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "attend_once.cuh", "merge.cuh", "plain.cuh", "turning.cuh"]
 QUERY_TILE = 8
 # Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
@@ -46,7 +47,7 @@ class Call:
     """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last.
 
     `many`: the packed rows are for attend_many.cuh, which takes an even number of tiles.
-    `apart`: each warp has a split of its own.
+    `apart`: each warp has a split of its own. `once`: one launch before the merge, of up to eight queries of a kv head.
     """
 
     keys: ReferenceCodec
@@ -69,6 +70,7 @@ class Call:
     tiles: int = 1
     many: bool = False
     apart: bool = False
+    once: bool = False
     rising: float = 0.0
     schedule: str = "forward"
     seed: int = 0
@@ -89,6 +91,8 @@ class Call:
         k, v = (page_format.expression for page_format in self.formats)
         if self.many:
             return f"attend_many<{k}, {v}>"
+        if self.once:
+            return f"attend_once<{self.element}, {k}, {v}>"
         return f"attend{'_apart' if self.apart else ''}<{k}, {v}, {self.tiles}>"
 
     @property
@@ -146,8 +150,8 @@ class Call:
         """Expressions of all kernels of the call."""
         k, v = (page_format.expression for page_format in self.formats)
         t, dk, dv = self.element, self.keys.head_dim, self.values.head_dim
-        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", f"fold<{t}, {k}>", self.attend]
-        names += [f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>", f"merge<{t}, {dv}>"]
+        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", self.attend, f"merge<{t}, {dv}>"]
+        names += [] if self.once else [f"fold<{t}, {k}>", f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>"]
         names += [f"turning<{t}, {dk}>"] if self.turns else []
         return [f"skvq::{name}" for name in names]
 
@@ -353,9 +357,10 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
-    arguments = params("FoldParams", **common, **fields, transform=key_transform)
+    fold = params("FoldParams", **common, **fields, transform=key_transform)
     threads = call.row_threads(call.keys)
-    launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), threads, arguments)
+    if not call.once:
+        launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), threads, fold)
 
     bias, capacity = None, call.packed + 3
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
@@ -378,14 +383,14 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
 
     splits = call.splits + 1  # one more than there are rows for
     blocks = rows.key_statistics is not None or rows.value_statistics is not None
-    per_state = 2 if blocks else min(splits, MOST_SPLITS_PER_STATE)
+    per_state = 1 if call.once else 2 if blocks else min(splits, MOST_SPLITS_PER_STATE)
     unfolded = -(-splits // per_state)
     state_count = unfolded + 3
     packed_states = aligned(batch, heads * tiles, 8, splits, 4 + width_v, dtype=torch.float32)
     states = aligned(batch, heads * tiles, 8, state_count, 4 + width_v, dtype=torch.float32)
     key_pages, key_table = pages_of(kernels, k, call.keys, rows.key_bytes)
     value_pages, value_table = pages_of(kernels, v, call.values, rows.value_bytes)
-    arguments = params(
+    attend = params(
         "AttendParams",
         key_pages=key_table,
         value_pages=value_table,
@@ -408,11 +413,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         key_blocks=key_blocks,
         **shape,
     )
-    grid, threads, shared_bytes = call.attend_launch(splits)
-    launch(call.attend, grid, threads, arguments, shared_bytes)
-    del key_pages, value_pages  # alive until here
-
-    arguments = params(
+    unfold = params(
         "UnfoldParams",
         packed=packed_states,
         states=states,
@@ -426,12 +427,10 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         query_tiles=tiles,
         queries=call.group * call.length,
     )
-    launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), call.row_threads(call.values), arguments)
-
     past = slice(0, call.sinks), slice(call.sinks + call.packed, call.total)
     parts = [(rows.keys[:, :, part].contiguous(), rows.values[:, :, part].contiguous()) for part in past]
     regions = [plain_region(0, *parts[0], 1), plain_region(1, *parts[1], 2)]
-    arguments = params(
+    plain = params(
         "PlainParams",
         **common,
         states=states,
@@ -439,8 +438,15 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         regions=plain_regions(regions),
         state_count=state_count,
     )
-    launch(f"plain<{call.element}, {width_k}, {width_v}>", (3, heads * tiles, batch), 128, arguments)
-    del parts  # alive until here
+    grid, threads, shared_bytes = call.attend_launch(splits)
+    if call.once:
+        arguments = params("OnceParams", fold=fold, attend=attend, plain=plain, values=value_transform, first_state=3)
+        launch(call.attend, (grid[0], grid[1], splits + 3), threads, arguments)
+    else:
+        launch(call.attend, grid, threads, attend, shared_bytes)
+        launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), call.row_threads(call.values), unfold)
+        launch(f"plain<{call.element}, {width_k}, {width_v}>", (3, heads * tiles, batch), 128, plain)
+    del key_pages, value_pages, parts  # alive until here
 
     output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
     fields = strides(output, "output_batch_stride output_head_stride output_position_stride")

@@ -560,6 +560,15 @@ class CudaLayer:
         """As :meth:`Layer.reset`."""
     def clone(self) -> CudaLayer:
         """An independent layer that shares all pages until one of them is written."""
+    @property
+    def one_launch(self) -> bool:
+        """Whether attention of up to eight queries of a kv head is one launch and a merge, not one for each part of it.
+
+        For new layers: whether the environment has ``SKVQ_ONE_LAUNCH=1``. Outputs differ by float noise. A captured
+        step keeps what it was captured with.
+        """
+    @one_launch.setter
+    def one_launch(self, one_launch: bool) -> None: ...
     def nonfinite_rows(self) -> int:
         """Packed rows of keys, and of values, that were not finite. Waits for the stream.
 

@@ -65,6 +65,8 @@ pub enum Queries {
     Tiles(usize),
     /// The same with a split for each warp.
     Apart(usize),
+    /// One tile, by a launch that folds, attends and unfolds.
+    Once,
     /// Rows are unpacked to shared memory for all queries of the block.
     Many,
 }
@@ -78,13 +80,13 @@ pub struct AttentionKernels {
 }
 
 pub struct PackedKernels {
-    pub fold: Arc<Function>,
     pub turning: Option<Arc<Function>>,
+    /// In one launch with all that is not the merge, or between fold and unfold.
     pub attend: Arc<Function>,
+    pub fold_and_unfold: Option<[Arc<Function>; 2]>,
     /// Of a block of `attend`, and the bytes of shared memory that it asks for.
     pub threads: usize,
     pub shared_bytes: usize,
-    pub unfold: Arc<Function>,
 }
 
 impl Kernels {
@@ -188,19 +190,20 @@ impl Kernels {
                     let name = if matches!(queries, Queries::Apart(_)) { "attend_apart" } else { "attend" };
                     (self.load("attend.cuh", name, &[keys, values, &tiles.to_string()])?, ATTEND_THREADS, 0)
                 }
+                Queries::Once => {
+                    (self.load("attend_once.cuh", "attend_once", &[element, keys, values])?, ATTEND_THREADS, 0)
+                }
                 Queries::Many => {
                     let function = self.load("attend_many.cuh", "attend_many", &[keys, values])?;
                     (function, MANY_THREADS, self.many_bytes.unwrap_or(0))
                 }
             };
-            Ok(PackedKernels {
-                fold: self.load("attend.cuh", "fold", &[element, keys])?,
-                turning,
-                attend,
-                threads,
-                shared_bytes,
-                unfold: self.load("merge.cuh", "unfold", &[value_width])?,
-            })
+            let apart = || -> Result<_> {
+                let fold = self.load("attend.cuh", "fold", &[element, keys])?;
+                Ok([fold, self.load("merge.cuh", "unfold", &[value_width])?])
+            };
+            let fold_and_unfold = (queries != Queries::Once).then(apart).transpose()?;
+            Ok(PackedKernels { turning, attend, fold_and_unfold, threads, shared_bytes })
         };
         let kernels = Arc::new(AttentionKernels {
             packed: self.names.packed.then(packed).transpose()?,

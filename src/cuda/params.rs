@@ -94,6 +94,10 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
+    OnceParams: 1288 {
+        fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, first_state: i32, padding: i32,
+    }
+
     UnfoldParams: 128 {
         packed: u64, states: u64, transform: TransformParams,
         splits: i32, splits_per_state: i32, first_state: i32, state_count: i32,

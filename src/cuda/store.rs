@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 pub use attend::{AttendCall, DeviceMask};
 
+use self::attend::ONE_LAUNCH;
 use self::fixed::{Reserved, Steps};
 use self::queries::Seen;
 use super::constants::{CodecConstants, SpanTable};
@@ -80,6 +81,7 @@ pub struct CudaLayer {
     /// None before the first append.
     held: Option<Held>,
     steps: Steps,
+    one_launch: bool,
 }
 
 /// What a batch has in device memory.
@@ -208,8 +210,15 @@ impl CudaLayer {
             ]
         };
         let shared = Arc::new(Shared { spec, kernels, memory, workspace_bytes, constants });
-        let steps = Steps::Eager;
-        Ok(Self { shared, regions: Regions::default(), padding: Vec::new(), blocks: 0, held: None, steps })
+        Ok(Self {
+            shared,
+            regions: Regions::default(),
+            padding: Vec::new(),
+            blocks: 0,
+            held: None,
+            steps: Steps::Eager,
+            one_launch: *ONE_LAUNCH,
+        })
     }
 
     pub fn spec(&self) -> &LayerSpec {

@@ -252,6 +252,16 @@ impl PyCudaLayer {
     }
 
     #[getter]
+    fn one_launch(&self) -> bool {
+        self.layer.one_launch()
+    }
+
+    #[setter]
+    fn set_one_launch(&mut self, one_launch: bool) {
+        self.layer.set_one_launch(one_launch);
+    }
+
+    #[getter]
     fn length(&self) -> usize {
         self.layer.regions().total()
     }

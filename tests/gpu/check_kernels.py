@@ -80,6 +80,8 @@ SMALL_CALLS = [
     Call(parts(64, 1), parts(64, 1, **NO_MEAN), group=2, packed=200, name="parts, turning"),
     Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, packed=300, name="blocks"),
     Call(TWO, TWO, group=4, length=33, many=True, packed=200, name="many queries"),
+    Call(*PAIR, group=4, once=True, name="one launch, 2 and ternary"),
+    Call(parts(64, 1), parts(64, 1, **NO_MEAN), group=2, packed=200, once=True, name="one launch, parts, turning"),
 ]
 SPLIT = {"packed": 3001, "window": 131, "pages_per_split": 3}
 CALLS = [
@@ -91,6 +93,10 @@ CALLS = [
     Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, length=40, many=True, packed=1500, name="many, blocks"),
     Call(codec("8", 192), codec("4", 192), group=2, length=40, many=True, packed=500, name="many queries, 192"),
     Call(*PAIR, group=8, name="2 and ternary, ratio 8, long", **SPLIT),
+    Call(*PAIR, group=8, once=True, name="one launch, ratio 8, long", **SPLIT),
+    Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, packed=1500, once=True, name="one launch, blocks"),
+    Call(parts(128, 1), parts(128, 0, **NO_MEAN), group=8, once=True, name="one launch, parts, ratio 8", **SPLIT),
+    Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=200, group=2, once=True, name="one launch, padding"),
     Call(*PAIR, group=16, tiles=2, name="2 and ternary, ratio 16", **SPLIT),
     Call(parts(128, 1), parts(128, 0, **NO_MEAN), group=8, name="parts, turning, ratio 8", **SPLIT),
     Call(parts(128, 0, **NO_MEAN), parts(128, 0, **NO_MEAN), group=4, name="parts, ratio 4", **SPLIT),
@@ -355,7 +361,7 @@ def main() -> int:
         check_codec(machine, case, results)
     for call in calls:
         check_call(machine, call, results)
-    for call in calls[:4]:
+    for call in (*calls[:4], *[call for call in calls if call.once][:2]):
         check_streams(machine, call, results)
         check_graph(machine, call, results)
     seconds = time.perf_counter() - start

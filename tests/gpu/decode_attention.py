@@ -1,4 +1,5 @@
-"""Decode attention by kernels: fold, turning, attend, unfold, plain, merge, their arguments prepared once.
+"""Decode attention by kernels: fold, turning, attend, unfold, plain, merge, or attend_once in place of most of them,
+with arguments prepared once.
 
 Is: a step that is launches alone and can be captured in a graph. Is not: an oracle, nor the cache's own backend.
 Shapes: query and output [B, H·group, L, D]; pages as in machine.py.
@@ -66,6 +67,8 @@ class Launch:
 
 def default_splits_per_state(call: Call, splits: int) -> int:
     """How many splits become one state: few where each has a transform to undo, about as many as states else."""
+    if call.once:
+        return 1
     blocks = call.keys.block or call.values.block
     return 2 if blocks else min(MOST_SPLITS_PER_STATE, math.isqrt(max(1, splits - 1)) + 1)
 
@@ -103,6 +106,8 @@ class DecodeAttention:
         self._prepare_unfold(unfolded)
         self._prepare_plain()
         self._prepare_merge()
+        if call.once:
+            self._join_launches()
 
     def run(self) -> Tensor:
         """Launches all kernels. Returns `output`."""
@@ -233,6 +238,16 @@ class DecodeAttention:
             regions=plain_regions(regions),
             state_count=self.state_count,
         )
+
+    def _join_launches(self) -> None:
+        """One launch in place of all but turning and merge, with their arguments."""
+        found = {launch.stage: launch for launch in self.launches}
+        fold, attend, unfold, plain = (found.pop(name) for name in ("fold", "attend_once", "unfold", "plain"))
+        fields = {"fold": fold.kept, "attend": attend.kept, "plain": plain.kept, "values": unfold.kept.transform}
+        arguments = params("OnceParams", **fields, first_state=1 + self._window_splits)
+        grid = (*attend.grid[:2], self.splits + 1 + self._window_splits)
+        once = replace(attend, grid=grid, arguments=bytes(arguments), kept=arguments)
+        self.launches = [*(found[name] for name in ("turning",) if name in found), once, found["merge"]]
 
     def _prepare_merge(self) -> None:
         call = self.call

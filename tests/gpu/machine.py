@@ -35,6 +35,7 @@ FILES = {
     "fold": "attend.cuh",  # as `skvq warmup` names it, so that both find one file on disk
     "attend": "attend.cuh",
     "attend_many": "attend_many.cuh",
+    "attend_once": "attend_once.cuh",
     "turning": "turning.cuh",
     "plain": "plain.cuh",
     "unfold": "merge.cuh",

@@ -19,7 +19,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,9 @@ TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
 SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
 APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
 EXACT_QUERIES = 128  # at a time in float64
+QUERY_TILE = 8  # queries of a kv head that may have one launch
+ONE_LAUNCH = ", one launch"  # behind a contestant's name
+DECODING = {"append.cuh", "decode.cuh", "encode.cuh", "queries.cuh", "rows.cuh", "statistics.cuh"}
 FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
 
 
@@ -98,20 +101,29 @@ def ratio_goal(tokens: int) -> float:
 
 @dataclass
 class Packed:
-    """A packed layer, filled.
+    """A packed layer, filled, and how its attention is launched.
 
     Attributes:
+        form: how rows are packed, such as "K2V1.6".
+        one_launch: as `CudaLayer.one_launch`; a layer is here for either way.
         packed_bytes: of codes and scales, without what pages have unused.
         sdpa_errors: of torch's attention in f16 over the rows it decodes to, by query heads.
         errors: its own, likewise; None: not compared.
     """
 
     name: str
+    form: str
     layer: CudaLayer
     static: bool
     packed_bytes: int
+    one_launch: bool = False
     errors: dict[int, float | None] = field(default_factory=dict)
     sdpa_errors: dict[int, float | None] = field(default_factory=dict)
+
+    def attend(self, query: Tensor, output: Tensor) -> None:
+        """Attention of query [B, Hq, L, D] to output, likewise."""
+        self.layer.one_launch = self.one_launch
+        self.layer.attend(query, output, scale=query.shape[3] ** -0.5)
 
     def passed(self, query_heads: int) -> bool:
         """Whether its output was right, or nobody could tell."""
@@ -161,7 +173,10 @@ def compile_ahead(device: BenchDevice, options: CudaAttendOptions) -> int:
             streams = plan.keys.options.resolved(), plan.values.options.resolved()
             turning = plan.keys.shift_sine is not None
             attention = AttentionShape(options.head_dim, options.dtype, query // kv, *streams, turning=turning)
-            wanted |= dict.fromkeys(x for x in kernel_instances(attention) if x.file != "repack.cuh")
+            instances = kernel_instances(attention, one_launch=options.queries <= QUERY_TILE)
+            wanted |= dict.fromkeys(x for x in instances if x.file != "repack.cuh")
+            compared = kernel_instances(replace(attention, dtype="float32"), one_launch=False)
+            wanted |= dict.fromkeys(x for x in compared if x.file in DECODING)
     jobs = [(instance.parts, device.status["arch"]) for instance in wanted]
     with progress_bar(len(jobs), "kernel") as advance:
         compiled = cuda_compile_many(find_nvrtc(), jobs, done=lambda _: advance(1, None))
@@ -178,14 +193,17 @@ def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list
     found = []
     for label, name, static in _names(options):
         layer = layers.cuda_layer(shape, _plan(shape, name, static), dtype=options.dtype, device=device.place)
-        found.append(Packed(label, layer, static, 0))
+        found.append(Packed(label, name, layer, static, 0))
     for keys, values in layers.random_rows(shape, getattr(torch, options.dtype), device=device.place):
         for packed in found:
             packed.layer.append(keys, values)
     for packed, (_, name, static) in zip(found, _names(options), strict=True):
         rows = shape.batch * shape.num_key_value_heads * packed.layer.packed_tokens
         packed.packed_bytes = rows * _row_bytes(_plan(shape, name, static), shape.head_dim)
-    return found
+    if options.queries > QUERY_TILE:
+        return found
+    alone = [replace(x, name=f"{x.name}{ONE_LAUNCH}", one_launch=True, errors={}, sdpa_errors={}) for x in found]
+    return [way for both in zip(found, alone, strict=True) for way in both]
 
 
 # ---- correctness -----------------------------------------------------------------------------------------------------
@@ -208,20 +226,49 @@ def error_of(output: Tensor, exact: dict[int, Tensor]) -> float:
     return max(float(error) for error in errors) / max(largest, 1e-30)
 
 
+def _compared(batch: int) -> list[int]:
+    """The sequences whose outputs are compared: the first and the last one."""
+    return sorted({0, batch - 1})
+
+
 def _exact(query: Tensor, keys: Tensor, values: Tensor) -> dict[int, Tensor]:
-    """Of the first and the last sequence."""
-    last = query.shape[0] - 1
-    return {index: exact_output(query[index], keys[index], values[index]) for index in sorted({0, last})}
+    """Of those sequences, from rows of all of them."""
+    return {index: exact_output(query[index], keys[index], values[index]) for index in _compared(query.shape[0])}
 
 
-def _compare(packed: Packed, queries: dict[int, Tensor], keys: Tensor, values: Tensor) -> None:
-    """Decodes a layer into keys and values [B, Hkv, T, D] and notes the errors of its attention and of torch's."""
-    packed.layer.decode_keys(keys)
-    packed.layer.decode_values(values)
+def _decoded_rows(device: BenchDevice, options: CudaAttendOptions, shape: Shape, packed: Packed) -> list[Tensor]:
+    """Keys and values [compared sequences, Hkv, T, D] of what a layer holds, in float32.
+
+    A layer in f16 would round what it decodes, and be charged with it. Codes are made from float32 in either, so one in
+    float32 has the same.
+    """
+    sequences = _compared(shape.batch)
+    few, place = replace(shape, batch=len(sequences)), device.place
+    layer = layers.cuda_layer(few, _plan(shape, packed.form, packed.static), dtype="float32", device=place)
+    for pair in layers.random_rows(shape, getattr(torch, options.dtype), device=place):
+        layer.append(*(rows[sequences].float() for rows in pair))
+    size = (few.batch, few.num_key_value_heads, few.tokens, few.head_dim)
+    found = [torch.empty(size, device=place) for _ in range(2)]
+    layer.decode_keys(found[0])
+    layer.decode_values(found[1])
+    return found
+
+
+def _compare(
+    packed: Packed, queries: dict[int, Tensor], keys: Tensor, values: Tensor, decoded: Sequence[Tensor]
+) -> None:
+    """Notes the errors of a layer's attention, against `decoded`, and of torch's, over the same rows in f16.
+
+    Keys and values [B, Hkv, T, D] are room for the latter.
+    """
+    if not packed.one_launch:  # which are in there already otherwise
+        packed.layer.decode_keys(keys)
+        packed.layer.decode_values(values)
     for heads, query in queries.items():
         exact, output = _exact(query, keys, values), torch.full_like(query, math.nan)
-        packed.layer.attend(query, output, scale=query.shape[3] ** -0.5)
-        packed.errors[heads] = error_of(output, exact)
+        own = {index: exact_output(query[index], *rows) for index, *rows in zip(exact, *decoded, strict=True)}
+        packed.attend(query, output)
+        packed.errors[heads] = error_of(output, own)
         folded = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
         packed.sdpa_errors[heads] = error_of(F.scaled_dot_product_attention(folded, keys, values).view_as(query), exact)
 
@@ -231,7 +278,7 @@ def _compare(packed: Packed, queries: dict[int, Tensor], keys: Tensor, values: T
 
 def _packed_contestant(clock: Clock, packed: Packed, query: Tensor) -> Contestant:
     heads, output = query.shape[1], torch.empty_like(query)
-    work = functools.partial(packed.layer.attend, query, output, scale=query.shape[3] ** -0.5)
+    work = functools.partial(packed.attend, query, output)
     call, graph = clock.recorded(work)
     held, error = int(packed.layer.nbytes), packed.errors.get(heads)
     size = packed.packed_bytes
@@ -374,9 +421,11 @@ def misses(rows: list[dict[str, Any]]) -> list[str]:
 
 def _f16_rows(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> tuple[Tensor, Tensor] | str:
     """Room for keys and values that are not packed, or why there is none."""
-    need, free = int(4 * shape.elements * 1.3) + (GIB if device.is_cuda else 0), device.free_bytes()
+    decoded = 8 * shape.elements // shape.batch * len(_compared(shape.batch))
+    need = int(4 * shape.elements * 1.3) + decoded + (GIB if device.is_cuda else 0)
+    free = device.free_bytes()
     if free is not None and need > free:
-        return f"keys and values in f16 need {need / GIB:.1f} GiB, {free / GIB:.1f} are free"
+        return f"keys and values that are not packed need {need / GIB:.1f} GiB, {free / GIB:.1f} are free"
     size = (shape.batch, shape.num_key_value_heads, shape.tokens, shape.head_dim)
     dtype = getattr(torch, options.dtype)
     return torch.empty(size, dtype=dtype, device=device.place), torch.empty(size, dtype=dtype, device=device.place)
@@ -392,17 +441,23 @@ def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> l
     else:
         generator = torch.Generator(device.place).manual_seed(2)
         queries = {shape.num_attention_heads: _query(device, options, shape, generator) for shape in shapes}
+        decoded: list[Tensor] = []
         for packed in found:
-            _compare(packed, queries, *plain)
+            if not packed.one_launch:
+                decoded.clear()
+                decoded += _decoded_rows(device, options, shapes[0], packed)
+            _compare(packed, queries, *plain, decoded)
+        decoded.clear()
     for shape in shapes:
         rows += _measure_attention(clock, options, shape, found, None if isinstance(plain, str) else plain)
     del plain
     for shape in shapes if options.queries == 1 else ():
         generator = torch.Generator(device.place).manual_seed(3)
         query = _query(device, options, shape, generator)
-        steps = {
-            packed.name: measure_step(clock, packed.layer, packed.static, query, options.rounds) for packed in found
-        }
+        steps = {}
+        for packed in found:
+            packed.layer.one_launch = packed.one_launch
+            steps[packed.name] = measure_step(clock, packed.layer, packed.static, query, options.rounds)
         for row in rows:
             if row["contestant"] in steps and row["num_attention_heads"] == shape.num_attention_heads:
                 row["step"] = steps[row["contestant"]]

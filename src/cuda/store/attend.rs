@@ -5,6 +5,7 @@
 //! how many splits there are follows the host's.
 
 use std::cell::Cell;
+use std::sync::LazyLock;
 
 use super::super::kernels::{ATTEND_WARPS, QUERY_TILE, Queries};
 use super::super::launch::Stream;
@@ -38,6 +39,10 @@ const LONG_SPLIT: usize = 32;
 const MOST_TURNS: usize = 4;
 /// Pages of a split that is short enough for one warp.
 const SHORT_SPLIT: usize = 4;
+
+/// `SKVQ_ONE_LAUNCH=1`: new layers begin with [`CudaLayer::set_one_launch`].
+pub(super) static ONE_LAUNCH: LazyLock<bool> =
+    LazyLock::new(|| std::env::var_os("SKVQ_ONE_LAUNCH").is_some_and(|value| value == "1"));
 
 /// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.
 #[derive(Debug, Clone, Copy)]
@@ -224,13 +229,17 @@ impl CudaLayer {
         let short = pages.saturating_sub(long_splits * pages_per_split).div_ceil(short_pages);
         let splits = if is_packed { long_splits + short } else { 0 };
         let apart = !many && pages_per_split <= SHORT_SPLIT && others * splits >= ATTEND_WARPS * at_once;
+        let once = self.one_launch && is_packed && packed > 0;
         let queries = match (many, apart) {
             (true, _) => Queries::Many,
             (_, true) => Queries::Apart(tiles),
+            _ if once && query_tiles == 1 => Queries::Once,
             _ => Queries::Tiles(tiles),
         };
         let most_splits = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
         let unfolding = multiprocessors * if values.transform.inverse == 0 { 2 } else { 1 };
+        // A launch for all unfolds each split's own.
+        let most_splits = if queries == Queries::Once { 1 } else { most_splits };
         let splits_per_state = (batch * heads * query_tiles * splits).div_ceil(unfolding).clamp(1, most_splits);
         let key_blocks = match spec.keys.block_rows() {
             0 => 1,
@@ -271,6 +280,7 @@ impl CudaLayer {
         let tiles = self.batch_size() * self.spec().num_key_value_heads * shape.query_tiles;
         let queries = tiles * QUERY_TILE;
         let packed = usize::from(shape.splits > 0);
+        let between = if shape.queries == Queries::Once { 0 } else { packed };
         let turns = usize::from(self.shared.constants[Side::Keys as usize].transform.shift_sine != 0);
         let mut end = 0;
         let mut place = |bytes: usize| {
@@ -278,10 +288,10 @@ impl CudaLayer {
             end += bytes.next_multiple_of(ALIGNMENT);
             start
         };
-        let folded = place(packed * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
-        let extras = place(packed * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
+        let folded = place(between * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
+        let extras = place(between * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
         let bias = place(packed * turns * queries * shape.regions.packed * 4);
-        let packed = place(queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
+        let packed = place(between * queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
         let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
         let lengths = place(16);
         let rows = self.batch_size() * self.spec().num_key_value_heads * shape.regions.packed;
@@ -290,6 +300,15 @@ impl CudaLayer {
             place(usize::from(decodes) * rows * self.shared.row_bytes(side))
         });
         Places { folded, extras, bias, packed, states, lengths, decoded, bytes: end }
+    }
+
+    pub fn one_launch(&self) -> bool {
+        self.one_launch
+    }
+
+    /// Whether up to eight queries of a kv head have one launch before the merge (`kernels/attend_once.cuh`), not one for each part of the call.
+    pub fn set_one_launch(&mut self, one_launch: bool) {
+        self.one_launch = one_launch;
     }
 
     /// Writes softmax(scale · q·kᵀ + mask) · v over all regions to the output. Waits for nothing.

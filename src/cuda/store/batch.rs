@@ -46,8 +46,15 @@ impl CudaLayer {
         } else {
             indices.iter().map(|index| self.padding[*index]).collect()
         };
-        let (shared, steps) = (Arc::clone(&self.shared), Steps::Eager);
-        let mut copy = Self { shared, regions: self.regions, padding, blocks: self.blocks, held: None, steps };
+        let mut copy = Self {
+            shared: Arc::clone(&self.shared),
+            regions: self.regions,
+            padding,
+            blocks: self.blocks,
+            held: None,
+            steps: Steps::Eager,
+            one_launch: self.one_launch,
+        };
         if let Some(held) = &self.held {
             // SAFETY: the caller's promise.
             copy.held = Some(unsafe { copy.gather_held(held, indices, stream) }?);

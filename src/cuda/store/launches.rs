@@ -6,8 +6,8 @@ use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY
 use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
-    AttendParams, FoldParams, MaskParams, MergeParams, PlainParams, PlainRegion, TransformParams, TurningParams,
-    UnfoldParams,
+    AttendParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion, TransformParams,
+    TurningParams, UnfoldParams,
 };
 use super::attend::{AttendCall, PlainSplits, Shape};
 use super::decode::Target;
@@ -114,7 +114,8 @@ impl Launches<'_> {
         let shape = &self.shape;
         let splits_of_block = if matches!(shape.queries, Queries::Apart(_)) { ATTEND_WARPS } else { 1 };
         let tiles = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
-        let (splits, batch) = (shape.splits.div_ceil(splits_of_block) as u32, self.held.batch as u32);
+        let rows = if shape.queries == Queries::Once { shape.plain_states } else { 0 };
+        let (splits, batch) = ((shape.splits.div_ceil(splits_of_block) + rows) as u32, self.held.batch as u32);
         if shape.queries == Queries::Many { [splits, tiles, batch] } else { [tiles, batch, splits] }
     }
 
@@ -142,10 +143,11 @@ impl Launches<'_> {
             // SAFETY: the caller's promise.
             _ if self.shape.regions.packed == 0 => unsafe { self.plain() },
             // SAFETY: the caller's promise.
-            Some(kernels) => unsafe {
-                let fold = self.queries(kernels)?;
-                self.plain()?;
-                self.packed(kernels, &fold)
+            Some(kernels) => match &kernels.fold_and_unfold {
+                // SAFETY: the caller's promise.
+                Some([fold, unfold]) => unsafe { self.apart(kernels, fold, unfold) },
+                // SAFETY: the caller's promise.
+                None => unsafe { self.once(kernels) },
             },
             None => {
                 for side in Side::BOTH.into_iter().filter(|side| !self.layer.shared.codec(*side).is_raw()) {
@@ -187,14 +189,60 @@ impl Launches<'_> {
         if transform.inverse != 0 { THREADS } else { THREADS / QUERY_TILE * queries.next_multiple_of(2) }
     }
 
-    /// Queries for packed rows: folded, and their products with a mean that turns.
-    unsafe fn queries(&self, kernels: &PackedKernels) -> Result<FoldParams> {
+    /// Fold, rows in the model's type, packed rows, and states of those to the model's space, each by a launch.
+    unsafe fn apart(&self, kernels: &PackedKernels, fold: &Function, unfold: &Function) -> Result<()> {
+        let folding = self.folding();
+        // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
+        unsafe {
+            self.launch(fold, self.grid(self.shape.key_blocks), self.row_threads(&folding.transform), &folding)?;
+            self.turning(kernels)?;
+            self.plain()?;
+        }
+        // A block of `turning` has a multiprocessor to itself.
+        if kernels.turning.is_some() || self.is_crowded() {
+            self.wait();
+        }
+        let attending = self.attending(kernels, &folding);
+        // SAFETY: as above.
+        unsafe {
+            self.launch_with(&kernels.attend, self.attend_grid(), kernels.threads, kernels.shared_bytes, &attending)
+        }?;
+        let unfolding = self.unfolding(&attending);
+        // Each block reads a whole matrix.
+        if unfolding.transform.inverse != 0 || self.is_crowded() {
+            self.wait();
+        }
+        let made = self.shape.splits.div_ceil(self.shape.splits_per_state);
+        // SAFETY: as above.
+        unsafe { self.launch(unfold, self.grid(made), self.row_threads(&unfolding.transform), &unfolding) }
+    }
+
+    /// All states by one launch, behind that of a mean that turns.
+    unsafe fn once(&self, kernels: &PackedKernels) -> Result<()> {
+        let fold = self.folding();
+        // SAFETY: as in `apart`.
+        unsafe { self.turning(kernels) }?;
+        if kernels.turning.is_some() {
+            self.wait();
+        }
+        let parameters = OnceParams {
+            fold,
+            attend: self.attending(kernels, &fold),
+            plain: self.plain_rows(),
+            values: self.layer.transform(self.held, Side::Values),
+            first_state: self.shape.plain_states as i32,
+            padding: 0,
+        };
+        // SAFETY: as above.
+        unsafe { self.launch(&kernels.attend, self.attend_grid(), kernels.threads, &parameters) }
+    }
+
+    /// What folds the queries for packed rows.
+    fn folding(&self) -> FoldParams {
         let Self { layer, held, call, shape, .. } = self;
         let (places, query) = (shape.places, &call.query);
         let keys = &layer.shared.constants[Side::Keys as usize];
-        let key_transform = layer.transform(held, Side::Keys);
-        let (kv_heads, group, length) = (self.heads(), shape.group as i32, shape.length as i32);
-        let fold = FoldParams {
+        FoldParams {
             query: query.address,
             query_batch_stride: query.strides[0],
             query_head_stride: query.strides[1],
@@ -203,52 +251,55 @@ impl Launches<'_> {
             extras: self.place(places.extras),
             noise: keys.noise,
             lengths: self.lengths_read(),
-            transform: key_transform,
+            transform: layer.transform(held, Side::Keys),
             scale: call.scale,
-            kv_heads,
-            group,
-            length,
+            kv_heads: self.heads(),
+            group: shape.group as i32,
+            length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
             as_bytes: i32::from(shape.as_bytes),
-        };
-        // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
-        unsafe { self.launch(&kernels.fold, self.grid(shape.key_blocks), self.row_threads(&fold.transform), &fold) }?;
-        if let Some(function) = &kernels.turning {
-            let turning = TurningParams {
-                query: query.address,
-                query_batch_stride: query.strides[0],
-                query_head_stride: query.strides[1],
-                query_position_stride: query.strides[2],
-                bias: self.place(places.bias),
-                origins: held.origins(),
-                lengths: self.lengths_read(),
-                transform: key_transform,
-                waves: keys.waves.table,
-                channels: keys.waves.channels,
-                capacity: shape.regions.packed as i64,
-                scale: call.scale,
-                kv_heads,
-                group,
-                length,
-                query_tiles: shape.query_tiles as i32,
-                batch: held.batch as i32,
-                frequencies: keys.waves.frequencies,
-                padding: 0,
-            };
-            let grid = [self.turning_blocks() as u32, 1, 1];
-            // SAFETY: as above.
-            unsafe { self.launch(function, grid, TURNING_THREADS, &turning) }?;
         }
-        Ok(fold)
     }
 
-    /// States of packed rows.
-    unsafe fn packed(&self, kernels: &PackedKernels, fold: &FoldParams) -> Result<()> {
+    /// Products of the queries with a mean that turns, where there is one.
+    unsafe fn turning(&self, kernels: &PackedKernels) -> Result<()> {
+        let Self { layer, held, call, shape, .. } = self;
+        let (Some(function), query) = (&kernels.turning, &call.query) else {
+            return Ok(());
+        };
+        let keys = &layer.shared.constants[Side::Keys as usize];
+        let turning = TurningParams {
+            query: query.address,
+            query_batch_stride: query.strides[0],
+            query_head_stride: query.strides[1],
+            query_position_stride: query.strides[2],
+            bias: self.place(shape.places.bias),
+            origins: held.origins(),
+            lengths: self.lengths_read(),
+            transform: layer.transform(held, Side::Keys),
+            waves: keys.waves.table,
+            channels: keys.waves.channels,
+            capacity: shape.regions.packed as i64,
+            scale: call.scale,
+            kv_heads: self.heads(),
+            group: shape.group as i32,
+            length: shape.length as i32,
+            query_tiles: shape.query_tiles as i32,
+            batch: held.batch as i32,
+            frequencies: keys.waves.frequencies,
+            padding: 0,
+        };
+        let grid = [self.turning_blocks() as u32, 1, 1];
+        // SAFETY: as in `apart`.
+        unsafe { self.launch(function, grid, TURNING_THREADS, &turning) }
+    }
+
+    /// What makes states of packed rows.
+    fn attending(&self, kernels: &PackedKernels, fold: &FoldParams) -> AttendParams {
         let Self { layer, held, shape, .. } = self;
         let places = shape.places;
         let [keys, values] = &layer.shared.constants;
-        let (kv_heads, group, length) = (self.heads(), shape.group as i32, shape.length as i32);
-        let attend = AttendParams {
+        AttendParams {
             key_pages: address(held.side(Side::Keys).table.as_ref()),
             value_pages: address(held.side(Side::Values).table.as_ref()),
             folded: fold.folded,
@@ -270,41 +321,31 @@ impl Launches<'_> {
             short_pages: shape.short_pages as i32,
             pages_per_key_block: fold.transform.pages_per_block,
             key_blocks: shape.key_blocks as i32,
-            kv_heads,
-            group,
-            length,
-            query_tiles: shape.query_tiles as i32,
+            kv_heads: fold.kv_heads,
+            group: fold.group,
+            length: fold.length,
+            query_tiles: fold.query_tiles,
             as_bytes: fold.as_bytes,
             padding: 0,
-        };
-        // A block of `turning` has a multiprocessor to itself.
-        if kernels.turning.is_some() || self.is_crowded() {
-            self.wait();
         }
-        // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
-        unsafe {
-            self.launch_with(&kernels.attend, self.attend_grid(), kernels.threads, kernels.shared_bytes, &attend)
-        }?;
-        let unfold = UnfoldParams {
+    }
+
+    /// What brings them to the model's space.
+    fn unfolding(&self, attend: &AttendParams) -> UnfoldParams {
+        let Self { layer, held, shape, .. } = self;
+        UnfoldParams {
             packed: attend.states,
-            states: self.place(places.states),
+            states: self.place(shape.places.states),
             transform: layer.transform(held, Side::Values),
             splits: shape.splits as i32,
             splits_per_state: shape.splits_per_state as i32,
             first_state: shape.plain_states as i32,
             state_count: shape.state_count as i32,
             pages_per_split: shape.pages_per_split as i32,
-            kv_heads,
-            query_tiles: shape.query_tiles as i32,
-            queries: group * length,
-        };
-        let made = shape.splits.div_ceil(shape.splits_per_state);
-        // Each block reads a whole matrix.
-        if unfold.transform.inverse != 0 || self.is_crowded() {
-            self.wait();
+            kv_heads: attend.kv_heads,
+            query_tiles: attend.query_tiles,
+            queries: attend.group * attend.length,
         }
-        // SAFETY: as above.
-        unsafe { self.launch(&kernels.unfold, self.grid(made), self.row_threads(&unfold.transform), &unfold) }
     }
 
     /// The rows of a region, for `plain`.
@@ -351,13 +392,10 @@ impl Launches<'_> {
         }
     }
 
-    /// States of rows in the model's type.
-    unsafe fn plain(&self) -> Result<()> {
+    /// What makes states of rows in the model's type.
+    fn plain_rows(&self) -> PlainParams {
         let Self { call, shape, .. } = self;
-        if shape.plain_states == 0 {
-            return Ok(());
-        }
-        let parameters = PlainParams {
+        PlainParams {
             query: call.query.address,
             query_batch_stride: call.query.strides[0],
             query_head_stride: call.query.strides[1],
@@ -374,10 +412,17 @@ impl Launches<'_> {
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
             padding: 0,
-        };
-        let grid = self.grid(shape.plain_states);
+        }
+    }
+
+    /// States of rows in the model's type, by a launch of their own.
+    unsafe fn plain(&self) -> Result<()> {
+        if self.shape.plain_states == 0 {
+            return Ok(());
+        }
+        let grid = self.grid(self.shape.plain_states);
         // SAFETY: rows of this layer; states have room for these; the caller's promise for the rest.
-        unsafe { self.launch(&self.kernels.plain, grid, THREADS, &parameters) }
+        unsafe { self.launch(&self.kernels.plain, grid, THREADS, &self.plain_rows()) }
     }
 
     pub unsafe fn merge(&self) -> Result<()> {

@@ -1,0 +1,102 @@
+// A call of up to eight queries of a kv head in one launch, before merge.cuh: for short pasts, whose launches take longer than their rows.
+//
+// Is: fold.cuh, attend.cuh, plain.cuh and the unfold of merge.cuh, by their own code; states in the model's space, one for each split. Is not: q·m(t), which
+// turning.cuh writes before it, nor the merge. Every block of packed rows folds the queries for itself, while its first pages are on their way, and
+// undoes the transform of its own state: no launch waits for another in between, and nothing but states goes through memory.
+// Grid: kv heads × batch × (splits of packed rows, then those of the regions of plain.cuh, which fill the last turn); block: 4 warps.
+//
+//   packed rows:  pages ── ring ──┐
+//                 q ── fold ── q' ┴─ attend ─▶ state of 4 warps ── unfold ─▶ states [plain states + split]
+//   other rows:   q, sinks, window, fresh ── plain ───────────────────────▶ states [split of regions]
+#pragma once
+#include "attend.cuh"
+#include "plain.cuh"
+
+namespace skvq {
+
+/// Folds its own queries, unfolds its own state.
+template <class T, class K, class V>
+struct AloneInLaunch {
+    static constexpr int floats = transform_floats<K> > transform_floats<V> ? transform_floats<K> : transform_floats<V>;
+    struct alignas(16) Shared {
+        float buffer[floats];
+        u32 fragments[folded_words<K>];
+        float extras[extras_floats<K>];
+    };
+    static constexpr int shared_bytes = sizeof(Shared);
+    const OnceParams& once;
+    Shared& own;
+
+    template <bool Bytes>
+    __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
+                                          int lane) const {
+        wait_for_earlier_launches();
+        fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras);
+        __syncthreads();
+        queries.load(p, place.first_tile(p), own.fragments, own.extras, FromShared(), lane);
+    }
+
+    template <bool Remainders>
+    __device__ __forceinline__ void write(RunningState<V, 1, Remainders>& state, const AttendParams& p, const SplitPlace& place, float* shared) const {
+        using Exchange = StateExchange<V, 1>;
+        constexpr int D = V::head_dim, per_lane = D / 16;
+        __syncthreads();
+        exchange_states(state, p, shared);
+        const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = place.head(p);
+        const float* from = shared + query * Exchange::width;
+        auto joined = [&](int at) {
+            float sum = from[at];
+#pragma unroll
+            for (int other = 1; other < Exchange::at_once; ++other) sum += from[other * Exchange::warp_floats + at];
+            return sum;
+        };
+        float row[per_lane];
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) row[k] = joined(state_head + lane + 16 * k);
+        const float weight = joined(2);
+        const TransformParams& values = once.values;
+        const HeadTransform transform(values, D, place.batch, head, p.kv_heads, block_of_page(values, first_page_of(p, place.split)));
+        // A block of statistics that holds no row yet has none: its states are empty.
+        bool seen;
+        if constexpr (V::is_parts) seen = !__syncthreads_and(weight == 0.0f);
+        else seen = __any_sync(whole_warp, weight != 0.0f);
+        if (seen) {
+            if constexpr (V::is_parts) {
+                multiply_rows<D, false, D < 128 ? 8 : 16>(row, transform.inverse, own.buffer, query, lane);
+            } else {
+                turn_back<D>(row, values, transform, own.buffer + query * D, lane);
+            }
+#pragma unroll
+            for (int k = 0; k < per_lane; ++k) {
+                if (transform.scale) row[k] *= transform.scale[lane + 16 * k];
+                if (transform.shift) row[k] += weight * transform.shift[lane + 16 * k];
+            }
+        }
+        if (!query_at(head, p.group, p.length, place.first_tile(p) * query_tile + query).exists) return;
+        float* to = state_at(once.plain.states, place.batch, place.head_tile, p.kv_heads * p.query_tiles, query, once.plain.state_count,
+                             once.first_state + place.split, D);
+        if (lane == 0) to[0] = from[0], to[1] = joined(1), to[2] = 0.0f, to[3] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) to[state_head + lane + 16 * k] = row[k];
+    }
+};
+
+/// Rows in f32 take more registers.
+template <class T, class K, class V>
+constexpr int once_blocks = sizeof(T) == 4 && resident_blocks<K, V, 1> > 3 ? 3 : resident_blocks<K, V, 1>;
+
+template <class T, class K, class V>
+__global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_once(const __grid_constant__ OnceParams p) {
+    static_assert(attend_threads == row_threads, "16 threads for each query of a tile");
+    using Alone = AloneInLaunch<T, K, V>;
+    constexpr int rows = attend_bytes<K, V, 1, Alone::shared_bytes>, plain = plain_bytes<T, K::head_dim, V::head_dim, 2>;
+    alignas(16) __shared__ u8 shared[rows > plain ? rows : plain];
+    __shared__ typename Alone::Shared own;
+    let_next_launch_begin();
+    const int which = static_cast<int>(blockIdx.z) - p.attend.splits;
+    if (which < 0) attend_levels<K, V, 1, false>(p.attend, shared, Alone{p, own});
+    else plain_split<T, K::head_dim, V::head_dim, 2>(p.plain, which, blockIdx.x, blockIdx.y, reinterpret_cast<U32x4*>(shared));
+    wait_for_earlier_launches();  // splits without rows have not yet
+}
+
+}  // namespace skvq
