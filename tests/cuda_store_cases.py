@@ -115,6 +115,16 @@ CASES = {
         longest=300,
         steps=10,
     ),
+    "blocks of values": Case(
+        {"head_dim": 64, "format": "2", **statics(64, 0)},
+        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        "bfloat16",
+        window=40,
+        batch=1,
+        longest=300,
+        steps=5,
+        seeds=(3,),
+    ),
     "padded": Case(
         {"head_dim": 64, "format": "2", **statics(64, 0)},
         {"head_dim": 64, "format": "1.6", **statics(64, 1)},

@@ -309,9 +309,10 @@ def test_launches_that_are_kept_apart(driver: Path, nvrtc: str, setting: dict[st
     assert " early " not in seen
 
 
-def test_where_there_are_many_blocks_of_statistics_launches_wait(driver: Path, nvrtc: str) -> None:
+@pytest.mark.parametrize("name", ["blocks", "blocks of values"])
+def test_where_there_are_many_blocks_of_statistics_launches_wait(driver: Path, nvrtc: str, name: str) -> None:
     options = {"FAKE_CUDA_LOG": "1", "FAKE_CUDA_MULTIPROCESSORS": "1"}
-    _, seen = run_code(STEPS, driver, nvrtc, "blocks", "400", **options)
+    _, seen = run_code(STEPS, driver, nvrtc, name, "400", **options)
     launches = seen.split("made\n")[1].splitlines()
     for kernel, early in (("fold", False), ("plain", True), ("attend", False), ("unfold", False), ("merge", False)):
         found = attention_launches(launches, kernel)

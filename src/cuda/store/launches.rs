@@ -64,8 +64,9 @@ impl Launches<'_> {
 
     /// With many blocks of statistics `fold`, `unfold` and `merge` have much to do themselves, and blocks of threads in plenty.
     fn is_crowded(&self) -> bool {
-        let folding = self.shape.key_blocks * self.held.batch * self.heads() as usize * self.shape.query_tiles;
-        self.shape.key_blocks > 1 && folding > self.multiprocessors()
+        let blocks = self.shape.regions.packed.div_ceil(self.layer.block_rows().max(1));
+        let transforms = blocks * self.held.batch * self.heads() as usize * self.shape.query_tiles;
+        self.layer.block_rows() > 0 && blocks > 1 && transforms > self.multiprocessors()
     }
 
     fn multiprocessors(&self) -> usize {
