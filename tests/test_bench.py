@@ -156,13 +156,22 @@ def test_growth(tmp_path: Path) -> None:
 def test_generate_runs_what_it_can_and_gives_reasons_for_the_rest(tmp_path: Path) -> None:
     model = str(tiny_directory.save(tmp_path / "model", "gemma3"))
     options = generate.GenerateOptions(
-        model=model, dtype="float32", formats=((2.0, 1.6), (16.0, 16.0)), prompt_tokens=700, new_tokens=4, rounds=1
+        model=model,
+        dtype="float32",
+        formats=((2.0, 1.6), (16.0, 16.0)),
+        prompt_tokens=700,
+        new_tokens=4,
+        rounds=1,
+        turns=5,
     )
     report = generate.run_generate(options)
     rows = {row["cache"]: row for row in check(report, "generate")}
     assert list(rows)[:3] == ["DynamicCache", "QuantizedDynamicCache K2V1.6", "QuantizedDynamicCache K16V16"]
     assert rows["QuantizedDynamicCache K16V16"]["same_tokens_as_dynamic_cache"] == 4
     assert rows["QuantizedDynamicCache K2V1.6"]["cache_bytes"] < rows["DynamicCache"]["cache_bytes"]
+    assert rows["DynamicCache"]["step_speed_over_dynamic_cache"] == 1.0
+    low, high = rows["QuantizedDynamicCache K2V1.6"]["step_speed_quartiles"]
+    assert 0.0 < low <= rows["QuantizedDynamicCache K2V1.6"]["step_speed_over_dynamic_cache"] <= high
     others = [row for name, row in rows.items() if name.startswith("QuantizedCache")]
     assert len(others) == 5
     # The newest transformers refuse a model with sliding layers; older ones try, and some fail.

@@ -159,6 +159,7 @@ def _add_bench(commands: Any) -> None:
     generate.add_argument("--prompt-tokens", type=whole_number(1), metavar="N", help="(default: 4096)")
     generate.add_argument("--new-tokens", type=whole_number(2), metavar="N", help="(default: 48)")
     generate.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 2)")
+    generate.add_argument("--turns", type=whole_number(2), metavar="N", help="of single steps of all (default: 24)")
     generate.add_argument("--plan", metavar="FILE", help="one more packed cache, with this calibrated plan")
     generate.add_argument(
         "--caches",

@@ -2,7 +2,10 @@
 
 The contestants: DynamicCache, the packed cache in several formats, and transformers' own QuantizedCache (quanto, hqq,
 fp8). One that cannot run here (its package is missing, or it refuses the model, as QuantizedCache does with sliding
-layers) is a row with the reason. Rounds take turns; a figure is the median of the rounds. `peak_bytes_over_model` is
+layers) is a row with the reason. Rounds take turns; a figure is the median of the rounds. On a machine that is shared a
+round of a minute may be twice as slow as the next, so speeds are compared step by step: the caches of the last round
+take single steps in turns, and `step_speed_over_dynamic_cache` is the median of the ratios of a turn, with quartiles
+(between the rounds: `decode_speed_over_dynamic_cache`). `peak_bytes_over_model` is
 the rise of the process's peak memory during decoding over its memory before the run: it shows what decoding the whole
 past costs, which the bytes of the cache do not. Linux only, else None.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +38,7 @@ class GenerateOptions:
     new_tokens: int = 48
     rounds: int = 2
     plan: str | None = None  # a file: one more packed cache
+    turns: int = 24  # of single steps of all caches
     caches: tuple[str, ...] = ()  # only those whose names contain one of these, beside DynamicCache; none: all
 
 
@@ -77,10 +82,9 @@ def _start_of_decoding() -> None:
     reset_peak()
 
 
-def _one_run(loaded: Any, prompt: Any, options: GenerateOptions, make: MakeCache) -> dict[str, Any]:
+def _one_run(loaded: Any, prompt: Any, options: GenerateOptions, cache: Any) -> dict[str, Any]:
     from ..evaluate import bytes_of_cache, generate
 
-    cache = make()
     release_free_memory()
     before = resident_bytes()
     run = generate(loaded.model, prompt, options.new_tokens, cache, first_token=_start_of_decoding)
@@ -96,22 +100,57 @@ def _one_run(loaded: Any, prompt: Any, options: GenerateOptions, make: MakeCache
     }
 
 
+def _step_ratios(model: Any, caches: dict[str, tuple[Any, int]], turns: int) -> dict[str, list[float]]:
+    """How many times as fast as the first cache's step that of each one is, turn by turn.
+
+    Args:
+        model: whose forward call is a step.
+        caches: and the last token, which is not in the cache yet.
+        turns: all take one step in each, in another order every time.
+    """
+    import torch
+
+    from ..model_layers import cache_argument
+
+    names, found = list(caches), dict[str, list[float]]()
+    tokens = {name: torch.tensor([[token]]) for name, (_, token) in caches.items()}
+    for turn in range(turns):
+        seconds = {}
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            with torch.no_grad():
+                logits = model(tokens[name], **cache_argument(model, caches[name][0]), use_cache=True).logits
+            tokens[name] = logits[:, -1:].argmax(-1)
+            seconds[name] = time.perf_counter() - start
+        for name in names:
+            found.setdefault(name, []).append(seconds[names[0]] / seconds[name])
+    return found
+
+
 def _measure(
     loaded: Any, prompt: Any, options: GenerateOptions, contestants: dict[str, MakeCache]
 ) -> list[dict[str, Any]]:
     runs: dict[str, list[dict[str, Any]]] = {}
     reasons: dict[str, str] = {}
+    last: dict[str, tuple[Any, int]] = {}
     for turn in range(options.rounds):
         for name, make in contestants.items():
             if name in reasons:
                 continue
             print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
+            last.pop(name, None)
             try:
-                runs.setdefault(name, []).append(_one_run(loaded, prompt, options, make))
+                cache = make()
+                run = _one_run(loaded, prompt, options, cache)
+                runs.setdefault(name, []).append(run)
+                last[name] = cache, run["token_ids"][-1]
             except Exception as error:
                 if not name.startswith("QuantizedCache"):
                     raise
                 reasons[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(f"{options.turns} turns of single steps", file=sys.stderr, flush=True)
+    ratios = _step_ratios(loaded.model, last, options.turns)
     stock = runs["DynamicCache"]
     rows = []
     for name in contestants:
@@ -129,6 +168,8 @@ def _measure(
         row["decode_speed_over_dynamic_cache"] = row["decode_tokens_per_second"] / statistics.median(
             run["decode_tokens_per_second"] for run in stock
         )
+        row["step_speed_over_dynamic_cache"] = statistics.median(ratios[name])
+        row["step_speed_quartiles"] = [statistics.quantiles(ratios[name], n=4)[i] for i in (0, 2)]
         row["same_tokens_as_dynamic_cache"] = sum(
             a == b for a, b in zip(found[0]["token_ids"], stock[0]["token_ids"], strict=True)
         )
@@ -138,7 +179,7 @@ def _measure(
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'':<32}{'prompt t/s':>11}{'decode t/s':>11}{'ratio':>7}{'cache MiB':>11}"
+        f"{'':<32}{'prompt t/s':>11}{'decode t/s':>11}{'ratio':>7}{'of steps':>9}{'cache MiB':>11}"
         f"{'per full layer':>15}{'peak MiB':>10}"
     )
     for row in rows:
@@ -148,7 +189,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         peak = "–" if row["peak_bytes_over_model"] is None else f"{row['peak_bytes_over_model'] / 2**20:.1f}"
         print(
             f"{row['cache']:<32}{row['prefill_tokens_per_second']:>11.1f}{row['decode_tokens_per_second']:>11.2f}"
-            f"{row['decode_speed_over_dynamic_cache']:>7.2f}{row['cache_bytes'] / 2**20:>11.2f}"
+            f"{row['decode_speed_over_dynamic_cache']:>7.2f}{row['step_speed_over_dynamic_cache']:>9.2f}"
+            f"{row['cache_bytes'] / 2**20:>11.2f}"
             f"{row['cache_bytes_per_full_layer'] / 2**20:>15.3f}{peak:>10}"
         )
 
