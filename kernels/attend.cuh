@@ -215,13 +215,13 @@ template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders, 
 __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, const Around& around) {
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = Apart ? blockIdx.z * attend_warps + warp : blockIdx.z, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
-    const int head_tile = blockIdx.x * Tiles, head = head_tile / p.query_tiles, first_query_tile = head_tile % p.query_tiles;
+    const int head_tile = blockIdx.x * Tiles;
     const SplitPlace place_of_split = {split, batch, head_tile};
+    const int head = place_of_split.head(p), first_query_tile = place_of_split.first_tile(p);
     if (Apart && split >= p.splits) return;
     // What does not depend on the lengths is asked for before they are known: a short split is all latency.
     const int first_page = first_page_of(p, split);
-    const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
-    const u32 first_entry = static_cast<u32>(sequence * p.page_capacity);
+    const u32 first_entry = static_cast<u32>(place_of_split.sequence(p) * p.page_capacity);
     auto key_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.key_pages) + (first_entry + page)); };
     auto value_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.value_pages) + (first_entry + page)); };
     const int guess = min(first_page, p.page_capacity - 1);

@@ -18,11 +18,11 @@ import torch
 
 from parts_examples import codec_options
 from skvq import SkvqError, _native
+from skvq.warmup import QUERY_TILE
 
 STREAM = 3
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of the largest output: queries, levels and weights are f16 in the kernels.
-QUERY_TILE = 8  # queries of a kv head that one launch may serve
 ERROR = {"float32": 1.5e-3, "float16": 2e-3, "bfloat16": 8e-3}
 # A scale of a block is one step off where sums in another order round the other way.
 FP16_STEP = 2.0**-10
@@ -65,6 +65,7 @@ def parts(index: int, head_dim: int = 64, **more: Any) -> dict[str, Any]:
 
 
 BLOCKS = {"block": 128, "scale_exponent": 0.5}
+BLOCK_VALUES = {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False}
 LONG_BLOCKS = {"block": 256, "scale_exponent": 1.0}
 # The default without a plan, in blocks of 128.
 QUERIED = {"head_dim": 64, "format": "2", "unbiased": True, **BLOCKS, "query_exponent": 0.5}
@@ -83,7 +84,7 @@ CASES = {
     ),
     "many queries, padded blocks": Case(
         {"head_dim": 64, "format": "2", **BLOCKS},
-        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        BLOCK_VALUES,
         "bfloat16",
         padding=(30, 0),
         steps=3,
@@ -108,7 +109,7 @@ CASES = {
     "parts": Case(parts(1), parts(1, turning=False, noise=False), "float16", sinks=2, window=33),
     "blocks": Case(
         {"head_dim": 64, "format": "2", **BLOCKS},
-        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        BLOCK_VALUES,
         "bfloat16",
         window=40,
         batch=1,
@@ -117,7 +118,7 @@ CASES = {
     ),
     "blocks of values": Case(
         {"head_dim": 64, "format": "2", **statics(64, 0)},
-        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        BLOCK_VALUES,
         "bfloat16",
         window=40,
         batch=1,
@@ -137,7 +138,7 @@ CASES = {
     ),
     "padded blocks": Case(
         {"head_dim": 64, "format": "2", **BLOCKS},
-        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        BLOCK_VALUES,
         "bfloat16",
         padding=(30, 0),
         seeds=(3,),
@@ -210,7 +211,7 @@ CASES = {
     # Queries one token at a time, or two of three.
     "little workspace": Case(
         {"head_dim": 64, "format": "2", **BLOCKS},
-        {"head_dim": 64, "format": "1.6", "unbiased": True, **BLOCKS, "block_shift": False},
+        BLOCK_VALUES,
         "bfloat16",
         padding=(30, 0),
         steps=6,

@@ -96,8 +96,10 @@ ONCE = [
     for call in CALLS
     if call.tiles == 1 and call.group * call.length <= 8
 ]
-MANY_BLOCKS = Call(codec(**BLOCKS), codec(**BLOCKS), group=8, packed=900, paddings=(300,), name="once: many blocks")
-ONCE.append(dataclasses.replace(MANY_BLOCKS, once=True))
+MANY_BLOCKS = codec(**BLOCKS)
+ONCE.append(
+    Call(MANY_BLOCKS, MANY_BLOCKS, group=8, packed=900, paddings=(300,), once=True, name="once: many blocks, padding")
+)
 CALLS += APART + ONCE
 
 

@@ -564,6 +564,7 @@ class CudaLayer:
     def one_launch(self) -> bool:
         """Whether attention of up to eight queries of a kv head is one launch and a merge, not one for each part of it.
 
+        Not where there are so many short splits that each has a warp of its own (long pasts with statistics of blocks).
         For new layers: whether the environment has ``SKVQ_ONE_LAUNCH=1``. Outputs differ by float noise. A captured
         step keeps what it was captured with.
         """

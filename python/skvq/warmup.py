@@ -23,7 +23,8 @@ _ELEMENTS = {"float16": "skvq::Half", "bfloat16": "skvq::BFloat", "float32": "fl
 _FORMATS = {"8": 8, "4": 4, "3": 3, "2": 2, "1.6": 16, "1.5": 15, "parts": 0}  # as in kernels/layout.cuh
 _MOST_PARTS = 8
 _REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of src/FORMAT.md and a device's pages
-_QUERY_TILE, _MOST_TILES = 8, 2  # of kernels/state.cuh, and of a block of attention in src/cuda/store/attend.rs
+QUERY_TILE = 8  # queries of a kv head, of kernels/state.cuh
+_MOST_TILES = 2  # of a block of attention in src/cuda/store/attend.rs
 _MOST_MANY_WIDTH = 192  # of attend_many.cuh
 _MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")]
 _MOVING += [("clear_rows", "u16"), ("advance", "i32"), ("poke", "FewWords"), ("poke", "ManyWords")]
@@ -123,7 +124,7 @@ def kernel_instances(shape: AttentionShape, *, one_launch: bool | None = None) -
         found.append(KernelInstance("queries.cuh", "skvq::query_factors", (width,)))
     if len(layouts) == 2:
         found.append(KernelInstance("append.cuh", "skvq::append_row", (element, *layouts.values())))
-        least = min(_MOST_TILES, -(-shape.queries_per_head // _QUERY_TILE))
+        least = min(_MOST_TILES, -(-shape.queries_per_head // QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         if least == 1 and one_launch:
             found.append(KernelInstance("attend_once.cuh", "skvq::attend_once", (element, *layouts.values())))

@@ -242,12 +242,13 @@ class DecodeAttention:
     def _join_launches(self) -> None:
         """One launch in place of all but turning and merge, with their arguments."""
         found = {launch.stage: launch for launch in self.launches}
-        fold, attend, unfold, plain = (found.pop(name) for name in ("fold", "attend_once", "unfold", "plain"))
+        fold, attend, unfold, plain = (found[name] for name in ("fold", "attend_once", "unfold", "plain"))
         fields = {"fold": fold.kept, "attend": attend.kept, "plain": plain.kept, "values": unfold.kept.transform}
         arguments = params("OnceParams", **fields, first_state=1 + self._window_splits)
         grid = (*attend.grid[:2], self.splits + 1 + self._window_splits)
         once = replace(attend, grid=grid, arguments=bytes(arguments), kept=arguments)
-        self.launches = [*(found[name] for name in ("turning",) if name in found), once, found["merge"]]
+        joined = (fold, unfold, plain)
+        self.launches = [once if x is attend else x for x in self.launches if all(x is not other for other in joined)]
 
     def _prepare_merge(self) -> None:
         call = self.call

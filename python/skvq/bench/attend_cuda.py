@@ -31,7 +31,7 @@ from .._native import CudaLayer, cuda_compile_many
 from ..cuda_runtime import KernelInstance, find_nvrtc
 from ..evaluate.progress import progress_bar
 from ..plan import LayerPlan
-from ..warmup import AttentionShape, kernel_instances
+from ..warmup import QUERY_TILE, AttentionShape, kernel_instances
 from . import layers
 from .device import GIB, BenchDevice, Clock, first_line, is_out_of_memory
 from .layers import Shape
@@ -49,7 +49,6 @@ TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
 SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
 APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
 EXACT_QUERIES = 128  # at a time in float64
-QUERY_TILE = 8  # queries of a kv head that may have one launch
 ONE_LAUNCH = ", one launch"  # behind a contestant's name
 DECODING = {"append.cuh", "decode.cuh", "encode.cuh", "queries.cuh", "rows.cuh", "statistics.cuh"}
 FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
@@ -82,6 +81,11 @@ class CudaAttendOptions:
         """A grid for a minute."""
         return replace(self, heads=((8, 32),), batches=(1,), tokens=(32768, 131072), rounds=15)
 
+    @property
+    def one_launch(self) -> bool:
+        """Whether a kv head never has more queries than one launch takes."""
+        return self.queries * max(query // kv for kv, query in self.heads) <= QUERY_TILE
+
     def shapes(self) -> Iterator[list[Shape]]:
         """Shapes that differ in their query heads only, and so share keys and values."""
         for tokens in self.tokens:
@@ -105,7 +109,8 @@ class Packed:
 
     Attributes:
         form: how rows are packed, such as "K2V1.6".
-        one_launch: as `CudaLayer.one_launch`; a layer is here for either way.
+        one_launch: as `CudaLayer.one_launch`; a layer is here for either way, which are the same where short splits
+            have a warp each.
         packed_bytes: of codes and scales, without what pages have unused.
         sdpa_errors: of torch's attention in f16 over the rows it decodes to, by query heads.
         errors: its own, likewise; None: not compared.
@@ -173,7 +178,7 @@ def compile_ahead(device: BenchDevice, options: CudaAttendOptions) -> int:
             streams = plan.keys.options.resolved(), plan.values.options.resolved()
             turning = plan.keys.shift_sine is not None
             attention = AttentionShape(options.head_dim, options.dtype, query // kv, *streams, turning=turning)
-            instances = kernel_instances(attention, one_launch=options.queries <= QUERY_TILE)
+            instances = kernel_instances(attention, one_launch=options.one_launch)
             wanted |= dict.fromkeys(x for x in instances if x.file != "repack.cuh")
             compared = kernel_instances(replace(attention, dtype="float32"), one_launch=False)
             wanted |= dict.fromkeys(x for x in compared if x.file in DECODING)
@@ -200,7 +205,7 @@ def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list
     for packed, (_, name, static) in zip(found, _names(options), strict=True):
         rows = shape.batch * shape.num_key_value_heads * packed.layer.packed_tokens
         packed.packed_bytes = rows * _row_bytes(_plan(shape, name, static), shape.head_dim)
-    if options.queries > QUERY_TILE:
+    if not options.one_launch:
         return found
     alone = [replace(x, name=f"{x.name}{ONE_LAUNCH}", one_launch=True, errors={}, sdpa_errors={}) for x in found]
     return [way for both in zip(found, alone, strict=True) for way in both]

@@ -139,7 +139,7 @@ def _measure(
             if name in reasons:
                 continue
             print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-            last.pop(name, None)
+            last.pop(name, None)  # frees the cache of the round before
             try:
                 cache = make()
                 run = _one_run(loaded, prompt, options, cache)
@@ -169,7 +169,8 @@ def _measure(
             run["decode_tokens_per_second"] for run in stock
         )
         row["step_speed_over_dynamic_cache"] = statistics.median(ratios[name])
-        row["step_speed_quartiles"] = [statistics.quantiles(ratios[name], n=4)[i] for i in (0, 2)]
+        low, _, high = statistics.quantiles(ratios[name], n=4)
+        row["step_speed_quartiles"] = [low, high]
         row["same_tokens_as_dynamic_cache"] = sum(
             a == b for a, b in zip(found[0]["token_ids"], stock[0]["token_ids"], strict=True)
         )

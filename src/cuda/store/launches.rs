@@ -64,9 +64,12 @@ impl Launches<'_> {
 
     /// With many blocks of statistics `fold`, `unfold` and `merge` have much to do themselves, and blocks of threads in plenty.
     fn is_crowded(&self) -> bool {
-        let blocks = self.shape.regions.packed.div_ceil(self.layer.block_rows().max(1));
+        let blocks = match self.layer.block_rows() {
+            0 => return false,
+            rows => self.shape.regions.packed.div_ceil(rows),
+        };
         let transforms = blocks * self.held.batch * self.heads() as usize * self.shape.query_tiles;
-        self.layer.block_rows() > 0 && blocks > 1 && transforms > self.multiprocessors()
+        blocks > 1 && transforms > self.multiprocessors()
     }
 
     fn multiprocessors(&self) -> usize {
@@ -196,7 +199,7 @@ impl Launches<'_> {
         // SAFETY: places in the workspace have room by `places`; the caller's promise for the rest. Likewise below.
         unsafe {
             self.launch(fold, self.grid(self.shape.key_blocks), self.row_threads(&folding.transform), &folding)?;
-            self.turning(kernels)?;
+            self.turning(kernels, &folding)?;
             self.plain()?;
         }
         // A block of `turning` has a multiprocessor to itself.
@@ -222,7 +225,7 @@ impl Launches<'_> {
     unsafe fn once(&self, kernels: &PackedKernels) -> Result<()> {
         let fold = self.folding();
         // SAFETY: as in `apart`.
-        unsafe { self.turning(kernels) }?;
+        unsafe { self.turning(kernels, &fold) }?;
         if kernels.turning.is_some() {
             self.wait();
         }
@@ -263,29 +266,29 @@ impl Launches<'_> {
     }
 
     /// Products of the queries with a mean that turns, where there is one.
-    unsafe fn turning(&self, kernels: &PackedKernels) -> Result<()> {
-        let Self { layer, held, call, shape, .. } = self;
-        let (Some(function), query) = (&kernels.turning, &call.query) else {
+    unsafe fn turning(&self, kernels: &PackedKernels, fold: &FoldParams) -> Result<()> {
+        let Self { layer, held, shape, .. } = self;
+        let Some(function) = &kernels.turning else {
             return Ok(());
         };
         let keys = &layer.shared.constants[Side::Keys as usize];
         let turning = TurningParams {
-            query: query.address,
-            query_batch_stride: query.strides[0],
-            query_head_stride: query.strides[1],
-            query_position_stride: query.strides[2],
+            query: fold.query,
+            query_batch_stride: fold.query_batch_stride,
+            query_head_stride: fold.query_head_stride,
+            query_position_stride: fold.query_position_stride,
             bias: self.place(shape.places.bias),
             origins: held.origins(),
-            lengths: self.lengths_read(),
-            transform: layer.transform(held, Side::Keys),
+            lengths: fold.lengths,
+            transform: fold.transform,
             waves: keys.waves.table,
             channels: keys.waves.channels,
             capacity: shape.regions.packed as i64,
-            scale: call.scale,
-            kv_heads: self.heads(),
-            group: shape.group as i32,
-            length: shape.length as i32,
-            query_tiles: shape.query_tiles as i32,
+            scale: fold.scale,
+            kv_heads: fold.kv_heads,
+            group: fold.group,
+            length: fold.length,
+            query_tiles: fold.query_tiles,
             batch: held.batch as i32,
             frequencies: keys.waves.frequencies,
             padding: 0,
