@@ -2,7 +2,7 @@
 //!
 //! Shapes: query `[batch, heads, L, key width]`, output `[batch, heads, L, value width]`, mask `[batch|1, heads|1, L|1, tokens]`.
 //! The queries that share a kv head (its group of heads × L positions) meet its rows together. A *job* is one kv head, a block of its
-//! queries and a range of *chunks* (up to [`CHUNK`] rows of one region with one shift and scale); it yields a partial softmax state
+//! queries (all of a few: `attend/worker.rs`; some of many, side by side in lanes: `attend/panel.rs`) and a range of *chunks* (up to [`CHUNK`] rows of one region with one shift and scale); it yields a partial softmax state
 //! {m, l, o}, and the states of a query are merged at the end (flash-decoding). Per chunk:
 //!
 //! 1. fold the transform into the queries, once for a shift and scale: q·x̂ = (R(s∘q))_π · `ŷ_π` + q·μ, or (Bᵀq)·ŷ + q·m(t);
@@ -13,22 +13,28 @@
 //!
 //! Sinks, window and the fresh rows of this very call are plain: the same way with nothing to fold.
 
+mod panel;
+mod tiles;
 mod worker;
 
-use crate::backend::simd::Isa;
 use crate::backend::simd::part_words::PartWords;
 use crate::backend::simd::words::WordTable;
+use crate::backend::simd::{Isa, LANES};
 use crate::backend::threads;
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
-use worker::{Buffer, Worker};
+use panel::{PANEL_QUERIES, Panel, WordSteps};
+use tiles::Buffer;
+use worker::Worker;
 
 /// Rows of a chunk at most; scores of a chunk stay in the first-level cache.
 const CHUNK: usize = 256;
-/// Queries of a job at most.
-const QUERY_BLOCK: usize = 32;
+/// From so many queries of a kv head on, they lie side by side in lanes; earlier where the products with a mean that turns are as many as
+/// those with rows.
+const MANY_QUERIES: usize = 32;
+const MANY_QUERIES_OF_A_TURNING_MEAN: usize = 16;
 /// Below this many multiply-adds a call runs on its own thread: waking others costs more.
 const SMALL_CALL: usize = 1 << 19;
 
@@ -76,7 +82,7 @@ struct Job {
     chunks: usize,
 }
 
-/// Partial softmax of a job's queries: maxima, sums and outputs `[queries, value width]`.
+/// Partial softmax of a job's queries: maxima, or what else was taken off their scores, sums and outputs `[queries, value width]`.
 struct State {
     maximum: Vec<f32>,
     sum: Vec<f32>,
@@ -87,7 +93,13 @@ struct State {
 pub fn attend(layer: &Layer, call: &Attention, mut output: TensorViewMut) -> Result<()> {
     check(layer, call, &output)?;
     let plan = Plan::new(layer, call);
-    let states = threads::share(plan.jobs.len(), plan.threads, |job| Worker::new(&plan, plan.jobs[job]).run());
+    let states = threads::share(plan.jobs.len(), plan.threads, |job| {
+        if plan.side_by_side {
+            Panel::new(&plan, plan.jobs[job]).run()
+        } else {
+            Worker::new(&plan, plan.jobs[job]).run()
+        }
+    });
     let mut first = 0;
     while first < states.len() {
         let job = plan.jobs[first];
@@ -187,6 +199,8 @@ struct Plan<'a> {
     jobs: Vec<Job>,
     /// Consecutive jobs that share their queries.
     splits: usize,
+    /// Whether jobs are those of `panel.rs`.
+    side_by_side: bool,
     threads: usize,
     /// Query heads of a kv head.
     group: usize,
@@ -200,6 +214,9 @@ struct Plan<'a> {
     /// Tables for products of words, where queries have 16 bits and rows and processor allow it.
     key_words: Option<LevelWords>,
     value_words: Option<LevelWords>,
+    /// The same for queries side by side.
+    key_steps: Option<WordSteps>,
+    value_steps: Option<WordSteps>,
 }
 
 /// Levels of a codec's rows as words.
@@ -246,22 +263,34 @@ impl<'a> Plan<'a> {
         let queries = group * length;
         let dtype = call.query.dtype();
         let has_words = spec.isa.has_words() && dtype != Dtype::F32;
-        let words = |codec: &Codec, values| if has_words { LevelWords::new(codec, dtype, values) } else { None };
-        let groups_of_jobs = batch * spec.num_key_value_heads * queries.div_ceil(QUERY_BLOCK);
+        let turning = spec.keys.turning_mean(0).is_some();
+        let side_by_side = queries >= if turning { MANY_QUERIES_OF_A_TURNING_MEAN } else { MANY_QUERIES };
+        let block = if side_by_side {
+            queries.div_ceil(queries.div_ceil(PANEL_QUERIES)).next_multiple_of(LANES)
+        } else {
+            queries
+        };
+        let words = |codec: &Codec, values| {
+            if has_words && !side_by_side { LevelWords::new(codec, dtype, values) } else { None }
+        };
+        let steps = |codec: &Codec, values| {
+            if has_words && side_by_side { WordSteps::new(codec, dtype, values) } else { None }
+        };
+        let groups_of_jobs = batch * spec.num_key_value_heads * queries.div_ceil(block);
         let work = batch * heads * length * tokens * (key_width + value_width);
         let threads = if work < SMALL_CALL { 1 } else { threads::num_threads() };
         // Four jobs a thread even out what the threads do; more would only repeat the folding of queries.
         let splits = if threads == 1 { 1 } else { (4 * threads).div_ceil(groups_of_jobs).min(chunks.len()) };
         let mut jobs = Vec::with_capacity(groups_of_jobs * splits);
         for head in 0..batch * spec.num_key_value_heads {
-            for first_query in (0..queries).step_by(QUERY_BLOCK) {
+            for first_query in (0..queries).step_by(block) {
                 for split in 0..splits {
                     let first_chunk = split * chunks.len() / splits;
                     jobs.push(Job {
                         batch: head / spec.num_key_value_heads,
                         kv_head: head % spec.num_key_value_heads,
                         first_query,
-                        queries: QUERY_BLOCK.min(queries - first_query),
+                        queries: block.min(queries - first_query),
                         first_chunk,
                         chunks: (split + 1) * chunks.len() / splits - first_chunk,
                     });
@@ -275,6 +304,7 @@ impl<'a> Plan<'a> {
             chunks,
             jobs,
             splits,
+            side_by_side,
             threads,
             group,
             length,
@@ -284,6 +314,8 @@ impl<'a> Plan<'a> {
             value_width,
             key_words: words(&spec.keys, false),
             value_words: words(&spec.values, true),
+            key_steps: steps(&spec.keys, false),
+            value_steps: steps(&spec.values, true),
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::{Dtype, Element, Layout, Row, TensorView};
 use crate::error::{Error, Result};
-use std::{marker::PhantomData, slice};
+use std::{marker::PhantomData, ops::Range, slice};
 
 /// What the elements of a mask mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +129,17 @@ impl<'a> MaskView<'a> {
                 MaskRow::Additive(row.row(0, 0, 0)?)
             }
         })
+    }
+
+    /// Whether a row lets all of these tokens be seen as they are; false where that cannot be told at a glance.
+    pub fn is_open(&self, batch: usize, head: usize, query: usize, tokens: Range<usize>) -> bool {
+        match self.row(batch, head, query) {
+            Some(MaskRow::Visible(row)) => !row[tokens].contains(&0),
+            Some(MaskRow::Additive(Row::F32(row))) => row[tokens].iter().all(|bias| *bias == 0.0),
+            Some(MaskRow::Additive(Row::F16(row))) => row[tokens].iter().all(|bias| bias.to_bits() << 1 == 0),
+            Some(MaskRow::Additive(Row::BF16(row))) => row[tokens].iter().all(|bias| bias.to_bits() << 1 == 0),
+            None => false,
+        }
     }
 
     /// Writes what tokens `start .. start + out.len()` add to the scores: 0 or -inf for a mask of visible tokens.

@@ -173,6 +173,7 @@ fn masks_broadcast() {
     mask.read_bias(1, 7, 3, 1, &mut bias);
     assert_eq!(bias, [f32::NEG_INFINITY, 0.0]);
     assert!(matches!(mask.row(0, 5, 2), Some(MaskRow::Visible([1, 0, 2]))));
+    assert!(mask.is_open(0, 5, 2, 2..3) && mask.is_open(0, 5, 2, 0..1) && !mask.is_open(0, 5, 2, 0..3));
 }
 
 #[test]
@@ -185,11 +186,24 @@ fn additive_masks_are_read_in_any_dtype() {
     assert_eq!(bias, [-0.5, 1.0]);
     mask.read_bias(0, 0, 0, 0, &mut bias);
     assert_eq!(bias, [0.0, lowest.to_f32()]);
+    assert!(mask.is_open(0, 0, 0, 0..1) && !mask.is_open(0, 0, 0, 0..2));
+    for zeros in [
+        MaskView::from_additive(&[0.0f32, -0.0], [1, 1, 1, 2]),
+        MaskView::from_additive(&[f16::ZERO, f16::NEG_ZERO], [1, 1, 1, 2]),
+    ] {
+        assert!(zeros.is_open(0, 0, 0, 0..2));
+    }
+    for ones in [
+        MaskView::from_additive(&[0.0f32, 1.0], [1, 1, 1, 2]),
+        MaskView::from_additive(&[f16::ZERO, f16::ONE], [1, 1, 1, 2]),
+    ] {
+        assert!(ones.is_open(0, 0, 0, 0..1) && !ones.is_open(0, 0, 0, 0..2));
+    }
     // SAFETY: the same four elements, the token axis first.
     let strided = unsafe {
         MaskView::from_raw(data.as_ptr().cast(), [1, 1, 2, 2], [0, 0, 1, 2], MaskKind::Additive(Dtype::BF16))
     };
-    assert!(strided.row(0, 0, 1).is_none());
+    assert!(strided.row(0, 0, 1).is_none() && !strided.is_open(0, 0, 0, 0..1));
     strided.read_bias(0, 0, 1, 0, &mut bias);
     assert_eq!(bias, [lowest.to_f32(), 1.0]);
 }

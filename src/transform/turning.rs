@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
-use crate::backend::simd::{Isa, LANES, matmul};
+use crate::backend::simd::{Isa, LANES, matmul, panels};
 use crate::error::{Error, Result};
 
 /// Positions of a span: t = SPAN·i + j. The chunks of attention are no longer.
@@ -244,6 +244,56 @@ impl TurningMean {
         }
     }
 
+    /// Rows of the scratch of [`Self::score_panel`].
+    pub fn panel_rows(&self) -> usize {
+        self.turns.rows() + 2 * self.turns.slow.len()
+    }
+
+    /// [`Self::score_span`] of queries side by side: `amplitudes` `[waves, width]`, `scratch` `[panel_rows, width]`, `scores` `[count, width]`,
+    /// with a query in every column and `width` a multiple of 16.
+    #[allow(clippy::too_many_arguments)]
+    pub fn score_panel(
+        &self,
+        isa: Isa,
+        spans: &[f32],
+        first: usize,
+        amplitudes: &[f32],
+        scratch: &mut [f32],
+        width: usize,
+        scores: &mut [f32],
+    ) {
+        let (d, rows, turns) = (self.mean.len(), self.turns.rows(), &*self.turns);
+        let (count, fast, slow) = (scores.len() / width, turns.fast.len(), turns.slow.len());
+        debug_assert!(first % SPAN + count <= SPAN, "positions {first}.. of more than one span");
+        let span = &spans[first / SPAN * 2 * d..][..2 * d];
+        let middle = &turns.steps[HALF * 2 * d..][..2 * d];
+        let (of_cosine, of_sine) = amplitudes.split_at(self.waves() / 2 * width);
+        let (terms, slow_waves) = scratch.split_at_mut(rows * width);
+        let (waves, powers) = terms.split_at_mut(2 * fast * width);
+        let turn = |place: u16, middle: Option<&[f32]>, i: usize, (a, b): (&mut [f32], &mut [f32])| {
+            let (f, channel) = (usize::from(place), usize::from(turns.channel_of[usize::from(place)]));
+            let mut to = (span[channel], span[d + channel]);
+            if let Some(middle) = middle {
+                to = turn_on(to, (middle[channel], middle[d + channel]));
+            }
+            let from = f * width..(f + 1) * width;
+            let (a, b) = (&mut a[i * width..][..width], &mut b[i * width..][..width]);
+            panels::turn(isa, &of_cosine[from.clone()], &of_sine[from], to, a, b);
+        };
+        let (a, b) = waves.split_at_mut(fast * width);
+        turns.fast.iter().enumerate().for_each(|(i, &place)| turn(place, None, i, (a, b)));
+        let (a, b) = slow_waves.split_at_mut(slow * width);
+        turns.slow.iter().enumerate().for_each(|(i, &place)| turn(place, Some(middle), i, (a, b)));
+        // The even terms are of the cosines, the odd ones of the sines.
+        powers.fill(0.0);
+        for (n, power) in powers.chunks_exact_mut(width).enumerate() {
+            let product = panels::Product { rows: 1, terms: slow, row_stride: 0, term_stride: TERMS, width };
+            panels::add_product(isa, &product, &turns.terms[n..], if n % 2 == 0 { a } else { b }, None, power);
+        }
+        let product = panels::Product { rows: count, terms: rows, row_stride: 1, term_stride: SPAN, width };
+        panels::add_product(isa, &product, &turns.rows[first % SPAN..], terms, None, scores);
+    }
+
     /// Adds q·m(t) of `count` positions from `origin + first` on, all of one span counted from `origin`, to `scores` `[queries, stride]` (whole
     /// vectors of 16). `amplitudes` and `scratch` are `[queries, waves]`, the amplitudes counted from `origin`.
     #[allow(clippy::too_many_arguments)]
@@ -298,6 +348,11 @@ impl TurningMean {
 /// Amplitudes of a cosine and a sine counted from a position whose own are given: those counted from there.
 fn turn_waves((a, b): (f32, f32), cosine: f32, sine: f32) -> (f32, f32) {
     (a * cosine + b * sine, b * cosine - a * sine)
+}
+
+/// Cosine and sine of the sum of two angles.
+fn turn_on((cos_a, sin_a): (f32, f32), (cos_b, sin_b): (f32, f32)) -> (f32, f32) {
+    (cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b)
 }
 
 #[cfg(test)]
@@ -392,6 +447,44 @@ mod tests {
                     };
                     let exact: f64 = (0..d).map(of).sum();
                     assert!((f64::from(score) - exact).abs() < 1e-6 * size, "{first} {j}: {score} {exact} of {size}");
+                }
+            }
+        }
+    }
+
+    /// Queries in columns; of a base whose slow frequencies are a polynomial, and of one without.
+    #[test]
+    fn queries_side_by_side_score_as_in_rows() {
+        let (d, width, queries) = (64, 32, 19);
+        for base in [1e6f32, 4.0] {
+            let frequencies: Vec<f32> = (0..d).map(|c| base.powf(-((c % 32) as f32) / 32.0)).collect();
+            let mean: Vec<f32> = (0..d).map(|c| (c as f32 * 1.3).sin() * 5.0).collect();
+            let quarter = mean.iter().rev().copied().collect();
+            let turning = TurningMean::new(mean, quarter, Turns::shared(&frequencies).unwrap()).unwrap();
+            let spans = turning.turns.spans(4);
+            let (waves, count) = (turning.waves(), 100);
+            let query: Vec<f32> = (0..queries * d).map(|i| (i as f32 * 0.37).cos()).collect();
+            let mut amplitudes = vec![0.0; queries * waves];
+            let mut side_by_side = vec![0.0; waves * width];
+            for (q, query) in query.chunks(d).enumerate() {
+                let own = &mut amplitudes[q * waves..][..waves];
+                turning.amplitudes(query, &spans, 3, own);
+                own.iter().enumerate().for_each(|(wave, value)| side_by_side[wave * width + q] = *value);
+            }
+            for isa in Isa::available() {
+                for first in [0, SPAN + 128, 2 * SPAN + 17] {
+                    let mut scores = vec![1.0; queries * SPAN];
+                    let mut scratch = vec![0.0; queries * waves];
+                    turning.score_span(isa, &spans, first, count, &amplitudes, &mut scratch, &mut scores, SPAN);
+                    let mut found = vec![1.0; count * width];
+                    let mut scratch = vec![0.0; turning.panel_rows() * width];
+                    turning.score_panel(isa, &spans, first, &side_by_side, &mut scratch, width, &mut found);
+                    for (q, scores) in scores.chunks(SPAN).enumerate() {
+                        for (t, score) in scores[..count].iter().enumerate() {
+                            let found = found[t * width + q];
+                            assert!((found - score).abs() < 3e-4, "{isa} {base} {first} {q} {t}: {found} {score}");
+                        }
+                    }
                 }
             }
         }

@@ -2,59 +2,20 @@
 //!
 //! Shapes: rows of queries and outputs `[queries, width]`, scores `[queries, CHUNK]`, scales and zero points `[groups, CHUNK]`.
 
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::{CHUNK, Chunk, Job, LevelWords, Plan, Region, State};
-use crate::backend::simd::{LANES, levels, matmul, part_words, prefetch, rows, vectors, words};
-use crate::codec::Codec;
+use super::tiles::{Affinity, Buffer, Tiles, Visible, group_channels, tiles};
+use super::{CHUNK, Chunk, Job, LevelWords, Plan, State};
+use crate::backend::simd::{LANES, matmul, part_words, rows, vectors, words};
 use crate::format::{Format, PAGE_ROWS};
-use crate::layer::{Head, Stream};
-use crate::transform::{Source, TurningMean, spans_of};
-
-/// f32 that begin at a cache line: a vector of 16 that straddles two costs twice.
-pub(super) struct Buffer {
-    data: Vec<f32>,
-    start: usize,
-    len: usize,
-}
-
-impl Buffer {
-    pub(super) fn zeroed(len: usize) -> Self {
-        Self::aligned(len, 64)
-    }
-
-    /// Beginning at a multiple of `bytes`.
-    fn aligned(len: usize, bytes: usize) -> Self {
-        let slack = bytes / size_of::<f32>() - 1;
-        let data = vec![0.0; len + slack];
-        let start = data.as_ptr().align_offset(bytes).min(slack);
-        Self { data, start, len }
-    }
-}
-
-impl Deref for Buffer {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        &self.data[self.start..][..self.len]
-    }
-}
-
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data[self.start..][..self.len]
-    }
-}
-
-/// f32 of a decoded tile: 16 KiB.
-const TILE_FLOATS: usize = 4096;
+use crate::transform::{TurningMean, spans_of};
 
 /// Buffers of one job: rows of queries `[queries, width]`, of scores `[queries, CHUNK]`.
 pub(super) struct Worker<'a> {
     plan: &'a Plan<'a>,
     job: Job,
-    head: &'a Head,
+    tiles: Tiles<'a>,
     /// `[queries, key width]`: the queries times the softmax scale, as they are and folded.
     plain: Buffer,
     folded: Buffer,
@@ -67,14 +28,9 @@ pub(super) struct Worker<'a> {
     /// Shift and scale of keys and values in the present block.
     keys: Affinity,
     values: Affinity,
-    tile: Buffer,
     scores: Buffer,
     /// Scores of one group of a tile, and weights times a scale.
     partial: Buffer,
-    scales: Buffer,
-    zeros: Buffer,
-    /// A page's metadata as it is stored, `[rows, scales and zero points]`.
-    numbers: Buffer,
     sums: Buffer,
     words: Words<'a>,
     /// Weighted sums of levels that are not yet back in the model's space, and the weights they have.
@@ -138,58 +94,6 @@ impl<'a> Words<'a> {
     }
 }
 
-/// The rows of a chunk that queries may see, and the token that its row 0 is, or would be.
-struct Visible {
-    token: usize,
-    rows: Range<usize>,
-}
-
-/// Shift and scale of every channel, expanded; `block` says whose.
-struct Affinity {
-    shift: Vec<f32>,
-    scale: Vec<f32>,
-    block: Option<usize>,
-}
-
-impl Affinity {
-    fn new(width: usize) -> Self {
-        Self { shift: vec![0.0; width], scale: vec![1.0; width], block: None }
-    }
-
-    fn block_of(codec: &Codec, row: usize) -> usize {
-        match &codec.source {
-            Source::Static(_) | Source::Turning(_) => 0,
-            Source::Block(rule) => row / rule.rows,
-        }
-    }
-
-    /// Whether row `row` has other ones.
-    fn differs_at(&self, codec: &Codec, row: usize) -> bool {
-        self.block != Some(Self::block_of(codec, row))
-    }
-
-    /// Turns to the block of row `row`; true if that changed anything.
-    fn turn_to(&mut self, codec: &Codec, kv_head: usize, stream: &Stream, row: usize) -> bool {
-        if !self.differs_at(codec, row) {
-            return false;
-        }
-        self.block = Some(Self::block_of(codec, row));
-        match (&codec.source, codec.static_affine(kv_head)) {
-            (Source::Block(rule), _) => {
-                stream.past.block(row, rule.rows).expand_into(&mut self.shift, &mut self.scale);
-            }
-            (_, Some(affine)) => {
-                self.shift.copy_from_slice(&affine.shift);
-                self.scale.copy_from_slice(&affine.scale);
-            }
-            // The mean is taken care of elsewhere.
-            (Source::Turning(_), _) => {}
-            (_, None) => unreachable!("a static codec serves every head"),
-        }
-        true
-    }
-}
-
 impl<'a> Worker<'a> {
     pub(super) fn new(plan: &'a Plan<'a>, job: Job) -> Self {
         let (keys, values, n) = (plan.key_width, plan.value_width, job.queries);
@@ -197,7 +101,7 @@ impl<'a> Worker<'a> {
         Self {
             plan,
             job,
-            head: plan.layer.head(job.batch, job.kv_head),
+            tiles: Tiles::new(plan, job),
             plain: Buffer::zeroed(n * keys),
             folded: Buffer::zeroed(n * keys),
             shifts: Buffer::zeroed(n),
@@ -205,13 +109,8 @@ impl<'a> Worker<'a> {
             turning: Turning::new(plan, job),
             keys: Affinity::new(keys),
             values: Affinity::new(values),
-            // A store across the end of a memory page costs as much as the rest of its row.
-            tile: Buffer::aligned(TILE_FLOATS.max(8 * keys.max(values)) + levels::SLACK, 4096),
             scores: Buffer::zeroed(n * CHUNK),
             partial: Buffer::zeroed(n * CHUNK),
-            scales: Buffer::zeroed(groups * CHUNK),
-            zeros: Buffer::zeroed(groups * CHUNK),
-            numbers: Buffer::zeroed(2 * groups * PAGE_ROWS),
             sums: Buffer::zeroed(n * groups),
             words: Words::new(plan, n),
             packed_output: Buffer::zeroed(n * values),
@@ -231,7 +130,7 @@ impl<'a> Worker<'a> {
         }
         for index in self.job.first_chunk..self.job.first_chunk + self.job.chunks {
             let chunk = self.plan.chunks[index];
-            if self.tokens_of(chunk).rows.is_empty() || self.sees_nothing(chunk) {
+            if self.tiles.tokens_of(chunk).rows.is_empty() || self.tiles.sees_nothing(chunk) {
                 continue;
             }
             self.score(chunk);
@@ -243,165 +142,27 @@ impl<'a> Worker<'a> {
         self.state
     }
 
-    /// All rows of a chunk are tokens in their order, unless the sequence begins with padding.
-    fn tokens_of(&self, chunk: Chunk) -> Visible {
-        let padding = self.plan.layer.padding(self.job.batch);
-        let (stored, sinks) = (self.plan.stored, self.plan.layer.spec().sinks);
-        let row_of = |token: usize| token.saturating_sub(chunk.token).min(chunk.count);
-        match chunk.region {
-            _ if padding == 0 => Visible { token: chunk.token, rows: 0..chunk.count },
-            Region::Sinks => {
-                let token = chunk.token + padding;
-                Visible { token, rows: 0..stored.saturating_sub(token).min(chunk.count) }
-            }
-            Region::Fresh => Visible { token: chunk.token, rows: row_of(padding)..chunk.count },
-            Region::Past | Region::Window => Visible { token: chunk.token, rows: row_of(padding + sinks)..chunk.count },
-        }
-    }
-
-    /// The last token a query may see.
-    fn last_visible(&self, q: usize) -> usize {
-        if self.plan.call.causal {
-            let (_, position) = self.plan.query_at(self.job, q);
-            self.plan.tokens - self.plan.length + position
-        } else {
-            self.plan.tokens - 1
-        }
-    }
-
-    fn sees_nothing(&self, chunk: Chunk) -> bool {
-        (0..self.job.queries).all(|q| self.last_visible(q) < chunk.token)
-    }
-
-    fn codec(&self, values: bool) -> &'a Codec {
-        let spec = self.plan.layer.spec();
-        if values { &spec.values } else { &spec.keys }
-    }
-
-    fn stream(&self, values: bool) -> &'a Stream {
-        if values { &self.head.values } else { &self.head.keys }
-    }
-
-    /// The codes of row `row` of the past and of those behind it on its page.
-    fn codes(&self, values: bool, row: usize) -> &'a [u8] {
-        let layout = &self.codec(values).layout;
-        &self.stream(values).past.page(row / PAGE_ROWS).codes(layout)[row % PAGE_ROWS * layout.code_bytes..]
-    }
-
-    /// The next tile of a chunk: rows `start .. start + count` of it, decoded to levels or widened.
-    fn load_tile(&mut self, chunk: Chunk, values: bool, start: usize, count: usize) {
-        let (isa, first) = (self.plan.isa, chunk.first + start);
-        if chunk.region == Region::Past {
-            return self.load_past(values, first, count);
-        }
-        let width = self.codec(values).layout.head_dim;
-        let stream = self.stream(values);
-        let tile = &mut self.tile[..count * width];
-        match chunk.region {
-            Region::Sinks => levels::decode_plain(isa, stream.sinks.rows(first, count), stream.sinks.dtype, tile),
-            Region::Window => levels::decode_plain(isa, stream.window.rows(first, count), stream.window.dtype, tile),
-            Region::Fresh => {
-                let fresh = self.plan.call.fresh.as_ref().expect("a fresh chunk has fresh rows");
-                let rows = if values { &fresh.1 } else { &fresh.0 };
-                for (i, row) in tile.chunks_exact_mut(width).enumerate() {
-                    rows.read_row_f32(self.job.batch, self.job.kv_head, first + i, row);
-                }
-            }
-            Region::Past => unreachable!("done above"),
-        }
-    }
-
-    /// Rows `first .. first + count` of the past: levels of the stored channels, or raw rows widened.
-    fn load_past(&mut self, values: bool, first: usize, count: usize) {
-        let codec = self.codec(values);
-        let (layout, isa, width) = (&codec.layout, self.plan.isa, codec.stored_channels());
-        // A tile may run over the end of a page.
-        let mut done = 0;
-        while done < count {
-            let rows = (count - done).min(PAGE_ROWS - (first + done) % PAGE_ROWS);
-            let codes = self.codes(values, first + done);
-            let target = &mut self.tile[done * width..(done + rows) * width + levels::SLACK];
-            match layout.format {
-                Format::Raw(dtype) => {
-                    let bytes = &codes[..rows * layout.code_bytes];
-                    levels::decode_plain(isa, bytes, dtype, &mut target[..rows * width]);
-                }
-                Format::Parts => levels::decode_parts(isa, &codec.parts, layout.code_bytes, codes, rows, target),
-                _ => levels::decode_levels(isa, layout, &codec.codebook, codes, rows, target),
-            }
-            done += rows;
-        }
-        self.prefetch_past(values, first + count, count);
-    }
-
-    /// Asks for up to `count` rows of the past, which come after the product of those before, about a memory latency away.
-    fn prefetch_past(&self, values: bool, next: usize, count: usize) {
-        let layout = &self.codec(values).layout;
-        let stream = self.stream(values);
-        if next < stream.past.len() {
-            let (page, row) = (stream.past.page(next / PAGE_ROWS), next % PAGE_ROWS);
-            let rows = count.min(PAGE_ROWS - row);
-            prefetch(&page.codes(layout)[row * layout.code_bytes..(row + rows) * layout.code_bytes]);
-            if row == 0 {
-                prefetch(page.metadata(layout));
-            }
-        }
-    }
-
-    /// Scales and zero points of a packed chunk, `[groups, CHUNK]`.
-    fn load_metadata(&mut self, chunk: Chunk, values: bool) {
-        let codec = self.codec(values);
-        let layout = &codec.layout;
-        let stream = self.stream(values);
-        let (groups, per_row) = (layout.groups(), layout.metadata_bytes / layout.metadata.size());
-        let mut done = 0;
-        while done < chunk.count {
-            let row = chunk.first + done;
-            let count = (chunk.count - done).min(PAGE_ROWS - row % PAGE_ROWS);
-            let bytes = &stream.past.page(row / PAGE_ROWS).metadata(layout)[row % PAGE_ROWS * layout.metadata_bytes..];
-            let bytes = &bytes[..count * layout.metadata_bytes];
-            if per_row == 1 {
-                let scales = &mut self.scales[done..done + count];
-                levels::decode_metadata(self.plan.isa, layout.metadata, bytes, scales);
-            } else {
-                let numbers = &mut self.numbers[..count * per_row];
-                levels::decode_metadata(self.plan.isa, layout.metadata, bytes, numbers);
-                for (i, row) in numbers.chunks_exact(per_row).enumerate() {
-                    for (g, number) in row.iter().enumerate() {
-                        let target = if g < groups { &mut self.scales } else { &mut self.zeros };
-                        target[g % groups * CHUNK + done + i] = *number;
-                    }
-                }
-            }
-            done += count;
-        }
-    }
-
-    fn is_packed(&self, chunk: Chunk, values: bool) -> bool {
-        chunk.region == Region::Past && !self.codec(values).is_raw()
-    }
-
     /// Steps 1 and 2: scores `[queries, CHUNK]` of a chunk.
     fn score(&mut self, chunk: Chunk) {
-        let codec = self.codec(false);
-        if !self.is_packed(chunk, false) {
+        let codec = self.tiles.codec(false);
+        if !self.tiles.is_packed(chunk, false) {
             let width = codec.layout.head_dim;
             for (start, count) in tiles(chunk.count, width) {
-                self.load_tile(chunk, false, start, count);
+                self.tiles.load(chunk, false, start, count);
                 self.product(width, 0..width, count, false);
                 self.keep_scores(start, count);
             }
             return;
         }
         self.fold_queries(chunk);
-        self.load_metadata(chunk, false);
+        self.tiles.load_metadata(chunk, false);
         self.begin_packed_scores(chunk);
         if self.words.queries_hold {
             return self.score_words(chunk);
         }
         let width = codec.stored_channels();
         for (start, count) in tiles(chunk.count, width) {
-            self.load_tile(chunk, false, start, count);
+            self.tiles.load(chunk, false, start, count);
             for g in 0..codec.layout.groups() {
                 self.product(width, group_channels(codec, g), count, true);
                 self.keep_packed_scores(g, start, count);
@@ -412,7 +173,7 @@ impl<'a> Worker<'a> {
     /// Scores of packed rows by words.
     fn score_words(&mut self, chunk: Chunk) {
         for (start, count) in pieces(chunk) {
-            let codes = self.codes(false, chunk.first + start);
+            let codes = self.tiles.codes(false, chunk.first + start);
             let Words { queries, query_units: units, .. } = &self.words;
             let sizes = words::ScoreSizes { queries: self.job.queries, rows: count, score_stride: CHUNK };
             let (isa, scores) = (self.plan.isa, &mut self.partial);
@@ -427,7 +188,7 @@ impl<'a> Worker<'a> {
                 }
             }
             self.keep_packed_scores(0, start, count);
-            self.prefetch_past(false, chunk.first + start + count, count);
+            self.tiles.prefetch_past(false, chunk.first + start + count, count);
         }
     }
 
@@ -443,7 +204,7 @@ impl<'a> Worker<'a> {
             score_stride: CHUNK,
         };
         let queries = if folded { &self.folded } else { &self.plain };
-        matmul::score_tile(self.plan.isa, &product, queries, &self.tile, &mut self.partial);
+        matmul::score_tile(self.plan.isa, &product, queries, &self.tiles.tile, &mut self.partial);
     }
 
     /// What a packed row scores beside its codes: q·μ, less what its noise adds.
@@ -459,8 +220,8 @@ impl<'a> Worker<'a> {
             (0..n).for_each(|q| self.scores[q * CHUNK..][count..whole].fill(0.0));
             mean.score_span(isa, spans, first, count, amplitudes, scratch, &mut self.scores, CHUNK);
         }
-        if !self.codec(false).noise.is_empty() {
-            let scales = &self.scales[..chunk.count];
+        if !self.tiles.codec(false).noise.is_empty() {
+            let scales = &self.tiles.scales[..chunk.count];
             for q in 0..n {
                 let squares = &mut self.partial[..chunk.count];
                 squares.iter_mut().zip(scales).for_each(|(square, scale)| *square = scale * scale);
@@ -477,10 +238,10 @@ impl<'a> Worker<'a> {
 
     /// scores += a·partial + z·Σq.
     fn keep_packed_scores(&mut self, g: usize, start: usize, count: usize) {
-        let groups = self.codec(false).layout.groups();
-        let symmetric = self.codec(false).layout.symmetric;
-        let scales = &self.scales[g * CHUNK + start..][..count];
-        let zeros = &self.zeros[g * CHUNK + start..][..count];
+        let groups = self.tiles.codec(false).layout.groups();
+        let symmetric = self.tiles.codec(false).layout.symmetric;
+        let scales = &self.tiles.scales[g * CHUNK + start..][..count];
+        let zeros = &self.tiles.zeros[g * CHUNK + start..][..count];
         for q in 0..self.job.queries {
             let from = &self.partial[q * CHUNK..][..count];
             let to = &mut self.scores[q * CHUNK + start..][..count];
@@ -496,8 +257,8 @@ impl<'a> Worker<'a> {
 
     /// q' = (R(s∘q))_π or Bᵀq, its sum over each group, and q·μ.
     fn fold_queries(&mut self, chunk: Chunk) {
-        let codec = self.codec(false);
-        if !self.keys.turn_to(codec, self.job.kv_head, &self.head.keys, chunk.first) {
+        let codec = self.tiles.codec(false);
+        if !self.keys.turn_to(codec, self.job.kv_head, self.tiles.stream(false), chunk.first) {
             return;
         }
         let (width, groups) = (codec.layout.head_dim, codec.layout.groups());
@@ -539,7 +300,7 @@ impl<'a> Worker<'a> {
     /// Step 3, first half.
     fn cap_and_mask(&mut self, chunk: Chunk) {
         let call = self.plan.call;
-        let Visible { token, rows } = self.tokens_of(chunk);
+        let Visible { token, rows } = self.tiles.tokens_of(chunk);
         if rows == (0..chunk.count) && call.softcap.is_none() && call.mask.is_none() && !call.causal {
             return;
         }
@@ -602,22 +363,22 @@ impl<'a> Worker<'a> {
 
     /// Step 4.
     fn weigh(&mut self, chunk: Chunk) {
-        let codec = self.codec(true);
+        let codec = self.tiles.codec(true);
         let width = codec.layout.head_dim;
-        if !self.is_packed(chunk, true) {
+        if !self.tiles.is_packed(chunk, true) {
             for (start, count) in tiles(chunk.count, width) {
-                self.load_tile(chunk, true, start, count);
+                self.tiles.load(chunk, true, start, count);
                 let product = self.weighing(width, 0..width, count);
                 let weights = &self.scores[start..];
-                matmul::weigh_tile(self.plan.isa, &product, weights, &self.tile, &mut self.state.output);
+                matmul::weigh_tile(self.plan.isa, &product, weights, &self.tiles.tile, &mut self.state.output);
             }
             return;
         }
         if self.values.differs_at(codec, chunk.first) {
             self.unfold_output();
-            self.values.turn_to(codec, self.job.kv_head, &self.head.values, chunk.first);
+            self.values.turn_to(codec, self.job.kv_head, self.tiles.stream(true), chunk.first);
         }
-        self.load_metadata(chunk, true);
+        self.tiles.load_metadata(chunk, true);
         if self.words.values.is_some() {
             for (start, count) in pieces(chunk) {
                 if !self.weigh_words(chunk, start, count) {
@@ -632,14 +393,14 @@ impl<'a> Worker<'a> {
 
     /// Some packed rows of a chunk by their levels in f32.
     fn weigh_levels(&mut self, chunk: Chunk, first: usize, count: usize) {
-        let codec = self.codec(true);
+        let codec = self.tiles.codec(true);
         let stored = codec.stored_channels();
         for (start, count) in tiles(count, stored).map(|(start, count)| (first + start, count)) {
-            self.load_tile(chunk, true, start, count);
+            self.tiles.load(chunk, true, start, count);
             for g in 0..codec.layout.groups() {
                 let product = self.weighing(stored, group_channels(codec, g), count);
                 self.scale_weights(g, start, count);
-                matmul::weigh_tile(self.plan.isa, &product, &self.partial, &self.tile, &mut self.packed_output);
+                matmul::weigh_tile(self.plan.isa, &product, &self.partial, &self.tiles.tile, &mut self.packed_output);
             }
         }
     }
@@ -647,8 +408,8 @@ impl<'a> Worker<'a> {
     /// Rows of one page by words; false, and nothing added, if a weight with its scale is not finite.
     fn weigh_words(&mut self, chunk: Chunk, start: usize, count: usize) -> bool {
         self.scale_weights(0, start, count);
-        let (layout, stride) = (&self.codec(true).layout, words::WEIGHED_ROWS);
-        let codes = self.codes(true, chunk.first + start);
+        let (layout, stride) = (&self.tiles.codec(true).layout, words::WEIGHED_ROWS);
+        let codes = self.tiles.codes(true, chunk.first + start);
         let Words { values: Some(table), weights, weight_units, .. } = &mut self.words else { return false };
         for (q, unit) in weight_units.iter_mut().enumerate() {
             let target = &mut weights[q * stride..][..count.next_multiple_of(2)];
@@ -675,7 +436,7 @@ impl<'a> Worker<'a> {
                 part_words::weigh_words(isa, &product, weights, weight_units, codes, output);
             }
         }
-        self.prefetch_past(true, chunk.first + start + count, count);
+        self.tiles.prefetch_past(true, chunk.first + start + count, count);
         true
     }
 
@@ -695,7 +456,7 @@ impl<'a> Worker<'a> {
 
     /// partial = weights · a for one group of a tile.
     fn scale_weights(&mut self, g: usize, start: usize, count: usize) {
-        let scales = &self.scales[g * CHUNK + start..][..count];
+        let scales = &self.tiles.scales[g * CHUNK + start..][..count];
         for q in 0..self.job.queries {
             let weights = &self.scores[q * CHUNK + start..][..count];
             let scaled = &mut self.partial[q * CHUNK..][..count];
@@ -705,7 +466,7 @@ impl<'a> Worker<'a> {
 
     /// Σ p of a chunk, and Σ p·z where there are zero points.
     fn add_weights(&mut self, chunk: Chunk) {
-        let layout = &self.codec(true).layout;
+        let layout = &self.tiles.codec(true).layout;
         let width = layout.head_dim;
         for q in 0..self.job.queries {
             let weights = &self.scores[q * CHUNK..][..chunk.count];
@@ -715,7 +476,7 @@ impl<'a> Worker<'a> {
             }
             let packed = &mut self.packed_output[q * width..][..width];
             for (g, group) in packed.chunks_exact_mut(layout.group_size).enumerate() {
-                let zeros = &self.zeros[g * CHUNK..][..chunk.count];
+                let zeros = &self.tiles.zeros[g * CHUNK..][..chunk.count];
                 let zero: f32 = weights.iter().zip(zeros).map(|(weight, zero)| weight * zero).sum();
                 for value in group {
                     *value += zero;
@@ -729,7 +490,7 @@ impl<'a> Worker<'a> {
         if self.values.block.is_none() {
             return;
         }
-        let codec = self.codec(true);
+        let codec = self.tiles.codec(true);
         let width = codec.layout.head_dim;
         let (isa, row) = (self.plan.isa, &mut self.row[..width]);
         for q in 0..self.job.queries {
@@ -752,12 +513,6 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// The stored channels of group `g`.
-fn group_channels(codec: &Codec, g: usize) -> Range<usize> {
-    let size = codec.layout.group_size;
-    g * size..((g + 1) * size).min(codec.stored_channels())
-}
-
 /// First row and number of rows of the pieces of a packed chunk that words are made for: each of one page.
 fn pieces(chunk: Chunk) -> impl Iterator<Item = (usize, usize)> {
     let mut done = 0;
@@ -767,10 +522,4 @@ fn pieces(chunk: Chunk) -> impl Iterator<Item = (usize, usize)> {
         done = (start + words::WEIGHED_ROWS.min(page_left)).min(chunk.count);
         (start < done).then_some((start, done - start))
     })
-}
-
-/// First row and number of rows of the tiles of `count` rows of `width` channels.
-fn tiles(count: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
-    let step = (TILE_FLOATS / width).max(8);
-    (0..count).step_by(step).map(move |start| (start, step.min(count - start)))
 }

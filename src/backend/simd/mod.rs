@@ -27,6 +27,8 @@ pub(crate) mod levels;
 pub(crate) mod matmul;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 mod neon;
+pub(crate) mod panel_words;
+pub(crate) mod panels;
 pub(crate) mod part_words;
 mod portable;
 pub(crate) mod products;

@@ -24,11 +24,11 @@ multiversion! {
 }
 
 /// The largest level of a table.
-const LARGEST_LEVEL: f32 = 1023.0;
+pub(crate) const LARGEST_LEVEL: f32 = 1023.0;
 /// How many smaller ones it is chosen among.
 const LEVEL_STEPS: usize = 64;
 /// The largest weight.
-const LARGEST_WEIGHT: f32 = 32767.0;
+pub(super) const LARGEST_WEIGHT: f32 = 32767.0;
 /// Rows of a weighted sum at most: 64 · 32767 · 1023 is below 2³¹.
 pub(crate) const WEIGHED_ROWS: usize = 64;
 /// Added to a float below 2²², this leaves the nearest integer in its low bits, negative ones as two's complement.
@@ -69,6 +69,10 @@ impl WordTable {
         let word = |code: usize| u32::from((levels[code] / unit).round() as i16 as u16);
         let entries = std::array::from_fn(|i| word(i & 3) | word(i >> 2) << 16);
         Some(Self { entries, unit })
+    }
+
+    pub(crate) const fn unit(&self) -> f32 {
+        self.unit
     }
 
     #[inline(always)]
