@@ -80,10 +80,10 @@ def test_memory_of_the_process() -> None:
 
 
 @pytest.mark.usefixtures("copies_fast")
-def test_attend() -> None:
-    options = attend.AttendOptions(
-        formats=("K2V1.6", "raw"), heads=((1, 2), (2, 2)), batches=(2,), tokens=(700,), head_dim=64, rounds=1, warm=True
-    )
+@pytest.mark.parametrize("queries", [1, 40])
+def test_attend(queries: int) -> None:
+    shapes: dict[str, Any] = {"heads": ((1, 2), (2, 2)), "batches": (2,), "tokens": (700,), "head_dim": 64}
+    options = attend.AttendOptions(formats=("K2V1.6", "raw"), queries=queries, rounds=1, warm=True, **shapes)
     rows = check(attend.run_attend(options), "attend")
     names = ["sdpa float32", "sdpa bfloat16", "K2V1.6", "K2V1.6 static", "raw"]
     assert [row["contestant"] for row in rows] == names * 2

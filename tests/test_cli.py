@@ -90,12 +90,13 @@ def test_attend_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend, "run_attend", lambda options: calls.append(options) or {})
     assert cli.main(["bench", "attend"]) == 0
     assert cli.main(["bench", "attend", "--quick", "--warm", "--no-static"]) == 0
-    line = "bench attend --heads 2:6 --batches 1 2 --tokens 512 --formats K2V2 raw"
+    line = "bench attend --heads 2:6 --batches 1 2 --tokens 512 --queries 3 --formats K2V2 raw"
     assert cli.main(line.split()) == 0
     plain, quick, own = calls
     assert plain == attend.AttendOptions()
     assert (quick.tokens, quick.batches, quick.warm, quick.static) == ((4096, 32768), (1,), True, False)
-    assert (own.heads, own.batches, own.tokens, own.formats) == (((2, 6),), (1, 2), (512,), ("K2V2", "raw"))
+    assert (own.heads, own.batches, own.tokens, own.queries) == (((2, 6),), (1, 2), (512,), 3)
+    assert own.formats == ("K2V2", "raw")
 
 
 def test_json_file_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

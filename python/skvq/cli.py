@@ -90,7 +90,7 @@ def _fields(options: type, arguments: argparse.Namespace) -> dict[str, Any]:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
 
-    attend = bench.add_parser("attend", help="decode attention on packed bytes against torch SDPA and others")
+    attend = bench.add_parser("attend", help="attention on packed bytes against torch SDPA and others")
     attend.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
     attend.add_argument("--quick", action="store_true", help="8:32 heads, batch 1, two lengths only")
     attend.add_argument("--formats", type=_format, nargs="+", metavar="F", help="such as K2V1.6 K4V4 raw")
@@ -106,7 +106,7 @@ def _add_bench(commands: Any) -> None:
         "--queries",
         type=whole_number(1),
         metavar="N",
-        help="cuda: of a chunk, each of which sees all tokens (default: 1)",
+        help="of a call, each of which sees all tokens (default: 1)",
     )
     attend.add_argument("--rounds", type=whole_number(1), metavar="N", help="(default: 9; cuda: 30)")
     attend.add_argument(
@@ -283,7 +283,7 @@ def _run_attend(arguments: argparse.Namespace) -> int:
     options = module.AttendOptions if on_cpu else module.CudaAttendOptions
     run = module.run_attend if on_cpu else module.run_attend_cuda
     given = _tuples(_fields(options, arguments))
-    for name in ("warm", "memory_share", "queries", "dtype", "budget", "peers"):
+    for name in ("warm", "memory_share", "dtype", "budget", "peers"):
         if getattr(arguments, name) is not None and name not in given:
             raise ValueError(f"{name}={getattr(arguments, name)!r}: not an option of --device {arguments.device}")
     _prepare(arguments)

@@ -1,5 +1,5 @@
-"""`skvq bench attend`: decode attention of one layer on packed bytes against torch's scaled_dot_product_attention in
-float32 and bfloat16.
+"""`skvq bench attend`: attention of one layer on packed bytes, of a decode step or of more queries, against torch's
+scaled_dot_product_attention in float32 and bfloat16.
 
 All contestants of a shape exist at once, hold the same random rows and take turns. Per row of the report:
 milliseconds (median), the ratio to both SDPAs, bytes of the packed layer, GB/s of them, the share of the measured
@@ -40,6 +40,7 @@ class AttendOptions:
     batches: tuple[int, ...] = BATCHES
     tokens: tuple[int, ...] = TOKENS
     head_dim: int = 128
+    queries: int = 1  # of a call, each of which sees all tokens; 1: a decode step
     static: bool = True  # also formats without the statistics they take from the rows by default
     rounds: int = 9
     warm: bool = False
@@ -110,7 +111,7 @@ def _measure(
         if options.static and layers.has_statistics(name):
             packed[f"{name} static"] = layers.packed_layer(shape, name, static=True)
     keys, values = _fill(shape, packed)
-    query = torch.randn(shape.batch, shape.num_attention_heads, 1, shape.head_dim).to(torch.bfloat16)
+    query = torch.randn(shape.batch, shape.num_attention_heads, options.queries, shape.head_dim).to(torch.bfloat16)
     outputs = {name: torch.empty_like(query) for name in packed}
     results: dict[str, list[torch.Tensor]] = {"sdpa float32": [], "sdpa bfloat16": []}
     contestants = {

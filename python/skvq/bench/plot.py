@@ -42,7 +42,8 @@ def _attend(report: dict[str, Any], pyplot: Any) -> Any:
         axis.set_title(f"{panel[0]} kv heads, {panel[1]} query heads, batch {panel[2]}", fontsize=10)
         axis.set_xlabel("tokens")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("ms per layer and decode step")
+    queries = report["settings"].get("queries", 1)
+    axes[0][0].set_ylabel("ms per layer and " + ("decode step" if queries == 1 else f"call of {queries} queries"))
     axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
