@@ -476,8 +476,8 @@ def test_every_family(family: str) -> None:
         queries = 20 * model.config.num_attention_heads
         # gpt-oss lets a part of the attention go nowhere
         assert float(layer.attention.mass.sum()) == pytest.approx(queries, rel=0.9 if family == "gpt-oss" else 1e-5)
-    if family == "kv-shared":
-        # layer 3 attends to what layer 1 stored
+    if family == "kv-shared" and getattr(model.config, "kv_sharing_modes", None):
+        # layer 3 attends to what layer 1 stored; an older transformers does not say whose queries those are
         assert int(found.layers[1].queries.count) == 2 * 2 * (60 - SINKS)
 
 

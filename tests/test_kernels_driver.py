@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_threads_of_an_early_launch_must_wait(capfd: pytest.CaptureFixture[str])
     parameters = harness.params("RepackParams")
     assert launch(handle, 1, 32, parameters) == 0
     assert launch(handle, 1, 32, parameters, early=True) == LAUNCH_FAILED
-    assert "thread 0: ends without waiting for earlier launches" in capfd.readouterr().err
+    # every second thread waits; which of the others comes to its end first is up to the schedule
+    assert re.search(r"thread \d*[02468]: ends without waiting for earlier launches", capfd.readouterr().err)
     assert launch(handle, 1, 32, parameters) == 0
 
 

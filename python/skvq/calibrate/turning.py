@@ -65,29 +65,25 @@ def find_turning(rope: Rope, head_dim: int, device: torch.device | None = None) 
         ValueError: the rotation is not one of pairs of channels by an angle in proportion to the position.
     """
     device = device or torch.device("cpu")
-    try:
-        first = _matrix_at(rope, 1, head_dim, device)
-        turning, factor = _first_guess(first)
-        theta, sign = turning.frequencies.double(), turning.sign.double()
-        for doubling in range(1, DOUBLINGS + 1):
-            position = 2**doubling
-            found = _matrix_at(rope, position, head_dim, device)
-            own, other = found.diagonal(), found.gather(1, turning.partner[:, None])[:, 0] * sign
-            angle = torch.where(sign == 0.0, 0.0, torch.atan2(other, own)) - theta * position
-            angle -= (angle / (2 * torch.pi)).round() * 2 * torch.pi
-            if float(angle.abs().max()) > ANGLE_TOLERANCE:
-                raise ValueError(f"the angles at position {position} are not in proportion to the position")
-            theta = theta + angle / position
-        turning = Turning(theta.float(), turning.partner, turning.sign)
-        for position in PROBES:
-            # float32 angles are known to half a unit in the last place, tables to another
-            allowed = (position * float(theta.max()) + 8.0) * 2.0**-23
-            error = (_matrix_at(rope, position, head_dim, device) / factor[:, None] - turning.matrix(position)).abs()
-            if float(error.max()) > allowed:
-                raise ValueError(f"at position {position} it is off by {float(error.max()):.2g}")
-    finally:
-        # rotations that change with the length go back to that of short texts
-        _matrix_at(rope, 0, head_dim, device)
+    first = _matrix_at(rope, 1, head_dim, device)
+    turning, factor = _first_guess(first)
+    theta, sign = turning.frequencies.double(), turning.sign.double()
+    for doubling in range(1, DOUBLINGS + 1):
+        position = 2**doubling
+        found = _matrix_at(rope, position, head_dim, device)
+        own, other = found.diagonal(), found.gather(1, turning.partner[:, None])[:, 0] * sign
+        angle = torch.where(sign == 0.0, 0.0, torch.atan2(other, own)) - theta * position
+        angle -= (angle / (2 * torch.pi)).round() * 2 * torch.pi
+        if float(angle.abs().max()) > ANGLE_TOLERANCE:
+            raise ValueError(f"the angles at position {position} are not in proportion to the position")
+        theta = theta + angle / position
+    turning = Turning(theta.float(), turning.partner, turning.sign)
+    for position in PROBES:
+        # float32 angles are known to half a unit in the last place, tables to another
+        allowed = (position * float(theta.max()) + 8.0) * 2.0**-23
+        error = (_matrix_at(rope, position, head_dim, device) / factor[:, None] - turning.matrix(position)).abs()
+        if float(error.max()) > allowed:
+            raise ValueError(f"at position {position} it is off by {float(error.max()):.2g}")
     return turning
 
 

@@ -9,6 +9,7 @@ float32 [1|B, n, D].
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -90,7 +91,8 @@ class Rotary:
 
         def tables(positions: Tensor) -> Tables:
             with torch.no_grad():
-                cos, sin = rotary(example, positions.to(example.device), **options)
+                # a copy: some rotations change with the largest position that they have seen
+                cos, sin = copy.deepcopy(rotary)(example, positions.to(example.device), **options)
             return cos.float(), sin.float()
 
         rope = Rope(tables, apply)
