@@ -1,4 +1,4 @@
-"""Repeats the figures of the README: runs the demo and the benchmarks one after the other, and prints their tables in
+"""Repeats the figures of docs/figures.md: runs the demo and the benchmarks one after the other, and prints their tables in
 Markdown.
 
 Is: a list of commands, and tables made from the JSON they leave. Is not: a measurement of its own. Nothing else
