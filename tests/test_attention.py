@@ -45,7 +45,8 @@ def test_importing_skvq_changes_nothing() -> None:
         "import sys, skvq; assert 'transformers' not in sys.modules; "
         "from transformers import AttentionInterface; import skvq.attention, skvq.cache; "
         "assert 'skvq' not in AttentionInterface(); skvq.register_attention(); assert 'skvq' in AttentionInterface(); "
-        "assert 'QuantizedDynamicCache' in dir(skvq); skvq.__version__"
+        "assert {'QuantizedDynamicCache', 'weights'} <= set(dir(skvq)); skvq.__version__; "
+        "assert callable(skvq.weights.load) and callable(skvq.calibrate.calibrate) and callable(skvq.evaluate.compare)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import tiny_directory
 from skvq import QuantizedDynamicCache, SkvqConfig, StreamOptions, cli
-from skvq.calibrate import Statistics, choose
+from skvq.calibrate import Statistics, calibrate, choose
 from skvq.calibrate.static import static_plan
 from skvq.evaluate.texts import cut_chunks, read_text
 from skvq.inspect_plan import plan_report, plan_table
@@ -167,6 +168,52 @@ def test_the_packages_text_has_room_for_what_is_read_of_it(folder: Path, tmp_pat
     assert QuantizationPlan.load(tmp_path / "plan").header.notes["chunks"] == 1
 
 
+def test_a_plan_in_one_call(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command makes, to the byte; and from tokens of one's own."""
+    line = f"calibrate {folder}/model --texts {folder}/a.txt -o {tmp_path}/plan --chunks 2 --tokens 300 --window 16"
+    assert cli.main([*line.split(), "--value-bits", "2", "--dtype", "float32"]) == 0
+    loaded = load(str(folder / "model"), dtype="float32")
+    model, shared = loaded.model, {"value_bits": 2.0, "window": 16, "progress": False}
+    capsys.readouterr()
+    plan = calibrate(model, loaded.tokenizer, texts=[folder / "a.txt"], chunks=2, tokens=300, **shared)
+    assert capsys.readouterr() == ("", "")
+    plan.save(tmp_path / "own")
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "plan").read_bytes()
+    pieces = [x.token_ids for x in cut_chunks(loaded.tokenizer, [read_text(folder / "a.txt")], 2, 300)]
+    own = calibrate(model, token_ids=[pieces[0], pieces[1][None]], **shared)
+    assert own.header.texts == {}
+    assert own.header.notes == plan.header.notes
+    assert all(torch.equal(own.layers[i].keys.matrix, x.keys.matrix) for i, x in plan.layers.items())
+    ids = torch.arange(200)[None] % 60 + 2
+    cache = QuantizedDynamicCache.from_plan(model, own)
+    assert torch.isfinite(model(ids, **cache_argument(model, cache)).logits).all()
+    chosen = calibrate(model, token_ids=pieces, bits=1.9, window=16, progress=False)
+    assert chosen.header.notes["chunks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "tokenizer=None: expected the model's tokenizer, or token_ids"),
+        ({"token_ids": []}, "token_ids has 0 pieces: expected at least 1"),
+        ({"token_ids": [torch.arange(200)], "bits": 2}, "token_ids has 1 pieces: expected at least 2"),
+        ({"token_ids": [torch.arange(200)], "chunks": 1}, "expected neither texts nor chunks with it"),
+        ({"keybits": 2}, "keybits=2: unknown option, expected some of method, key_bits"),
+        ({"method": "best"}, "method='best': expected one of 'spectral', 'static'"),
+        ({"method": "static", "parts": 2}, "parts=2: expected method='spectral' with it"),
+        ({"bits": 2, "key_bits": 2}, "key_bits=2: expected either this or bits"),
+        ({"tokens": 1}, "tokens=1: expected an integer of at least 2"),
+        ({"chunks": 1.5}, "chunks=1.5: expected an integer of at least 1"),
+        ({"window": 0}, "window=0"),
+        ({"value_bits": 6}, "value_bits=6: expected a number above 0 and up to 5, or 16"),
+    ],
+)
+def test_a_call_with_mistakes(folder: Path, options: dict[str, Any], message: str) -> None:
+    model = load(str(folder / "model")).model
+    with pytest.raises(ValueError, match=re.escape(message)):
+        calibrate(model, **options)
+
+
 def test_static_scales_give_every_channel_the_same_spread(folder: Path) -> None:
     statistics = Statistics.load(folder / "state")
     given = SkvqConfig(keys={"scale_exponent": 1.0}, values={"scale_exponent": 0.0, "bits": 2})
@@ -235,9 +282,9 @@ def test_every_kind_of_stream_can_be_drawn(folder: Path, tmp_path: Path) -> None
         ("inspect {}/plan --head 2 --plot x.png", "head=2: expected 0 to 1"),
         ("inspect {}/plan --texts {}/a.txt", "expected --plot FILE with them"),
         ("calibrate {}/model -o {}/p --key-bits 6", "key_bits=6.0: expected a number above 0 and up to 5, or 16"),
-        ("calibrate {}/model -o {}/p --bits 2 --value-bits 2", "--value-bits 2: expected either this or --bits"),
-        ("calibrate {}/model -o {}/p --method static --bits 2", "--bits 2.0: expected --method spectral with it"),
-        ("calibrate {}/model -o {}/p --method static --no-noise", "--no-noise: expected --method spectral with it"),
+        ("calibrate {}/model -o {}/p --bits 2 --value-bits 2", "value_bits=2.0: expected either this or bits"),
+        ("calibrate {}/model -o {}/p --method static --bits 2", "bits=2.0: expected method='spectral' with it"),
+        ("calibrate {}/model -o {}/p --method static --no-noise", "noise=False: expected method='spectral' with it"),
         ("calibrate {}/model -o {}/p --method static --key-bits 2.5", "key_bits=2.5: expected one of 16, 8, 4"),
         ("calibrate {}/model -o {}/none/plan", "expected a file in an existing directory"),
         ("calibrate {}/model --texts {}/a.txt -o {}/p --tokens 9000", "has no 9000 tokens left for its chunk 1"),

@@ -16,12 +16,26 @@ from .config import SkvqConfig, StreamOptions
 from .lazy import lazy_names
 
 if TYPE_CHECKING:
+    from . import calibrate, evaluate, weights
     from .attention import register_attention
     from .cache import QuantizedDynamicCache
 
-__all__ = ["QuantizedDynamicCache", "SkvqConfig", "SkvqError", "StreamOptions", "register_attention"]
+__all__ = [
+    "QuantizedDynamicCache",
+    "SkvqConfig",
+    "SkvqError",
+    "StreamOptions",
+    "calibrate",
+    "evaluate",
+    "register_attention",
+    "weights",
+]
 
-_lazy_name, __dir__ = lazy_names(__name__, {"cache": ("QuantizedDynamicCache",), "attention": ("register_attention",)})
+_lazy_name, __dir__ = lazy_names(
+    __name__,
+    {"cache": ("QuantizedDynamicCache",), "attention": ("register_attention",)},
+    submodules=("calibrate", "evaluate", "weights"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""Repeats the figures of docs/figures.md: runs the demo and the benchmarks one after the other, and prints their tables in
-Markdown.
+"""Repeats the figures of docs/figures.md: runs the demo and the benchmarks one after the other, and prints their tables
+in Markdown.
 
 Is: a list of commands, and tables made from the JSON they leave. Is not: a measurement of its own. Nothing else
 should run on the machine meanwhile. What is in OUT already is not run again, so an interrupted run goes on where it

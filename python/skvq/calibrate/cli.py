@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +20,13 @@ from ..arguments import (
     region_counts,
     whole_number,
 )
+from .run import CHUNKS, METHODS, PACKAGED_CHUNKS, options_of, run_calibration
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..config import SkvqConfig
-    from ..plan import StreamPlan
     from ..plan_file import QuantizationPlan
-    from .statistics import Statistics
 
-METHODS = ("spectral", "static")
 WEIGHTS = ("query", "attention")  # as in spectral_plan.py, which loads torch
-CHUNKS, PACKAGED_CHUNKS = 16, 2  # pieces that are read where none are asked for; the package's text is short
+OPTIONS = ("method", "key_bits", "value_bits", "bits", "parts", "weights", "chunks", "tokens", "window", "sinks")
 
 
 def add_commands(commands: Any) -> None:
@@ -120,27 +114,17 @@ def _bits(text: str) -> float:
     return value
 
 
-def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Arguments that were given, by name."""
-    values = {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     from ..bench.machine import peak_of_process, release_free_memory, reset_peak, set_threads, write_json
     from ..display import human_bytes
-    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, digests, packaged_texts, read_text
     from ..inspect_plan import plan_table
     from ..models import load
-    from ..plan_file import QuantizationPlan
-    from .collect import collect
 
     start = time.monotonic()
-    config, fit = _static(arguments) if arguments.method == "static" else _spectral(arguments)
+    given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    options = options_of(given | {"noise": not arguments.no_noise})
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {str(arguments.output)!r}: expected a file in an existing directory")
-    texts = [read_text(x) for x in arguments.texts] or packaged_texts(CALIBRATION_TEXTS)
-    sha256 = digests(texts)
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype)
     model = loaded.model.to(arguments.device)
@@ -148,29 +132,18 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     loading_peak = peak_of_process()
     release_free_memory()
     reset_peak()
-    read_from = time.monotonic()
-    # What --bits chooses by is measured on the CPU only, on a piece that is no part of the statistics or their state.
-    held_out = int(arguments.bits is not None and model.device.type == "cpu")
-    count = arguments.chunks or (CHUNKS if arguments.texts else PACKAGED_CHUNKS - held_out)
-    chunks = [x.token_ids for x in cut_chunks(loaded.tokenizer, texts, count + held_out, arguments.tokens)]
-    statistics = collect(
+    loaded_at = time.monotonic()
+    found = run_calibration(
         model,
-        chunks[:count],
-        sinks=config.sinks,
-        sink_search=config.sink_search,
-        window=config.window,
-        texts=sha256,
+        loaded.tokenizer,
+        options,
+        texts=arguments.texts,
         state_path=arguments.state,
-        total=count,
-        progress=True,
+        say=print,
     )
-    print(f"read: {statistics.describe()}")
-    fitted_from = time.monotonic()
-    streams, notes = fit(model, statistics, chunks[count] if held_out else None)
-    notes |= {"chunks": statistics.chunks, "tokens": statistics.tokens, "chunks_sha256": statistics.chunks_sha256}
-    plan = QuantizationPlan.for_model(
-        model, config, streams, method=arguments.method, texts=statistics.texts, notes=notes
-    )
+    if found.summary:
+        print(found.summary)
+    plan = found.plan
     plan.save(arguments.output)
     print(plan_table(plan))
     print(f"written: {arguments.output}")
@@ -178,8 +151,8 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     peaks = f"{human_bytes(loading_peak)} while loading, {human_bytes(working_peak)} afterwards"
     print(f"{end - start:.0f} seconds, peak memory {peaks}")
     if arguments.json is not None:
-        seconds = {"load": read_from - start, "read": fitted_from - read_from, "fit": end - fitted_from}
-        report = _report(arguments, plan, loaded, {**seconds, "all": end - start})
+        seconds = {"load": loaded_at - start, **found.seconds, "all": end - start}
+        report = _report(arguments, plan, loaded, seconds)
         write_json(report | {"loading_peak_bytes": loading_peak, "peak_bytes": working_peak}, arguments.json)
 
 
@@ -198,60 +171,6 @@ def _report(
         "model_bytes": sum(x.nbytes for x in loaded.model.parameters()),
         "plan": {name: value for name, value in plan_report(plan).items() if name != "layers"},
     }
-
-
-# Of a model, its statistics and a chunk that they are not of, None where nothing is measured.
-Fit = Callable[
-    [Any, "Statistics", "Tensor | None"], tuple[dict[int, tuple["StreamPlan", "StreamPlan"]], dict[str, Any]]
-]
-
-
-def _static(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
-    """The options of the plan, and what makes its streams and notes."""
-    from ..config import SkvqConfig
-    from .static import static_plan
-
-    for name in ("bits", "parts", "weights"):
-        value = getattr(arguments, name)
-        if value is not None:
-            raise ValueError(f"--{name} {value}: expected --method spectral with it")
-    if arguments.no_noise:
-        raise ValueError("--no-noise: expected --method spectral with it")
-    config = SkvqConfig.from_options(**_given(arguments, "key_bits", "value_bits", "window", "sinks"))
-    return config, lambda _model, statistics, _chunk: (static_plan(statistics, config), {})
-
-
-def _spectral(arguments: argparse.Namespace) -> tuple[SkvqConfig, Fit]:
-    """Likewise. Every layer has options of its own; those of the plan say no more than the regions."""
-    from ..config import SkvqConfig
-    from ..plan_file import QuantizationPlan
-    from .choose import best_shared
-    from .spectral_plan import SpectralOptions, SpectralPlan, spectral_plan
-
-    per_stream = _given(arguments, "key_bits", "value_bits")
-    if arguments.bits is not None and per_stream:
-        name, value = next(iter(per_stream.items()))
-        raise ValueError(f"--{name.replace('_', '-')} {value:g}: expected either this or --bits, which shares bits out")
-    options = SpectralOptions(
-        **per_stream, **_given(arguments, "bits", "parts", "weights"), noise=not arguments.no_noise
-    )
-
-    config = SkvqConfig.from_options(**_given(arguments, "window", "sinks"))
-
-    def fit(
-        model: Any, statistics: Statistics, chunk: Tensor | None
-    ) -> tuple[dict[int, tuple[StreamPlan, StreamPlan]], dict[str, Any]]:
-        def plan_of(fitted: SpectralPlan) -> QuantizationPlan:
-            return QuantizationPlan.for_model(model, config, fitted.streams, method=arguments.method)
-
-        if chunk is None:
-            found = spectral_plan(model, statistics, options)
-        else:
-            found = best_shared(model, statistics, options, plan_of, chunk, progress=True)
-        print(found.describe())
-        return found.streams, found.notes
-
-    return config, fit
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------
