@@ -117,6 +117,7 @@ def _bits(text: str) -> float:
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     from ..bench.machine import peak_of_process, release_free_memory, reset_peak, set_threads, write_json
     from ..display import human_bytes
+    from ..evaluate.texts import digests, read_text
     from ..inspect_plan import plan_table
     from ..models import load
 
@@ -125,6 +126,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     options = options_of(given | {"noise": not arguments.no_noise})
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {str(arguments.output)!r}: expected a file in an existing directory")
+    digests([read_text(x) for x in arguments.texts])  # mistakes in them are told before a model is loaded
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype)
     model = loaded.model.to(arguments.device)

@@ -217,9 +217,10 @@ def _pieces(
     if tokenizer is None:
         raise ValueError("tokenizer=None: expected the model's tokenizer, or token_ids")
     found = [read_text(x) for x in texts] or packaged_texts(CALIBRATION_TEXTS)
+    sha256 = digests(found)
     count = options.chunks or (CHUNKS if texts else PACKAGED_CHUNKS - held_out)
     chunks = cut_chunks(tokenizer, found, count + held_out, options.tokens)
-    return [chunk.token_ids for chunk in chunks], digests(found)
+    return [chunk.token_ids for chunk in chunks], sha256
 
 
 def _spectral_options(options: CalibrateOptions) -> Any:
