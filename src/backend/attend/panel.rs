@@ -58,6 +58,7 @@ impl WordSteps {
     }
 }
 
+/// Buffers of one job, a query in every column: channels, rows or groups by `width`, or `[width]` where there is one number a query.
 pub(super) struct Panel<'a> {
     plan: &'a Plan<'a>,
     job: Job,
@@ -80,12 +81,12 @@ pub(super) struct Panel<'a> {
     scores: Buffer,
     /// Weights times a scale.
     scaled: Buffer,
-    /// What outputs are multiplied by for a new maximum; the last visible token.
-    factors: Buffer,
+    /// The last of the present rows that a query sees.
     last: Buffer,
+    /// The running softmax (`panels::Softmax`), and Σ of weights times plain rows.
     reference: Buffer,
     sum: Buffer,
-    /// Σ of the weights of the present rows.
+    factors: Buffer,
     added: Buffer,
     output: Buffer,
     /// Weighted sums of levels that are not yet back in the model's space, and the weights they have.
@@ -158,10 +159,10 @@ impl<'a> Panel<'a> {
             values: Affinity::new(values),
             scores: panel(ROWS),
             scaled: panel(ROWS),
-            factors: panel(1),
             last: panel(1),
             reference,
             sum: panel(1),
+            factors: panel(1),
             added: panel(1),
             output: panel(values),
             packed_output: panel(values),
