@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import tiny_directory
+from demo_model import skip_without_the_demo_model
 from skvq import QuantizedDynamicCache, demo, evaluate, models
 from skvq.demo import PACKED, STOCK, DemoOptions, print_report, run_demo
 from skvq.model_layers import cache_argument
@@ -299,13 +300,6 @@ def test_a_prompt_longer_than_the_text_is_refused(tmp_path: Path) -> None:
         run_demo(DemoOptions(model=model, prompt_tokens=99999))
     with pytest.raises(ValueError, match="new_tokens is 1, expected at least 2"):
         DemoOptions(new_tokens=1)
-
-
-def skip_without_the_demo_model() -> None:
-    try:
-        models.find_parts(models.GEMMA3_270M)
-    except ExtraNotInstalledError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.model
