@@ -5,7 +5,7 @@
 //! queries and weights become words of steps of their own, a *unit* for each column. Shapes: words of queries `[terms, width]`, of keys
 //! `[rows, terms]` with [`terms_of`] terms; of weights `[pairs, width]`, of values `[pairs, channels]` with a pair for two neighbouring rows.
 
-use super::panels::{Product, scaled_weight};
+use super::panels::{Operands, Product, add_blocks, scaled_weight};
 use super::words::{LARGEST_WEIGHT, ROUNDING, TINY, WEIGHED_ROWS};
 use super::{LANES, Lanes, multiversion};
 
@@ -199,106 +199,74 @@ unsafe fn column_factor<S: Lanes>(largest: S::F, steps: f32, units: *mut f32) ->
     }
 }
 
+struct Words<'a> {
+    product: &'a Product,
+    factors: &'a Factors<'a>,
+    a: &'a [u32],
+    panel: &'a [u32],
+}
+
 #[inline(always)]
-unsafe fn add_product_kernel<S: Lanes>(p: &Product, factors: &Factors, a: &[u32], panel: &[u32], out: &mut [f32]) {
-    if p.rows == 0 || p.terms == 0 {
+unsafe fn add_product_kernel<S: Lanes>(
+    product: &Product,
+    factors: &Factors,
+    a: &[u32],
+    panel: &[u32],
+    out: &mut [f32],
+) {
+    if product.is_empty() {
         return;
     }
-    p.check(a.len(), panel.len(), out.len());
-    assert!(factors.scales.is_none_or(|scales| scales.len() >= p.rows) && factors.units.len() == p.width);
-    // SAFETY: by the assertions every block below stays inside the slices; the caller has S's features.
-    unsafe {
-        let mut q = 0;
-        while q + 4 * LANES <= p.width {
-            columns::<S, 4, 6>(p, q, factors, a, panel, out);
-            q += 4 * LANES;
-        }
-        while q + 2 * LANES <= p.width {
-            columns::<S, 2, 8>(p, q, factors, a, panel, out);
-            q += 2 * LANES;
-        }
-        if q < p.width {
-            columns::<S, 1, 8>(p, q, factors, a, panel, out);
-        }
-    }
+    product.check(a.len(), panel.len(), out.len());
+    assert!(factors.scales.is_none_or(|scales| scales.len() >= product.rows) && factors.units.len() == product.width);
+    // SAFETY: by the assertions every block lies inside the slices; the caller has S's features.
+    unsafe { add_blocks::<S, _>(product, &Words { product, factors, a, panel }, out) }
 }
 
-/// All rows of `V` vectors of queries, `J` at a time.
-#[inline(always)]
-unsafe fn columns<S: Lanes, const V: usize, const J: usize>(
-    p: &Product,
-    q: usize,
-    factors: &Factors,
-    a: &[u32],
-    panel: &[u32],
-    out: &mut [f32],
-) {
-    // SAFETY: see `add_product_kernel`.
-    unsafe {
-        let mut j = 0;
-        while j + J <= p.rows {
-            block::<S, V, J>(p, q, j, factors, a, panel, out);
-            j += J;
-        }
-        while j + 2 <= p.rows {
-            block::<S, V, 2>(p, q, j, factors, a, panel, out);
-            j += 2;
-        }
-        if j < p.rows {
-            block::<S, V, 1>(p, q, j, factors, a, panel, out);
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn block<S: Lanes, const V: usize, const J: usize>(
-    p: &Product,
-    q: usize,
-    j: usize,
-    factors: &Factors,
-    a: &[u32],
-    panel: &[u32],
-    out: &mut [f32],
-) {
-    // SAFETY: q + 16·V ≤ width, j + J ≤ rows (see `add_product_kernel`).
-    unsafe {
-        let mut element = a.as_ptr().add(j * p.row_stride);
-        let mut queries = panel.as_ptr().add(q);
-        let mut sums = [[S::splat_u32(0); V]; J];
-        let mut k = 0;
-        while k < p.terms {
-            let mut lanes = [S::splat_u32(0); V];
-            let mut v = 0;
-            while v < V {
-                lanes[v] = S::load_u32(queries.add(v * LANES).cast());
-                v += 1;
-            }
-            let mut i = 0;
-            while i < J {
-                let pair = S::splat_u32(*element.add(i * p.row_stride));
+impl Operands for Words<'_> {
+    #[inline(always)]
+    unsafe fn add_block<S: Lanes, const V: usize, const J: usize>(&self, q: usize, j: usize, out: &mut [f32]) {
+        let (p, factors) = (self.product, self.factors);
+        // SAFETY: q + 16·V ≤ width, j + J ≤ rows, and the slices hold all of the product (see `add_product_kernel`).
+        unsafe {
+            let mut element = self.a.as_ptr().add(j * p.row_stride);
+            let mut queries = self.panel.as_ptr().add(q);
+            let mut sums = [[S::splat_u32(0); V]; J];
+            let mut k = 0;
+            while k < p.terms {
+                let mut lanes = [S::splat_u32(0); V];
                 let mut v = 0;
                 while v < V {
-                    sums[i][v] = S::dot_words(sums[i][v], pair, lanes[v]);
+                    lanes[v] = S::load_u32(queries.add(v * LANES).cast());
+                    v += 1;
+                }
+                let mut i = 0;
+                while i < J {
+                    let pair = S::splat_u32(*element.add(i * p.row_stride));
+                    let mut v = 0;
+                    while v < V {
+                        sums[i][v] = S::dot_words(sums[i][v], pair, lanes[v]);
+                        v += 1;
+                    }
+                    i += 1;
+                }
+                element = element.wrapping_add(p.term_stride);
+                queries = queries.wrapping_add(p.width);
+                k += 1;
+            }
+            let target = out.as_mut_ptr().add(j * p.width + q);
+            let mut i = 0;
+            while i < J {
+                let factor = S::splat(factors.unit * factors.scales.map_or(1.0, |scales| scales[j + i]));
+                let mut v = 0;
+                while v < V {
+                    let unit = S::mul(factor, S::load(factors.units.as_ptr().add(q + v * LANES)));
+                    let target = target.add(i * p.width + v * LANES);
+                    S::store(S::mul_add(unit, S::signed_to_f32(sums[i][v]), S::load(target)), target);
                     v += 1;
                 }
                 i += 1;
             }
-            element = element.wrapping_add(p.term_stride);
-            queries = queries.wrapping_add(p.width);
-            k += 1;
-        }
-        let target = out.as_mut_ptr().add(j * p.width + q);
-        let mut i = 0;
-        while i < J {
-            let factor = S::splat(factors.unit * factors.scales.map_or(1.0, |scales| scales[j + i]));
-            let mut v = 0;
-            while v < V {
-                let unit = S::mul(factor, S::load(factors.units.as_ptr().add(q + v * LANES)));
-                let target = target.add(i * p.width + v * LANES);
-                S::store(S::mul_add(unit, S::signed_to_f32(sums[i][v]), S::load(target)), target);
-                v += 1;
-            }
-            i += 1;
         }
     }
 }

@@ -42,7 +42,11 @@ pub(crate) struct Product {
 }
 
 impl Product {
-    /// Whether operands of these lengths have all elements of a product with some rows and terms.
+    pub(super) const fn is_empty(&self) -> bool {
+        self.rows == 0 || self.terms == 0
+    }
+
+    /// Asserts that operands of these lengths have all elements of a product that is not empty.
     #[inline(always)]
     pub(super) fn check(&self, a: usize, panel: usize, out: usize) {
         assert!(self.width.is_multiple_of(LANES));
@@ -51,111 +55,127 @@ impl Product {
     }
 }
 
+/// The operands of a product, whose blocks lie inside them.
+pub(super) trait Operands {
+    /// Adds rows `j .. j + J` of the product, of queries `q .. q + 16·V`, to `out`.
+    unsafe fn add_block<S: Lanes, const V: usize, const J: usize>(&self, q: usize, j: usize, out: &mut [f32]);
+}
+
+/// Adds a product block by block: as many sums at a time as there are registers for.
 #[inline(always)]
-unsafe fn add_product_kernel<S: Lanes>(p: &Product, a: &[f32], panel: &[f32], scales: Option<&[f32]>, out: &mut [f32]) {
-    if p.rows == 0 || p.terms == 0 {
-        return;
-    }
-    p.check(a.len(), panel.len(), out.len());
-    assert!(scales.is_none_or(|scales| scales.len() >= p.rows));
-    // SAFETY: by the assertions every block below stays inside the slices; the caller has S's features.
+pub(super) unsafe fn add_blocks<S: Lanes, O: Operands>(p: &Product, operands: &O, out: &mut [f32]) {
+    // SAFETY: blocks of rows below `rows`, of vectors below `width`; the rest is the caller's.
     unsafe {
         let mut q = 0;
         if S::REGISTERS >= 32 {
             while q + 4 * LANES <= p.width {
-                columns::<S, 4, 6>(p, q, a, panel, scales, out);
+                add_columns::<S, O, 4, 6>(p, operands, q, out);
                 q += 4 * LANES;
             }
             while q + 2 * LANES <= p.width {
-                columns::<S, 2, 8>(p, q, a, panel, scales, out);
+                add_columns::<S, O, 2, 8>(p, operands, q, out);
                 q += 2 * LANES;
             }
         }
         while q < p.width {
-            columns::<S, 1, 4>(p, q, a, panel, scales, out);
+            add_columns::<S, O, 1, 4>(p, operands, q, out);
             q += LANES;
         }
     }
 }
 
-/// All rows of `V` vectors of queries, `J` at a time.
+/// All rows of `V` vectors of queries, `J` at a time, then two, then one.
 #[inline(always)]
-unsafe fn columns<S: Lanes, const V: usize, const J: usize>(
+unsafe fn add_columns<S: Lanes, O: Operands, const V: usize, const J: usize>(
     p: &Product,
+    operands: &O,
     q: usize,
-    a: &[f32],
-    panel: &[f32],
-    scales: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    // SAFETY: see `add_product_kernel`.
+    // SAFETY: see `add_blocks`.
     unsafe {
         let mut j = 0;
         while j + J <= p.rows {
-            block::<S, V, J>(p, q, j, a, panel, scales, out);
+            operands.add_block::<S, V, J>(q, j, out);
             j += J;
         }
         while j + 2 <= p.rows {
-            block::<S, V, 2>(p, q, j, a, panel, scales, out);
+            operands.add_block::<S, V, 2>(q, j, out);
             j += 2;
         }
         if j < p.rows {
-            block::<S, V, 1>(p, q, j, a, panel, scales, out);
+            operands.add_block::<S, V, 1>(q, j, out);
         }
     }
 }
 
+struct Floats<'a> {
+    product: &'a Product,
+    a: &'a [f32],
+    panel: &'a [f32],
+    scales: Option<&'a [f32]>,
+}
+
 #[inline(always)]
-unsafe fn block<S: Lanes, const V: usize, const J: usize>(
-    p: &Product,
-    q: usize,
-    j: usize,
+unsafe fn add_product_kernel<S: Lanes>(
+    product: &Product,
     a: &[f32],
     panel: &[f32],
     scales: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    // SAFETY: q + 16·V ≤ width, j + J ≤ rows (see `add_product_kernel`).
-    unsafe {
-        let mut element = a.as_ptr().add(j * p.row_stride);
-        let mut queries = panel.as_ptr().add(q);
-        let mut sums = [[S::zero(); V]; J];
-        let mut k = 0;
-        while k < p.terms {
-            let mut lanes = [S::zero(); V];
-            let mut v = 0;
-            while v < V {
-                lanes[v] = S::load(queries.add(v * LANES));
-                v += 1;
-            }
-            let mut i = 0;
-            while i < J {
-                let factor = S::splat(*element.add(i * p.row_stride));
+    if product.is_empty() {
+        return;
+    }
+    product.check(a.len(), panel.len(), out.len());
+    assert!(scales.is_none_or(|scales| scales.len() >= product.rows));
+    // SAFETY: by the assertions every block lies inside the slices; the caller has S's features.
+    unsafe { add_blocks::<S, _>(product, &Floats { product, a, panel, scales }, out) }
+}
+
+impl Operands for Floats<'_> {
+    #[inline(always)]
+    unsafe fn add_block<S: Lanes, const V: usize, const J: usize>(&self, q: usize, j: usize, out: &mut [f32]) {
+        let p = self.product;
+        // SAFETY: q + 16·V ≤ width, j + J ≤ rows, and the slices hold all of the product (see `add_product_kernel`).
+        unsafe {
+            let mut element = self.a.as_ptr().add(j * p.row_stride);
+            let mut queries = self.panel.as_ptr().add(q);
+            let mut sums = [[S::zero(); V]; J];
+            let mut k = 0;
+            while k < p.terms {
+                let mut lanes = [S::zero(); V];
                 let mut v = 0;
                 while v < V {
-                    sums[i][v] = S::mul_add(factor, lanes[v], sums[i][v]);
+                    lanes[v] = S::load(queries.add(v * LANES));
+                    v += 1;
+                }
+                let mut i = 0;
+                while i < J {
+                    let factor = S::splat(*element.add(i * p.row_stride));
+                    let mut v = 0;
+                    while v < V {
+                        sums[i][v] = S::mul_add(factor, lanes[v], sums[i][v]);
+                        v += 1;
+                    }
+                    i += 1;
+                }
+                element = element.wrapping_add(p.term_stride);
+                queries = queries.wrapping_add(p.width);
+                k += 1;
+            }
+            let target = out.as_mut_ptr().add(j * p.width + q);
+            let mut i = 0;
+            while i < J {
+                let factor = S::splat(self.scales.map_or(1.0, |scales| scales[j + i]));
+                let mut v = 0;
+                while v < V {
+                    let target = target.add(i * p.width + v * LANES);
+                    S::store(S::mul_add(factor, sums[i][v], S::load(target)), target);
                     v += 1;
                 }
                 i += 1;
             }
-            element = element.wrapping_add(p.term_stride);
-            queries = queries.wrapping_add(p.width);
-            k += 1;
-        }
-        let target = out.as_mut_ptr().add(j * p.width + q);
-        let mut i = 0;
-        while i < J {
-            let factor = S::splat(match scales {
-                Some(scales) => scales[j + i],
-                None => 1.0,
-            });
-            let mut v = 0;
-            while v < V {
-                let target = target.add(i * p.width + v * LANES);
-                S::store(S::mul_add(factor, sums[i][v], S::load(target)), target);
-                v += 1;
-            }
-            i += 1;
         }
     }
 }
