@@ -72,10 +72,14 @@ pub(super) unsafe fn add_blocks<S: Lanes, O: Operands>(p: &Product, operands: &O
                 add_columns::<S, O, 4, 6>(p, operands, q, out);
                 q += 4 * LANES;
             }
-            while q + 2 * LANES <= p.width {
+            if q + 2 * LANES <= p.width {
                 add_columns::<S, O, 2, 8>(p, operands, q, out);
                 q += 2 * LANES;
             }
+            if q < p.width {
+                add_columns::<S, O, 1, 8>(p, operands, q, out);
+            }
+            return;
         }
         while q < p.width {
             add_columns::<S, O, 1, 4>(p, operands, q, out);
