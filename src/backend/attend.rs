@@ -2,8 +2,9 @@
 //!
 //! Shapes: query `[batch, heads, L, key width]`, output `[batch, heads, L, value width]`, mask `[batch|1, heads|1, L|1, tokens]`.
 //! The queries that share a kv head (its group of heads × L positions) meet its rows together. A *job* is one kv head, a block of its
-//! queries (all of a few: `attend/worker.rs`; some of many, side by side in lanes: `attend/panel.rs`) and a range of *chunks* (up to [`CHUNK`] rows of one region with one shift and scale); it yields a partial softmax state
-//! {m, l, o}, and the states of a query are merged at the end (flash-decoding). Per chunk:
+//! queries (all of a few: `attend/worker.rs`; some of many, side by side in lanes: `attend/panel.rs`) and a range of *chunks* (up to
+//! [`CHUNK`] rows of one region with one shift and scale); it yields a partial softmax state {m, l, o}, and the states of a query are
+//! merged at the end (flash-decoding). Per chunk:
 //!
 //! 1. fold the transform into the queries, once for a shift and scale: q·x̂ = (R(s∘q))_π · `ŷ_π` + q·μ, or (Bᵀq)·ŷ + q·m(t);
 //! 2. tile by tile, levels to f32 and one small product; the scale a and the zero point z of a group are applied to the scores;
@@ -17,6 +18,8 @@ mod panel;
 mod tiles;
 mod worker;
 
+use std::sync::Arc;
+
 use crate::backend::simd::part_words::PartWords;
 use crate::backend::simd::words::WordTable;
 use crate::backend::simd::{Isa, LANES};
@@ -25,6 +28,7 @@ use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::layer::Layer;
 use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
+use crate::transform::{TurningMean, spans_of};
 use panel::{PANEL_QUERIES, Panel, WordSteps};
 use tiles::Buffer;
 use worker::Worker;
@@ -317,6 +321,21 @@ impl<'a> Plan<'a> {
             key_steps: steps(&spec.keys, false),
             value_steps: steps(&spec.values, true),
         }
+    }
+
+    /// The mean of a job's packed keys, if it turns.
+    fn turning_mean(&self, job: Job) -> Option<&'a TurningMean> {
+        self.layer.spec().keys.turning_mean(job.kv_head)
+    }
+
+    /// Position of the first packed row.
+    fn first_position(&self, job: Job) -> i64 {
+        self.layer.spec().sinks as i64 - self.layer.padding(job.batch) as i64
+    }
+
+    /// The table of the spans that the past reaches.
+    fn spans(&self, job: Job, mean: &TurningMean) -> Arc<Vec<f32>> {
+        mean.turns.spans(spans_of(self.first_position(job), self.layer.regions().packed))
     }
 
     /// Query head and position of query `q` of a job.

@@ -126,7 +126,8 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
     options = options_of(given | {"noise": not arguments.no_noise})
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {str(arguments.output)!r}: expected a file in an existing directory")
-    digests([read_text(x) for x in arguments.texts])  # mistakes in them are told before a model is loaded
+    texts = [read_text(x) for x in arguments.texts]
+    digests(texts)  # mistakes in them are told before a model is loaded
     set_threads(arguments.threads)
     loaded = load(arguments.model, dtype=arguments.dtype)
     model = loaded.model.to(arguments.device)
@@ -139,7 +140,7 @@ def _run_calibrate(arguments: argparse.Namespace) -> None:
         model,
         loaded.tokenizer,
         options,
-        texts=arguments.texts,
+        texts=texts,
         state_path=arguments.state,
         say=print,
     )

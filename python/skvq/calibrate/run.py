@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config import SkvqConfig
+    from ..evaluate.texts import Text
     from ..plan_file import QuantizationPlan
     from .statistics import Statistics
 
@@ -123,11 +124,13 @@ def calibrate(
         SkvqError: an option is unknown or not possible, or the model has no layer with full attention.
         ValueError: too little text, or neither tokenizer nor token_ids.
     """
+    from ..evaluate.texts import read_text
+
     found = run_calibration(
         model,
         tokenizer,
         options_of(options),
-        texts=texts,
+        texts=[read_text(x) for x in texts],
         token_ids=token_ids,
         state_path=state_path,
         progress=progress,
@@ -149,7 +152,7 @@ def run_calibration(
     tokenizer: Any,
     options: CalibrateOptions,
     *,
-    texts: Sequence[Path | str] = (),
+    texts: Sequence[Text] = (),
     token_ids: Sequence[Tensor] | None = None,
     state_path: Path | str | None = None,
     progress: bool = True,
@@ -201,12 +204,12 @@ def run_calibration(
 def _pieces(
     tokenizer: Any,
     options: CalibrateOptions,
-    texts: Sequence[Path | str],
+    texts: Sequence[Text],
     token_ids: Sequence[Tensor] | None,
     held_out: int,
 ) -> tuple[list[Tensor], dict[str, str]]:
     """Token numbers to read, with `held_out` more at the end, and the SHA-256 of the texts by name."""
-    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, digests, packaged_texts, read_text
+    from ..evaluate.texts import CALIBRATION_TEXTS, cut_chunks, digests, packaged_texts
 
     if token_ids is not None:
         if texts or options.chunks is not None:
@@ -216,7 +219,7 @@ def _pieces(
         return list(token_ids), {}
     if tokenizer is None:
         raise ValueError("tokenizer=None: expected the model's tokenizer, or token_ids")
-    found = [read_text(x) for x in texts] or packaged_texts(CALIBRATION_TEXTS)
+    found = texts or packaged_texts(CALIBRATION_TEXTS)
     sha256 = digests(found)
     count = options.chunks or (CHUNKS if texts else PACKAGED_CHUNKS - held_out)
     chunks = cut_chunks(tokenizer, found, count + held_out, options.tokens)

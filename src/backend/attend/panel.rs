@@ -9,14 +9,15 @@ use std::sync::Arc;
 
 use super::tiles::{Affinity, Buffer, TILE_FLOATS, Tiles, Visible, group_channels, tiles};
 use super::{CHUNK, Chunk, Job, Plan, State};
-use crate::backend::simd::panel_words::{self, Factors, query_steps, terms_of};
+use crate::backend::simd::panel_words::{self, Factors, terms_of};
 use crate::backend::simd::panels::{self, Product, Softmax};
-use crate::backend::simd::words::{LARGEST_LEVEL, WEIGHED_ROWS, WordTable};
+use crate::backend::simd::part_words::{LARGEST_KEY, LARGEST_VALUE};
+use crate::backend::simd::words::{LARGEST_LEVEL, WEIGHED_ROWS, WordTable, largest_word};
 use crate::backend::simd::{LANES, vectors};
 use crate::codebook::Codebook;
 use crate::codec::Codec;
 use crate::tensor::Dtype;
-use crate::transform::{Permutation, Rotation, TurningMean, spans_of};
+use crate::transform::{Permutation, Rotation, TurningMean};
 
 /// Queries of a panel at most.
 pub(super) const PANEL_QUERIES: usize = 64;
@@ -31,13 +32,10 @@ pub(super) struct WordSteps {
 }
 
 impl WordSteps {
-    /// Many levels keep more digits as keys: a query's channels are all that their words have to leave room for.
-    const LARGEST_KEY: f32 = 4095.0;
-
-    /// None for rows that words do not serve. Many levels lose too much as words for the eleven bits of a float16.
+    /// For queries of 16 bits. None for rows that words do not serve. Many levels lose too much as words for the eleven bits of a float16.
     pub(super) fn new(codec: &Codec, queries: Dtype, values: bool) -> Option<Self> {
         let whole_pairs = codec.layout.groups() == 1 || codec.layout.group_size.is_multiple_of(2 * LANES);
-        if queries == Dtype::F32 || codec.is_raw() || !whole_pairs {
+        if codec.is_raw() || !whole_pairs {
             return None;
         }
         if let Some(table) = WordTable::new(&codec.layout, &codec.codebook, values) {
@@ -51,8 +49,8 @@ impl WordSteps {
         let steps = match codec.codebook {
             // Halves, and so exact.
             Codebook::Uniform { .. } if !codec.is_of_parts() => 2.0 * largest,
-            _ if values => LARGEST_LEVEL,
-            _ => Self::LARGEST_KEY,
+            _ if values => LARGEST_VALUE,
+            _ => LARGEST_KEY,
         };
         (largest > 0.0).then(|| Self { unit: largest / steps, steps })
     }
@@ -177,12 +175,11 @@ impl<'a> Panel<'a> {
     /// Queries come as rows and become columns; so do their amplitudes where a mean turns.
     fn read_queries(&mut self) {
         let (plan, job, width) = (self.plan, self.job, self.width);
-        let spec = plan.layer.spec();
-        let mean = spec.keys.turning_mean(job.kv_head);
-        let origin = spec.sinks as i64 - plan.layer.padding(job.batch) as i64;
+        let mean = plan.turning_mean(job);
+        let origin = plan.first_position(job);
         let mut turning = mean.map(|mean| Turning {
             mean,
-            spans: mean.turns.spans(spans_of(origin, plan.layer.regions().packed)),
+            spans: plan.spans(job, mean),
             amplitudes: Buffer::zeroed(mean.waves() * width),
             scratch: Buffer::zeroed(mean.panel_rows() * width),
         });
@@ -335,7 +332,7 @@ impl<'a> Panel<'a> {
     fn make_query_words(&mut self) {
         let Some(WordSteps { steps, .. }) = self.plan.key_steps else { return };
         let channels = self.tiles.codec(false).stored_channels();
-        let steps = query_steps(channels, steps);
+        let steps = largest_word(channels, steps);
         let Words { queries, query_units: units, .. } = &mut self.words;
         let folded = &self.folded[..channels * self.width];
         self.words.queries_hold = panel_words::query_words(self.plan.isa, folded, steps, queries, units);

@@ -9,7 +9,7 @@ use super::tiles::{Affinity, Buffer, Tiles, Visible, group_channels, tiles};
 use super::{CHUNK, Chunk, Job, LevelWords, Plan, State};
 use crate::backend::simd::{LANES, matmul, part_words, rows, vectors, words};
 use crate::format::{Format, PAGE_ROWS};
-use crate::transform::{TurningMean, spans_of};
+use crate::transform::TurningMean;
 
 /// Buffers of one job: rows of queries `[queries, width]`, of scores `[queries, CHUNK]`.
 pub(super) struct Worker<'a> {
@@ -55,10 +55,8 @@ struct Turning<'a> {
 
 impl<'a> Turning<'a> {
     fn new(plan: &Plan<'a>, job: Job) -> Option<Self> {
-        let spec = plan.layer.spec();
-        let mean = spec.keys.turning_mean(job.kv_head)?;
-        let origin = spec.sinks as i64 - plan.layer.padding(job.batch) as i64;
-        let spans = mean.turns.spans(spans_of(origin, plan.layer.regions().packed));
+        let mean = plan.turning_mean(job)?;
+        let (origin, spans) = (plan.first_position(job), plan.spans(job, mean));
         let waves = || Buffer::zeroed(job.queries * mean.waves());
         Some(Self { mean, spans, origin, amplitudes: waves(), scratch: waves() })
     }

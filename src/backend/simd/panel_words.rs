@@ -6,7 +6,7 @@
 //! `[rows, terms]` with [`terms_of`] terms; of weights `[pairs, width]`, of values `[pairs, channels]` with a pair for two neighbouring rows.
 
 use super::panels::{Operands, Product, add_blocks, scaled_weight};
-use super::words::{LARGEST_WEIGHT, ROUNDING, TINY, WEIGHED_ROWS};
+use super::words::{LARGEST_WEIGHT, TINY, WEIGHED_ROWS, pair, round};
 use super::{LANES, Lanes, multiversion};
 
 multiversion! {
@@ -37,24 +37,6 @@ pub(crate) const fn terms_of(channels: usize) -> usize {
     channels.div_ceil(2 * LANES) * LANES
 }
 
-/// The largest word of a query whose products with `channels` levels of up to `steps` steps stay below 2³¹.
-pub(crate) fn query_steps(channels: usize, steps: f32) -> f32 {
-    ((1u64 << 31) as f32 / (steps + 1.0) / channels as f32 - 1.0).min(32767.0)
-}
-
-/// The nearest integers, as words of the low halves: below 2²², what is above them is to be masked or shifted away.
-#[inline(always)]
-unsafe fn round<S: Lanes>(x: S::F, factor: S::F) -> S::I {
-    // SAFETY: the caller's.
-    unsafe { S::to_bits(S::add(S::mul(x, factor), S::splat(ROUNDING))) }
-}
-
-#[inline(always)]
-unsafe fn join<S: Lanes>(low: S::I, high: S::I) -> S::I {
-    // SAFETY: the caller's.
-    unsafe { S::or(S::and(low, 0xffff), S::shl::<16>(high)) }
-}
-
 #[inline(always)]
 unsafe fn store<S: Lanes>(words: S::I, target: *mut u32) {
     // SAFETY: the caller's.
@@ -76,7 +58,7 @@ unsafe fn key_words_kernel<S: Lanes>(levels: &[f32], channels: usize, unit: f32,
                 let second = 2 * k + LANES;
                 let high =
                     if second < channels { round::<S>(S::load(row.add(second)), factor) } else { S::splat_u32(0) };
-                store::<S>(join::<S>(low, high), target.add(k));
+                store::<S>(pair::<S>(low, high), target.add(k));
                 k += LANES;
             }
         }
@@ -99,7 +81,7 @@ unsafe fn value_words_kernel<S: Lanes>(levels: &[f32], channels: usize, unit: f3
                 let low = round::<S>(S::load(row.add(c)), factor);
                 let high =
                     if t + 1 < rows { round::<S>(S::load(row.add(channels + c)), factor) } else { S::splat_u32(0) };
-                store::<S>(join::<S>(low, high), target.add(c));
+                store::<S>(pair::<S>(low, high), target.add(c));
                 c += LANES;
             }
             t += 2;
@@ -134,7 +116,7 @@ unsafe fn query_words_kernel<S: Lanes>(queries: &[f32], steps: f32, words: &mut 
                 } else {
                     S::splat_u32(0)
                 };
-                store::<S>(join::<S>(low, high), words.as_mut_ptr().add(k * width + q));
+                store::<S>(pair::<S>(low, high), words.as_mut_ptr().add(k * width + q));
             }
             q += LANES;
         }
@@ -175,7 +157,7 @@ unsafe fn weight_words_kernel<S: Lanes>(
                 } else {
                     S::splat_u32(0)
                 };
-                store::<S>(join::<S>(low, high), words.as_mut_ptr().add(t / 2 * width + q));
+                store::<S>(pair::<S>(low, high), words.as_mut_ptr().add(t / 2 * width + q));
                 t += 2;
             }
             q += LANES;
@@ -242,10 +224,10 @@ impl Operands for Words<'_> {
                 }
                 let mut i = 0;
                 while i < J {
-                    let pair = S::splat_u32(*element.add(i * p.row_stride));
+                    let words = S::splat_u32(*element.add(i * p.row_stride));
                     let mut v = 0;
                     while v < V {
-                        sums[i][v] = S::dot_words(sums[i][v], pair, lanes[v]);
+                        sums[i][v] = S::dot_words(sums[i][v], words, lanes[v]);
                         v += 1;
                     }
                     i += 1;
@@ -275,7 +257,7 @@ impl Operands for Words<'_> {
 mod tests {
     use super::*;
     use crate::backend::simd::Isa;
-    use crate::backend::simd::words::LARGEST_LEVEL;
+    use crate::backend::simd::words::{LARGEST_LEVEL, largest_word};
 
     fn numbers(count: usize, seed: f32) -> Vec<f32> {
         (0..count).map(|i| (i as f32 * 0.37 + seed).sin() * 3.0).collect()
@@ -297,7 +279,7 @@ mod tests {
                 let (mut keys, mut words) = (vec![9; rows * terms], vec![9; terms * width]);
                 let mut units = vec![0.0; width];
                 key_words(isa, &levels, channels, unit, &mut keys);
-                let steps = query_steps(channels, LARGEST_LEVEL);
+                let steps = largest_word(channels, LARGEST_LEVEL);
                 assert!(query_words(isa, &queries, steps, &mut words, &mut units));
                 let product = Product { rows, terms, row_stride: terms, term_stride: 1, width };
                 let mut out = vec![1.0; rows * width];
@@ -305,8 +287,8 @@ mod tests {
                 add_product(isa, &product, &factors, &keys, &words, &mut out);
                 for (i, found) in out.iter().enumerate() {
                     let (t, q) = (i / width, i % width);
-                    let pair = |c: usize| f64::from(levels[t * channels + c]) * f64::from(queries[c * width + q]);
-                    let exact: f64 = (0..channels).map(pair).sum();
+                    let product = |c: usize| f64::from(levels[t * channels + c]) * f64::from(queries[c * width + q]);
+                    let exact: f64 = (0..channels).map(product).sum();
                     let most: f64 = 3.0 * (0..channels).map(|c| f64::from(queries[c * width + q].abs())).sum::<f64>();
                     let error = f64::from(*found) - 1.0 - f64::from(scales[t]) * exact;
                     assert!(error.abs() <= 6e-4 * f64::from(scales[t].abs()) * most + 1e-5, "{isa}, {i}: {error}");

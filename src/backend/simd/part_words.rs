@@ -5,7 +5,7 @@
 //! halves of sixteen lanes, or of the high ones: two sixteens of a row make a vector for scores, the same sixteen of two neighbouring rows
 //! one for weighted sums. Shapes: words of queries `[queries, 16 · pairs]`, of weights `[queries, stride]`.
 
-use super::words::{ROUNDING, ScoreSizes, ScoreWords, TINY, WEIGHED_ROWS, magnitude, score_all};
+use super::words::{ScoreSizes, ScoreWords, TINY, WEIGHED_ROWS, largest_word, magnitude, pair, round, score_all};
 use super::{LANES, Lanes, multiversion};
 use crate::codebook::Codebook;
 use crate::format::{Format, RowLayout};
@@ -23,8 +23,8 @@ multiversion! {
 /// Levels of a part with most bits.
 const LEVELS: usize = 32;
 /// The largest level, of keys and of values: as many steps as leave room for a query's, or for those of all weights of a piece.
-const LARGEST_KEY: f32 = 4095.0;
-const LARGEST_VALUE: f32 = 1023.0;
+pub(crate) const LARGEST_KEY: f32 = 4095.0;
+pub(crate) const LARGEST_VALUE: f32 = 1023.0;
 
 /// How sixteen codes lie in a row: strings of 1 to [`STRINGS`] bits; planes of two bits, of which there are four, and a string of the third
 /// bits.
@@ -96,7 +96,7 @@ impl PartWords {
             [0, 16].map(|half| std::array::from_fn(|code| f32::from_bits(word(book, code % (1 << bits)) << half)))
         };
         let channels = sixteens.len() * LANES;
-        let largest_query = ((1u64 << 31) as f32 / (steps + 1.0) / channels as f32 - 1.0).min(32767.0);
+        let largest_query = largest_word(channels, steps);
         Self { sixteens, levels: books.iter().map(words_of).collect(), code_bytes, unit, largest_query }
     }
 
@@ -127,15 +127,15 @@ unsafe fn query_words_kernel<S: Lanes>(
             let (largest, finite) = magnitude::<S>(&query[..channels]);
             all_finite &= finite;
             *unit = largest / table.largest_query;
-            let (factor, rounding) = (S::splat(1.0 / *unit), S::splat(ROUNDING));
-            for (pair, sixteens) in table.sixteens.chunks(2).enumerate() {
+            let factor = S::splat(1.0 / *unit);
+            for (index, sixteens) in table.sixteens.chunks(2).enumerate() {
                 let mut halves = [S::splat_u32(0); 2];
                 for (half, sixteen) in halves.iter_mut().zip(sixteens) {
                     let x = S::load(query[sixteen.channel..][..LANES].as_ptr());
-                    *half = S::and(S::to_bits(S::add(S::mul(x, factor), rounding)), 0xffff);
+                    *half = round::<S>(x, factor);
                 }
-                let both = S::or(halves[0], S::shl::<16>(halves[1]));
-                S::store(S::from_bits(both), words[pair * LANES..][..LANES].as_mut_ptr().cast());
+                let both = pair::<S>(halves[0], halves[1]);
+                S::store(S::from_bits(both), words[index * LANES..][..LANES].as_mut_ptr().cast());
             }
         }
     }

@@ -39,9 +39,23 @@ pub(super) const TINY: f32 = 1e-30;
 const TERNARY_BYTES: usize = 2048;
 const MARGIN: usize = LANES;
 
-/// The largest word of a query: so many channels times it times 1023 are below 2³¹.
-fn largest_word(channels: usize) -> f32 {
-    ((1 << 21) as f32 / channels as f32 - 1.0).min(32767.0)
+/// The largest word of a query whose products with `channels` levels of up to `steps` steps stay below 2³¹.
+pub(crate) fn largest_word(channels: usize, steps: f32) -> f32 {
+    ((1u64 << 31) as f32 / (steps + 1.0) / channels as f32 - 1.0).min(32767.0)
+}
+
+/// x · factor to the nearest integer, in the low half of each lane; above it is what [`pair`] masks or shifts away.
+#[inline(always)]
+pub(super) unsafe fn round<S: Lanes>(x: S::F, factor: S::F) -> S::I {
+    // SAFETY: the caller has S's features.
+    unsafe { S::to_bits(S::add(S::mul(x, factor), S::splat(ROUNDING))) }
+}
+
+/// Two words in each lane, the first in its low half.
+#[inline(always)]
+pub(super) unsafe fn pair<S: Lanes>(low: S::I, high: S::I) -> S::I {
+    // SAFETY: the caller has S's features.
+    unsafe { S::or(S::and(low, 0xffff), S::shl::<16>(high)) }
 }
 
 /// Levels of two codes at a time, as words of one u32: entry `c | c' << 2` is level c and, above it, level c'.
@@ -110,16 +124,15 @@ unsafe fn query_words_kernel<S: Lanes>(queries: &[f32], width: usize, words: &mu
         unsafe {
             let (largest, finite) = magnitude::<S>(query);
             all_finite &= finite;
-            *unit = largest / largest_word(width);
-            let (factor, rounding) = (S::splat(1.0 / *unit), S::splat(ROUNDING));
+            *unit = largest / largest_word(width, LARGEST_LEVEL);
+            let factor = S::splat(1.0 / *unit);
             let mut block = 0;
             while block < planes {
                 let mut half = 0;
                 while half < 2 {
                     let source = query.as_ptr().add(2 * half * planes + block);
-                    let low = S::to_bits(S::add(S::mul(S::load(source), factor), rounding));
-                    let high = S::to_bits(S::add(S::mul(S::load(source.add(planes)), factor), rounding));
-                    let pairs = S::or(S::and(low, 0xffff), S::shl::<16>(high));
+                    let (low, high) = (S::load(source), S::load(source.add(planes)));
+                    let pairs = pair::<S>(round::<S>(low, factor), round::<S>(high, factor));
                     S::store(S::from_bits(pairs), words.as_mut_ptr().add(2 * block + half * LANES).cast());
                     half += 1;
                 }
