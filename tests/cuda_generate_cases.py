@@ -29,6 +29,8 @@ WINDOW, SINKS = 12, 3
 RAW = SkvqConfig(key_bits=16, value_bits=16, window=WINDOW, sinks=SINKS)
 # The default, but for blocks that short prompts fill.
 LOW = SkvqConfig(keys={"block": 128}, values={"block": 128}, window=WINDOW, sinks=SINKS)
+# The default with prompts that are long enough for a fit.
+FITTED = SkvqConfig(window=WINDOW, sinks=SINKS, fit_tokens=160)
 STATIC = SkvqConfig(keys={"block": 0}, values={"block": 0}, window=WINDOW, sinks=SINKS)
 # Of the largest output of a call of attention, by two stores that hold the same: kernels work with f16 levels, queries
 # and weights, and this is three steps of f16. In the emulator it is 6e-4, once 1e-3, and 5e-3 at least where the scale
@@ -39,6 +41,9 @@ LOGIT_ERROR = 5e-3
 # Of the largest element, for rows that are alike: those of two runs are 6e-4 apart at most, or 1e-2 and more where a
 # code or a scale falls the other way.
 ROW_ERROR = 2e-3
+# Of the largest output of a call, where two stores were fitted apart: the matrices of a GPU's sums are not those of the
+# CPU's to the last bit, and so some codes are others.
+FITTED_ERROR = 5e-2
 MEMORY = Memory()
 
 
@@ -167,11 +172,14 @@ def recorded() -> Iterator[list[Told]]:
         yield told
 
 
-def told_again(told: list[Told], model: Any, mask: torch.Tensor) -> tuple[QuantizedDynamicCache, list[float]]:
+def told_again(
+    told: list[Told], model: Any, mask: torch.Tensor, config: SkvqConfig = LOW
+) -> tuple[QuantizedDynamicCache, list[float]]:
     """A cache on the CPU whose layers are told and asked the same, and how far the recorded outputs of each attention
-    are from its own, of the largest one.
+    are from its own, of the largest one. It is fitted to the prompt if the configuration has `fit_tokens`.
     """
-    cache = QuantizedDynamicCache(model.config, LOW, attention_mask=mask)
+    source = model.config if config.fit_tokens is None else model.to(CPU)
+    cache = QuantizedDynamicCache(source, config, attention_mask=mask)
     snapshots: dict[int, Snapshot] = {}
     errors = []
     with torch.inference_mode():
@@ -282,6 +290,37 @@ def wrong_scale(place: torch.device, family: str, attention: str) -> dict[str, A
     return {"reason": found}
 
 
+def fitted_prompt(place: torch.device, family: str, attention: str) -> dict[str, Any]:
+    """A cache that is fitted to its prompt on the device gives the attention of one on the CPU, told the same."""
+    model = model_of(family, attention)
+    prompt, mask = padded_prompt(2, 190)
+    more = tiny_models.prompts(2, 24, seed=1)
+    seen, start = mask.to(place), 0
+    model.to(place)
+    with on_device(place), recorded() as told, torch.inference_mode():
+        cache = QuantizedDynamicCache(model, FITTED, attention_mask=mask)
+        model(prompt.to(place), attention_mask=seen, past_key_values=cache)
+        for count in (1, 1, 9, 1, 3, 1):
+            tokens = more[:, start : start + count].to(place)
+            seen = torch.cat([seen, torch.ones_like(tokens)], 1)
+            positions = (seen.cumsum(1) - 1)[:, -count:]
+            model(tokens, attention_mask=seen, position_ids=positions, past_key_values=cache)
+            start += count
+    twin, errors = told_again(told, model, mask, FITTED)
+    assert store_kinds(cache) == {CudaLayer}
+    for mine, theirs in zip(cache._packed_layers(), twin._packed_layers(), strict=True):
+        assert mine.kind == theirs.kind == "K2 V1.6 fitted"
+        assert mine.nbytes > mine.native.nbytes
+        assert mine.native.packed_tokens == theirs.native.packed_tokens == 190 + 16 - WINDOW - SINKS
+    ours, theirs = cache.stats(), twin.stats()
+    assert ours["fitted"] == theirs["fitted"]
+    assert ours["decoded"] == {}
+    assert 0 < ours["packed"] == len(errors)
+    limit = ATTENTION_ERROR if place.type == "cpu" else FITTED_ERROR
+    assert max(errors) <= limit, errors
+    return {"error": max(errors), "limit": limit}
+
+
 def changes_of_a_cache(place: torch.device) -> dict[str, Any]:
     """Copies, crops, selections and resets, and what is refused."""
     model = model_of("llama")
@@ -341,40 +380,46 @@ def changes_of_a_cache(place: torch.device) -> dict[str, Any]:
     return {"error": largest, "limit": 1e-4}
 
 
-def replayed_steps(place: torch.device) -> dict[str, Any]:
-    """A captured step of a cache, replayed, against the same tokens on the CPU.
+def replayed_steps(place: torch.device, way: str = "static") -> dict[str, Any]:
+    """A captured step of a cache, replayed, against the same tokens on the CPU; of a "static" or a "fitted" one.
 
     On the emulated driver only: on a GPU the graph is torch's (gpu/check_generation.py).
     """
+    is_fitted = way == "fitted"
+    length, config = (170, FITTED) if is_fitted else (60, STATIC)
     model, generator = model_of("llama"), torch.Generator().manual_seed(0)
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def rows(count: int, heads: int = 2) -> torch.Tensor:
         return torch.randn(1, heads, count, 64, generator=generator)
 
-    prompt = [(rows(60), rows(60)) for _ in range(2)]
+    prompt = [(rows(length), rows(length), rows(length, 4)) for _ in range(2)]
     token = [(rows(1), rows(1), rows(1, 4)) for _ in range(2)]
 
     def step(cache: QuantizedDynamicCache) -> list[torch.Tensor]:
         return [sdpa(q, *cache.update(k, v, index), enable_gqa=True) for index, (k, v, q) in enumerate(token)]
 
-    expected_cache = QuantizedDynamicCache(model.config, STATIC)
-    for index, (keys, values) in enumerate(prompt):
-        expected_cache.update(keys, values, index)
+    def filled(cache: QuantizedDynamicCache) -> QuantizedDynamicCache:
+        for index, (keys, values, query) in enumerate(prompt):
+            sdpa(query, *cache.update(keys, values, index), is_causal=True, enable_gqa=True)
+        return cache
+
+    expected_cache = filled(QuantizedDynamicCache(model, config))
     with on_device(place), torch.no_grad():
-        cache = QuantizedDynamicCache(model.config, STATIC)
+        cache = QuantizedDynamicCache(model, config)
         refused(
-            lambda: cache.reserve(100), "reserve: layer 0: PackedLayer, expected a packed layer with tokens on a GPU"
+            lambda: cache.reserve(length + 40),
+            "reserve: layer 0: PackedLayer, expected a packed layer with tokens on a GPU",
         )
-        for index, (keys, values) in enumerate(prompt):
-            cache.update(keys, values, index)
-        cache.reserve(120)
+        filled(cache)
+        assert set(cache.stats()["fitted"]) == ({0, 1} if is_fitted else set())
+        cache.reserve(length + 60)
         step(cache)
         step(expected_cache)
         found: list[torch.Tensor] = []
         with cache.capturing():
             replay = capture(lambda: found.extend(step(cache)), MEMORY)
-        assert cache.get_seq_length() == 61
+        assert cache.get_seq_length() == length + 1
         largest = 0.0
         for _ in range(40):
             for group in token:
@@ -384,14 +429,14 @@ def replayed_steps(place: torch.device) -> dict[str, Any]:
             for mine, theirs in zip(found, step(expected_cache), strict=True):
                 largest = max(largest, float((mine - theirs).abs().max() / theirs.abs().max()))
         cache.replayed(40)
-        assert cache.get_seq_length() == expected_cache.get_seq_length() == 101
+        assert cache.get_seq_length() == expected_cache.get_seq_length() == length + 41
         assert cache.stats()["nonfinite_rows"] == {}
         refused(lambda: cache.crop(-1), "release_capture")
         refused(lambda: copy.deepcopy(cache), "release_capture")
         cache.release_capture()
         cache.crop(-1)
-        assert cache.get_seq_length() == 100
-    refused(lambda: expected_cache.reserve(200), "reserve: layer 0: a store on the CPU, expected a packed layer")
+        assert cache.get_seq_length() == length + 40
+    refused(lambda: expected_cache.reserve(300), "reserve: layer 0: a store on the CPU, expected a packed layer")
     assert largest <= LOGIT_ERROR, largest
     return {"error": largest, "limit": LOGIT_ERROR}
 
@@ -400,6 +445,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "same": same_tokens,
     "close": close_logits,
     "wrong": wrong_scale,
+    "fitted": fitted_prompt,
     "changes": changes_of_a_cache,
     "replayed": replayed_steps,
 }

@@ -496,7 +496,8 @@ def test_repr_shows_layers_regions_bytes_and_bits() -> None:
 
 def test_stats_count_prompts_and_decodes() -> None:
     cache = filled()
-    assert cache.stats() == {"packed": 0, "prefill": 3, "decoded": {}, "score_noise": {}, "nonfinite_rows": {}}
+    counts = {"packed": 0, "prefill": 3, "decoded": {}, "score_noise": {}, "nonfinite_rows": {}}
+    assert cache.stats() == counts | {"fitted": {}, "not_fitted": {}}
     contents(cache)
     assert cache.stats()["decoded"] == {"layer.keys": 3, "layer.values": 3}
 

@@ -17,6 +17,7 @@ import pytest
 import tiny_directory
 from cuda_kernel_driver import build_driver, harness
 from cuda_stand_ins import build_nvrtc, run
+from skvq.calibrate.prompt import fitted_key_options, fitted_value_options
 from skvq.plan import LayerPlan
 from skvq.warmup import AttentionShape, kernel_instances
 
@@ -35,6 +36,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     plans = [LayerPlan.from_config(config) for config in (cases.RAW, cases.LOW, cases.STATIC)]
     streams = [(plan.keys.options.resolved(), plan.values.options.resolved()) for plan in plans]
     shapes = [AttentionShape(64, "float32", 2, *options) for options in streams]
+    fitted = fitted_key_options(cases.FITTED.keys, 64)
+    assert fitted is not None
+    values = fitted_value_options(cases.FITTED.values)
+    shapes.append(AttentionShape(64, "float32", 2, fitted.resolved(), values.resolved(), turning=True))
     wanted = [x for shape in shapes for x in kernel_instances(shape) if x.file != "repack.cuh"]
     nvrtc = build_nvrtc(tmp_path_factory.mktemp("nvrtc"), 12, 4, "-DEMULATED", "-ldl")
     return build_driver(map(str, wanted)), nvrtc
@@ -66,12 +71,18 @@ def test_a_wrong_scale_is_found(stand_ins: tuple[Path, str]) -> None:
     check(stand_ins, "wrong", "gemma2", "skvq")
 
 
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma2", "skvq")])
+def test_a_prompt_is_fitted_to(stand_ins: tuple[Path, str], family: str, attention: str) -> None:
+    check(stand_ins, "fitted", family, attention)
+
+
 def test_changes_of_a_cache(stand_ins: tuple[Path, str]) -> None:
     check(stand_ins, "changes")
 
 
-def test_a_captured_step_is_replayed(stand_ins: tuple[Path, str]) -> None:
-    check(stand_ins, "replayed")
+@pytest.mark.parametrize("way", ["static", "fitted"])
+def test_a_captured_step_is_replayed(stand_ins: tuple[Path, str], way: str) -> None:
+    check(stand_ins, "replayed", way)
 
 
 def test_the_script_for_a_gpu(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
@@ -86,7 +97,7 @@ def test_the_script_for_a_gpu(stand_ins: tuple[Path, str], tmp_path: Path) -> No
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [check["kind"] for check in found["checks"]] == ["tokens", "logits", "tokens", "logits"]
+    assert [check["kind"] for check in found["checks"]] == ["tokens", "logits", "fitted", "tokens", "logits"]
     assert all(check["passed"] for check in found["checks"])
-    assert 0.0 < found["checks"][3]["error"] < found["checks"][3]["limit"]
+    assert all(0.0 < check["error"] < check["limit"] for check in found["checks"] if "error" in check)
     assert found["card"]["name"].startswith("Emulated")

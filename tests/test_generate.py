@@ -150,6 +150,7 @@ def test_every_step_takes_the_packed_path(family: str) -> None:
     # every layer that packed a key has an estimate of what that does to scores
     assert len(stats.pop("score_noise")) <= PACKED_LAYERS[family]
     expected = {"packed": calls * (NEW - 1), "prefill": PACKED_LAYERS[family], "decoded": {}, "nonfinite_rows": {}}
+    expected |= {"fitted": {}, "not_fitted": {}}
     assert stats == expected
 
 

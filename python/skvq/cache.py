@@ -19,12 +19,14 @@ from ._native import CudaLayer, SkvqError
 from .attention import register_attention
 from .config import SkvqConfig
 from .display import LayerFigures, html_table, text_table
+from .fingerprint import config_of
 from .layer import PackedLayer, row_numbers
 from .model_layers import decoder_config, head_dim_of, kept, layer_configs, stock_layers
 from .packed import AttentionCounts
 from .plan import LayerPlan
 
 if TYPE_CHECKING:
+    from .calibrate.prompt import PromptFit
     from .plan_file import QuantizationPlan
 
 
@@ -35,8 +37,11 @@ class QuantizedDynamicCache(Cache):
     those between are packed once, when they leave the window, and attention is computed on the packed bytes.
     Sliding-window layers keep transformers' own bounded layer.
 
+    A cache that was made from the model itself fits what a long first prompt is packed with to that prompt, layer by
+    layer (`SkvqConfig.fit_tokens`, docs/fit.md); one that was made from the configuration alone does not.
+
     Args:
-        config: the configuration of the model (`model.config`).
+        config: the model, or its configuration (`model.config`).
         skvq_config: options; the defaults are 2-bit keys and ternary values.
         attention_mask: of a left-padded batch, see `set_padding`.
         **options: fields of `SkvqConfig` that differ from `skvq_config`.
@@ -50,7 +55,7 @@ class QuantizedDynamicCache(Cache):
         SkvqError: an option is not valid, or the model's cache cannot be packed; the message says what was expected.
 
     Example:
-        >>> cache = QuantizedDynamicCache(model.config, key_bits=2, value_bits=1.6)
+        >>> cache = QuantizedDynamicCache(model, key_bits=2, value_bits=1.6)
         >>> model.generate(**inputs, past_key_values=cache)
     """
 
@@ -69,7 +74,7 @@ class QuantizedDynamicCache(Cache):
         self.skvq_config = SkvqConfig.from_options(skvq_config, **options)
         self.plan = None
         plan = LayerPlan.from_config(self.skvq_config)
-        self._set_up(config, lambda _: plan, attention_mask)
+        self._set_up(config_of(config), lambda _: plan, attention_mask, _prompt_fit(config, self.skvq_config))
 
     @classmethod
     def from_plan(
@@ -92,7 +97,6 @@ class QuantizedDynamicCache(Cache):
             SkvqError: the plan was made for another model (the message names the differing fields), its file is
                 damaged, or another option is given.
         """
-        from .fingerprint import config_of
         from .plan_file import QuantizationPlan
 
         what = "the plan" if isinstance(plan, QuantizationPlan) else f"{plan}: the plan"
@@ -106,12 +110,18 @@ class QuantizedDynamicCache(Cache):
         cache._set_up(config_of(model_or_config), plan.layers.__getitem__, attention_mask)
         return cache
 
-    def _set_up(self, config: Any, plan_of: Callable[[int], LayerPlan], attention_mask: torch.Tensor | None) -> None:
+    def _set_up(
+        self,
+        config: Any,
+        plan_of: Callable[[int], LayerPlan],
+        attention_mask: torch.Tensor | None,
+        fit: PromptFit | None = None,
+    ) -> None:
         self._counts = AttentionCounts()
         decoder = decoder_config(config)
         pairs = zip(stock_layers(config), layer_configs(config), strict=True)
         layers = [
-            self._packed_layer(plan_of(index), index, layer_config)
+            self._packed_layer(plan_of(index), index, layer_config, fit)
             if type(layer) is DynamicLayer
             else kept(layer, index)
             for index, (layer, layer_config) in enumerate(pairs)
@@ -128,14 +138,15 @@ class QuantizedDynamicCache(Cache):
         if attention_mask is not None:
             self.set_padding(attention_mask)
 
-    def _packed_layer(self, plan: LayerPlan, index: int, layer_config: Any) -> PackedLayer:
+    def _packed_layer(self, plan: LayerPlan, index: int, layer_config: Any, fit: PromptFit | None) -> PackedLayer:
         head_dim = head_dim_of(layer_config)
         if head_dim is not None:
             try:
                 plan.check(head_dim, head_dim)
             except SkvqError as error:
                 raise SkvqError(f"layer {index}: {error}") from None
-        return PackedLayer(plan, index, self._counts)
+        fit_tokens = 0 if fit is None or head_dim is None else self.skvq_config.tokens_to_fit(head_dim)
+        return PackedLayer(plan, index, self._counts, fit=fit, fit_tokens=fit_tokens)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -322,9 +333,11 @@ class QuantizedDynamicCache(Cache):
             "decoded": for each reason, how often keys or values of a layer were decoded to a plain tensor;
             "score_noise": for each layer with packed keys, the standard deviation of their scores' error as the codec
             expects it, at the first step that attended to any (where the cache warns if it is large: nothing is known
-            when a model is loaded, or in a prompt, which attends to itself as it is); "nonfinite_rows": for each layer
-            on a GPU that packed rows with a NaN or an infinity, how many (of keys and of values), for which this call
-            waits.
+            when a model is loaded, or in a prompt, which attends to itself as it is);
+            "fitted": for each layer whose packing was fitted to a prompt, the tokens of that; "not_fitted": for each
+            layer where that was tried in vain, why;
+            "nonfinite_rows": for each layer on a GPU that packed rows with a NaN or an infinity, how many (of keys and
+            of values), for which this call waits.
         """
         broken = {layer.index: layer.nonfinite_rows() for layer in self._packed_layers()}
         return self._counts.as_dict() | {"nonfinite_rows": {index: count for index, count in broken.items() if count}}
@@ -350,6 +363,15 @@ class QuantizedDynamicCache(Cache):
 
     def _figures(self) -> list[LayerFigures]:
         return [x.figures() if isinstance(x, PackedLayer) else _stock_figures(x) for x in self.layers]
+
+
+def _prompt_fit(model: Any, config: SkvqConfig) -> PromptFit | None:
+    """What fits layers to a prompt, if this is a model and such are the options."""
+    if not isinstance(model, torch.nn.Module) or config.fit_tokens == 0:
+        return None
+    from .calibrate.prompt import PromptFit
+
+    return PromptFit(model)
 
 
 def _left_padding(attention_mask: torch.Tensor) -> tuple[int, ...]:

@@ -268,6 +268,15 @@ class StreamOptions:
 # it, and must not shrink what they see. Values need the mean only.
 KEY_DEFAULTS = StreamOptions(bits=2, block=256, unbiased=True, scale_exponent=0.5, query_exponent=0.5)
 VALUE_DEFAULTS = StreamOptions(bits=1.6, block=256, scale_exponent=0.0)
+MOST_FITTED_BITS = 5
+FIT_TOKENS_PER_CHANNEL = 8  # the matrices of keys then take a quarter of what the prompt does in 16 bits, later less
+
+
+def is_default_method(options: StreamOptions, defaults: StreamOptions) -> bool:
+    """Whether `options` are the defaults of a stream but for bits, metadata and a factor on scales."""
+    if options.parts is not None:
+        return False
+    return options == dataclasses.replace(defaults, bits=options.bits, metadata=options.metadata, clip=options.clip)
 
 
 def _block_of(stream: object) -> Any:
@@ -305,6 +314,9 @@ class SkvqConfig:
         keys, values: everything about the packing of keys and of values.
         nonfinite: "raise" refuses keys or values with NaN or infinity; "propagate" stores such rows as NaN. On a GPU
             both store them, and `cache.stats()` counts them.
+        fit_tokens: in a cache that was made from a model, what a first prompt of at least so many tokens is packed with
+            is fitted to it (calibrate/prompt.py), if the keys' options are the defaults but for bits (up to 5),
+            metadata and clip. None: 8 times the head's size; 0: never.
 
     Raises:
         SkvqError: a value is not one of those above; the message names argument, value and what was expected.
@@ -319,8 +331,11 @@ class SkvqConfig:
     keys: StreamOptions = _UNSET
     values: StreamOptions = _UNSET
     nonfinite: str = "raise"
+    fit_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.fit_tokens is not None:
+            _integer("fit_tokens", self.fit_tokens, 0)
         if self.group_size is not None:
             _integer("group_size", self.group_size, 16)
         _integer("window", self.window, 1)
@@ -374,6 +389,12 @@ class SkvqConfig:
         if self.group_size is not None:
             changes["group_size"] = self.group_size
         return _changed(base, changes)
+
+    def tokens_to_fit(self, head_dim: int) -> int:
+        """The shortest first prompt that keys of this head size are fitted to, 0 for none."""
+        if self.key_bits > MOST_FITTED_BITS or not is_default_method(self.keys, KEY_DEFAULTS):
+            return 0
+        return FIT_TOKENS_PER_CHANNEL * head_dim if self.fit_tokens is None else self.fit_tokens
 
     @classmethod
     def from_options(cls, config: SkvqConfig | None = None, **options: Any) -> SkvqConfig:

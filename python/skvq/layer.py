@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -23,6 +23,9 @@ from .plan import LayerPlan
 from .sinks import inverse_order, keeps_first_rows, sink_order, taken, tokens_needed
 from .states_form import HeldForm, form_problem
 from .waiting import SeenQueries, WaitingRows, fill
+
+if TYPE_CHECKING:
+    from .calibrate.prompt import PromptFit
 
 
 def _stock_crop_takes_length() -> bool:
@@ -39,6 +42,18 @@ CROP_TAKES_LENGTH = _stock_crop_takes_length()
 CROP_TAKES_LENGTH_ZERO = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
+# A call with so many tokens may be a part of a prompt; candidates of assisted decoding are fewer.
+CHUNK_TOKENS = 64
+
+
+class Built(NamedTuple):
+    """A store with rows, the order of its first ones, and the plan that it was built by."""
+
+    store: Layer | CudaLayer
+    order: torch.Tensor | None
+    plan: LayerPlan
+
+
 class PackedLayer(CacheLayerMixin):
     """Sinks, packed past and window of one layer.
 
@@ -48,6 +63,10 @@ class PackedLayer(CacheLayerMixin):
     many calls as they come (sinks.py). Where queries have a say in how keys are packed, the call that completes them
     waits for its own: attention on what it returned, or the next use of the layer, stores all, the chosen rows first
     (`order` says where the store's first rows belong), as if it had come in one call.
+
+    If the layer knows how (`fit`), and that is a prompt of at least `fit_tokens` whose queries were seen, what it is
+    packed with is fitted to it first. That stays until the layer is empty again. A prompt that comes in calls of at
+    least `CHUNK_TOKENS` waits until it has as many, or a call of fewer tokens comes.
 
     Afterwards `update` returns handles to what is packed; a call with several tokens attends to its own tokens in full
     precision and to those before as they are stored.
@@ -60,9 +79,20 @@ class PackedLayer(CacheLayerMixin):
 
     _native: Layer | CudaLayer
 
-    def __init__(self, plan: LayerPlan, index: int, counts: AttentionCounts) -> None:
+    def __init__(
+        self,
+        plan: LayerPlan,
+        index: int,
+        counts: AttentionCounts,
+        *,
+        fit: PromptFit | None = None,
+        fit_tokens: int = 0,
+    ) -> None:
         # Not the base's __init__: it assigns `keys` and `values`, which are computed here.
-        self.plan = plan
+        self.plan = self._given_plan = plan  # of a fitted layer, `plan` has the options without the static data
+        self.fit = fit
+        self.fit_tokens = fit_tokens  # 0: the layer is not fitted
+        self._fitted_nbytes = 0
         self.index = index
         self.counts = counts
         self.is_initialized = False
@@ -131,7 +161,9 @@ class PackedLayer(CacheLayerMixin):
         past, count, waiting = self.get_seq_length(), keys.shape[2], self.waiting
         if count == 0 and past and self._problem(keys, values) is None:
             return self._snapshot().handles() if waiting is None else self._waiting_handles(waiting)
-        if past == 0 or (waiting is not None and past < self._needed):
+        if past == 0 or (
+            waiting is not None and (past < self._needed or (self._waits_to_fit and count >= CHUNK_TOKENS))
+        ):
             rows = self._joined(keys, values, needs_no_gradient)
             if rows.length == 1 and self.waiting is None:
                 return self._snapshot().handles()
@@ -143,9 +175,9 @@ class PackedLayer(CacheLayerMixin):
             self._native.append(keys, values)
         else:  # a prompt whose queries nobody showed
             self._check_joining(keys, values)
-            store, order = self._built(waiting, self.seen.get(0))
-            store.append(keys, values)
-            self._hold(store, order)
+            built = self._built(waiting, self.seen.get(0))
+            built.store.append(keys, values)
+            self._hold(built)
         self._count_call()
         return self._snapshot(*((keys, values) if count > 1 else (None, None))).handles()
 
@@ -160,6 +192,14 @@ class PackedLayer(CacheLayerMixin):
         """Tokens that must be known before any is stored."""
         return tokens_needed(self.plan.searched, self.padding)
 
+    @property
+    def _may_be_fitted(self) -> bool:
+        """Whether the layer is to be fitted to a prompt, and is not yet."""
+        return self.fit is not None and self.fit_tokens > 0 and self.plan is self._given_plan
+
+    def _suffices_to_fit(self, length: int) -> bool:
+        return length - max(self.padding, default=0) >= self.fit_tokens
+
     def _check_joining(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Refuse rows that cannot be stored with those that wait."""
         if self.waiting is not None and (problem := self._problem(keys, values)) is not None:
@@ -171,12 +211,15 @@ class PackedLayer(CacheLayerMixin):
         """All rows, those that wait and these: they wait on, or are stored if nothing is missing."""
         self._check_joining(keys, values)
         rows = WaitingRows(keys, values) if self.waiting is None else self.waiting.followed_by(keys, values)
-        if rows.length < self._needed:
+        shows_queries &= self._native.wants_queries
+        is_chunk = shows_queries and keys.shape[2] >= CHUNK_TOKENS
+        self._waits_to_fit = is_chunk and self._may_be_fitted and not self._suffices_to_fit(rows.length)
+        if rows.length < self._needed or self._waits_to_fit:
             self.waiting = rows = rows.owned() if self.waiting is None else rows
-        elif self._native.wants_queries and shows_queries and rows.length > 1:
+        elif shows_queries and rows.length > 1:
             self.waiting = rows
         else:
-            self._hold(*self._built(rows, self.seen.get(0)))
+            self._hold(self._built(rows, self.seen.get(0)))
         self.wants_queries = self._native.wants_queries
         self._count_call()
         return rows
@@ -184,22 +227,42 @@ class PackedLayer(CacheLayerMixin):
     def _waiting_handles(self, rows: WaitingRows) -> tuple[torch.Tensor, torch.Tensor]:
         return PromptSnapshot.of(self, rows.keys, rows.values, self._padding_of(rows.keys.shape[0])).handles()
 
-    def _built(self, rows: WaitingRows, seen: SeenQueries | None) -> tuple[Layer | CudaLayer, torch.Tensor | None]:
-        """A store with these rows, of which these queries were seen, and its order; the layer stays as it is."""
-        store, plan, padding = self._native.clone(), self.plan, self._padding_of(rows.keys.shape[0])
+    def _built(self, rows: WaitingRows, seen: SeenQueries | None) -> Built:
+        """A store with these rows, of which these queries were seen; the layer stays as it is."""
+        padding = self._padding_of(rows.keys.shape[0])
+        plan = self._fitted(rows, seen, padding)
+        store = self._native.clone() if plan is self.plan else self._new_store(plan)
         if padding and not store.batch_size:
             store.set_padding(padding)
         order = None
         if plan.searched:
             order = sink_order(rows.keys, rows.values, plan.sinks, plan.searched, padding)
         fill(store, rows, order, seen)
-        return store, order
+        return Built(store, order, plan)
 
-    def _hold(self, store: Layer | CudaLayer, order: torch.Tensor | None) -> None:
+    def _fitted(self, rows: WaitingRows, seen: SeenQueries | None, padding: list[int]) -> LayerPlan:
+        """The plan fitted to these rows, or the layer's own if it is not to be fitted, was before, or cannot be."""
+        if self.fit is None or seen is None or not (self._may_be_fitted and self._suffices_to_fit(rows.length)):
+            return self.plan
+        found = self.fit.fitted(self.plan, self.index, rows, seen, padding)
+        if isinstance(found, LayerPlan):
+            self.counts.fitted[self.index] = rows.length
+            return found
+        self.counts.not_fitted[self.index] = found
+        return self.plan
+
+    def _new_store(self, plan: LayerPlan) -> Layer | CudaLayer:
+        return plan.build(self._heads, self.key_dim, self.value_dim, self.dtype, self.device)
+
+    def _hold(self, built: Built) -> None:
         """Nothing waits any more."""
-        self._native, self.order, self.waiting = store, order, None
-        self.wants_queries = store.wants_queries
+        self._native, self.order, self.waiting = built.store, built.order, None
+        self._waits_to_fit = False
+        self.wants_queries = built.store.wants_queries
         self.seen.pop(0, None)
+        if built.plan is not self.plan:
+            self._fitted_nbytes = built.plan.nbytes
+            self.plan = built.plan.without_static_data()
 
     def settle(self) -> Layer | CudaLayer:
         """Store what waits, with the queries seen so far, and return the store.
@@ -207,17 +270,17 @@ class PackedLayer(CacheLayerMixin):
         If that is fewer tokens than are looked at for sinks, these are chosen among what is there.
         """
         if self.waiting is not None:
-            self._hold(*self._built(self.waiting, self.seen.get(0)))
+            self._hold(self._built(self.waiting, self.seen.get(0)))
         return self._native
 
     def reserve(self, tokens: int) -> None:
         """Settle, and take memory for so many tokens in all; for stores on a GPU. Refused, it changes nothing."""
         waiting, seen = self.waiting, self.seen.get(0)
-        store, order = (self._native, self.order) if waiting is None else self._built(waiting, seen)
-        if not isinstance(store, CudaLayer):
+        built = Built(self._native, self.order, self.plan) if waiting is None else self._built(waiting, seen)
+        if not isinstance(built.store, CudaLayer):
             raise SkvqError("a store on the CPU, expected one on a GPU")
-        store.reserve(tokens)
-        self._hold(store, order)
+        built.store.reserve(tokens)
+        self._hold(built)
 
     def _stored(self, is_key: bool) -> torch.Tensor:
         """All rows as they are read, in the order of their positions."""
@@ -242,14 +305,14 @@ class PackedLayer(CacheLayerMixin):
         seen = SeenQueries(query, length) if seen is None else seen.followed_by(query, length)
         if self.waiting is None:
             self._native.observe_queries(seen.query)
-        elif length < self._needed:
+        elif length < self._needed or self._waits_to_fit:
             self.seen[reader] = seen
         else:
             try:
-                store, order = self._built(self.waiting, seen)
+                built = self._built(self.waiting, seen)
             except Exception as error:
                 raise SkvqError(f"layer {self.index}: {error}") from error
-            self._hold(store, order)
+            self._hold(built)
         self.readers += 1
         self.wants_queries = self._native.wants_queries
 
@@ -356,17 +419,18 @@ class PackedLayer(CacheLayerMixin):
     @property
     def kind(self) -> str:
         """The formats of keys and values in short, such as "K2 V1.6"."""
-        return f"K{self.plan.keys.options.bits:g} V{self.plan.values.options.bits:g}"
+        fitted = "" if self.plan is self._given_plan else " fitted"
+        return f"K{self.plan.keys.options.bits:g} V{self.plan.values.options.bits:g}{fitted}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, metadata, statistics, sinks, window, unused page rows, the order of the first rows; rows
-        that wait, and queries that were seen of them.
+        """Bytes held: codes, metadata, statistics, sinks, window, unused page rows, the order of the first rows, what
+        was fitted to the prompt; rows that wait, and queries that were seen of them.
         """
         order = 0 if self.order is None else self.order.nbytes
         waiting = 0 if self.waiting is None else self.waiting.nbytes
         seen = sum(x.query.nbytes for x in self.seen.values())
-        return (self._native.nbytes if self.is_initialized else 0) + order + waiting + seen
+        return (self._native.nbytes if self.is_initialized else 0) + order + waiting + seen + self._fitted_nbytes
 
     def nonfinite_rows(self) -> int:
         """Packed rows of keys and of values that were not finite, as a store on a GPU counts them; waits for it."""
@@ -391,6 +455,7 @@ class PackedLayer(CacheLayerMixin):
         if length == self.get_seq_length():
             return
         if not length:
+            self._forget_fit()
             self._native.reset()  # the next tokens may come in another batch size
             self.waiting, self.seen, self.order, self.padding = None, {}, None, ()
         elif waiting is not None:
@@ -476,7 +541,14 @@ class PackedLayer(CacheLayerMixin):
         self._drop_store()
         self.padding = ()
 
+    def _forget_fit(self) -> None:
+        """The plan is the one that was given again, and so is that of the store, which loses its rows."""
+        if self.plan is not self._given_plan:
+            self.plan, self._fitted_nbytes = self._given_plan, 0
+            self._native = self._new_store(self.plan)
+
     def _drop_store(self) -> None:
+        self.plan, self._fitted_nbytes, self._waits_to_fit = self._given_plan, 0, False
         if self.is_initialized:
             del self._native
         self.is_initialized = False

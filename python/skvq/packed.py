@@ -54,12 +54,15 @@ class AttentionCounts:
         self.warned_of_gradients = False
         self.capturing = False  # launches are recorded and do not run
         self.score_noise: dict[int, float] = {}  # by layer
+        self.fitted: dict[int, int] = {}  # tokens of the prompt that a layer was fitted to
+        self.not_fitted: dict[int, str] = {}  # why a layer was not
         self.warned_of_noise = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; see `QuantizedDynamicCache.stats`."""
         noise = dict(sorted(self.score_noise.items()))
-        return {"packed": self.packed, "prefill": self.prefill, "decoded": dict(self.decoded), "score_noise": noise}
+        found = {"packed": self.packed, "prefill": self.prefill, "decoded": dict(self.decoded), "score_noise": noise}
+        return found | {"fitted": dict(self.fitted), "not_fitted": dict(self.not_fitted)}
 
 
 class PackedSource(Protocol):

@@ -99,6 +99,12 @@ class StreamPlan:
         if (getattr(self, field) is not None) != present:
             raise SkvqError(f"{name}: {field}: expected {'one' if present else 'none'} {when}")
 
+    @property
+    def nbytes(self) -> int:
+        """Of the static data."""
+        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
     def codec(self, name: str, head_dim: int) -> Codec:
         """The native codec of this stream."""
         self.check(name, head_dim)
@@ -143,6 +149,15 @@ class LayerPlan:
         """The plan without static data: statistics, if any, come from the tokens themselves."""
         keys, values = StreamPlan(config.keys), StreamPlan(config.values)
         return cls(keys, values, config.window, config.sinks, config.nonfinite, config.sink_search)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the static data of both streams."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def without_static_data(self) -> LayerPlan:
+        """The options alone, once a store has been built."""
+        return dataclasses.replace(self, keys=StreamPlan(self.keys.options), values=StreamPlan(self.values.options))
 
     @property
     def searched(self) -> int:

@@ -145,9 +145,13 @@ def kernel_instances(shape: AttentionShape, *, one_launch: bool | None = None) -
 def attention_shapes(config: Any, plan: Path | None = None, dtype: str | None = None) -> list[AttentionShape]:
     """The shapes of all layers that a cache packs, each once, in the order of the layers.
 
+    Without a plan these are the default's, before and after a fit to the prompt, whose parts are known ahead where
+    heads have four of them.
+
     Raises:
         SkvqError: the plan was made for another model, or the configuration does not say a layer's shape.
     """
+    from .calibrate.prompt import fitted_key_options, fitted_value_options
     from .config import SkvqConfig
     from .model_layers import head_dim_of, kv_heads, packed_layers
     from .plan import LayerPlan
@@ -165,15 +169,19 @@ def attention_shapes(config: Any, plan: Path | None = None, dtype: str | None = 
         if not head_dim or not heads or not isinstance(queries, int):
             raise SkvqError(f"config: layer {index}: expected head_dim, num_key_value_heads and num_attention_heads")
         packing = default if plans is None else plans[index]
-        shape = AttentionShape(
-            head_dim=head_dim,
-            dtype=dtype or _dtype_name(config),
-            queries_per_head=queries // heads,
-            keys=packing.keys.options.resolved(),
-            values=packing.values.options.resolved(),
-            turning=packing.keys.shift_sine is not None,
-        )
-        shapes[shape] = None
+        wanted = [(packing.keys.options, packing.values.options, packing.keys.shift_sine is not None)]
+        if plans is None and (fitted := fitted_key_options(packing.keys.options, head_dim)) is not None:
+            wanted.append((fitted, fitted_value_options(packing.values.options), True))
+        for keys, values, turning in wanted:
+            shape = AttentionShape(
+                head_dim=head_dim,
+                dtype=dtype or _dtype_name(config),
+                queries_per_head=queries // heads,
+                keys=keys.resolved(),
+                values=values.resolved(),
+                turning=turning,
+            )
+            shapes[shape] = None
     return list(shapes)
 
 

@@ -1,5 +1,7 @@
 //! The linear map of a calibrated head (FORMAT.md §6): y = M·u when a row is packed, u = B·y when it is read.
 
+use std::sync::OnceLock;
+
 use crate::backend::simd::{Isa, rows};
 use crate::error::{Error, Result};
 
@@ -10,8 +12,8 @@ pub struct Matrix {
     forward: Vec<f32>,
     /// Row c of B is `inverse[c·D..][..D]`, which is column c of Bᵀ.
     inverse: Vec<f32>,
-    /// Column j of B.
-    inverse_columns: Vec<f32>,
+    /// Column j of B, from the first row that is read on: keys are attended to without.
+    inverse_columns: OnceLock<Vec<f32>>,
 }
 
 impl Matrix {
@@ -25,10 +27,8 @@ impl Matrix {
                 return Err(Error::value(name, "finite numbers", "a NaN or an infinity"));
             }
         }
-        let transposed = |matrix: &[f32]| {
-            (0..head_dim * head_dim).map(|i| matrix[i % head_dim * head_dim + i / head_dim]).collect::<Vec<_>>()
-        };
-        Ok(Self { forward: transposed(forward), inverse: inverse.to_vec(), inverse_columns: transposed(inverse) })
+        let forward = transposed(forward, head_dim);
+        Ok(Self { forward, inverse: inverse.to_vec(), inverse_columns: OnceLock::new() })
     }
 
     /// The columns of M, one after the other.
@@ -43,12 +43,12 @@ impl Matrix {
 
     /// The columns of B.
     pub fn inverse_columns(&self) -> &[f32] {
-        &self.inverse_columns
+        self.inverse_columns.get_or_init(|| transposed(&self.inverse, self.inverse.len().isqrt()))
     }
 
     /// u = B·y.
     pub fn restore(&self, isa: Isa, y: &[f32], u: &mut [f32]) {
-        rows::multiply_columns(isa, &self.inverse_columns, y, u);
+        rows::multiply_columns(isa, self.inverse_columns(), y, u);
     }
 
     /// q' = Bᵀ·q: with it, q·(B·y) = q'·y.
@@ -63,8 +63,12 @@ impl Matrix {
 
     /// `restore` in scalar arithmetic.
     pub fn restore_plainly(&self, y: &[f32], u: &mut [f32]) {
-        multiply_plainly(&self.inverse_columns, y, u);
+        multiply_plainly(self.inverse_columns(), y, u);
     }
+}
+
+fn transposed(matrix: &[f32], width: usize) -> Vec<f32> {
+    (0..width * width).map(|i| matrix[i % width * width + i / width]).collect()
 }
 
 fn multiply_plainly(columns: &[f32], x: &[f32], out: &mut [f32]) {

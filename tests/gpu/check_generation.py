@@ -33,6 +33,7 @@ FULL: list[tuple[str, Callable[..., dict[str, Any]], tuple[str, ...]]] = [
     *[("tokens", cases.same_tokens, ("llama", "sdpa", way)) for way in cases.WAYS],
     *[("tokens", cases.same_tokens, (family, "skvq", "greedy")) for family in ("gemma2", "gpt-oss")],
     *[("logits", cases.close_logits, case) for case in (("llama", "sdpa"), ("gemma2", "skvq"))],
+    *[("fitted", cases.fitted_prompt, case) for case in (("llama", "sdpa"), ("gemma2", "skvq"))],
     ("changes", cases.changes_of_a_cache, ()),
 ]
 SMALL = [case for case in FULL if case[2] in (("llama", "sdpa", "greedy"), ("llama", "sdpa"))]
@@ -64,12 +65,12 @@ class Results:
 # ---- a captured step -------------------------------------------------------------------------------------------------
 
 
-def captured_tokens(place: torch.device) -> dict[str, Any]:
+def captured_tokens(place: torch.device, config: SkvqConfig) -> dict[str, Any]:
     """A decode step of a model as one graph of torch's, replayed, gives the tokens of steps that the host launches."""
     model = cases.model_of("llama").to(place)
-    prompt, count = tiny_models.prompts(1, 60).to(place), 150
-    expected = greedy(model, QuantizedDynamicCache(model.config, cases.STATIC), prompt, count)
-    cache = QuantizedDynamicCache(model.config, cases.STATIC)
+    prompt, count = tiny_models.prompts(1, config.fit_tokens or 60).to(place), 150
+    expected = greedy(model, QuantizedDynamicCache(model, config), prompt, count)
+    cache = QuantizedDynamicCache(model, config)
     first = greedy(model, cache, prompt, 3)
     cache.reserve(prompt.shape[1] + count)
     token, position = first[:, -1:].to(place), torch.tensor([[cache.get_seq_length()]], device=place)
@@ -178,7 +179,8 @@ def main() -> int:
         name = ", ".join(arguments) or "llama"
         results.run(kind, name, lambda check=check, arguments=arguments: check(place, *arguments))
     if place.type == "cuda":
-        results.run("graph", "llama, captured", lambda: captured_tokens(place))
+        for name, config in (("static", cases.STATIC), ("fitted", cases.FITTED)):
+            results.run("graph", f"llama, {name}", lambda config=config: captured_tokens(place, config))
     else:
         print("skip graph    needs a GPU")
     if options.model:

@@ -19,7 +19,8 @@ from .._native import SkvqError
 # first chunk: a quantile is known to a 32nd of that deviation. Rows beyond are counted in the outermost bins, whose
 # outer borders are the extremes.
 BIN_RANGE, BINS_PER_DEVIATION = 8, 32
-QUERY_ROWS = 64  # queries whose probabilities are held at once
+QUERY_ROWS = 64  # queries whose probabilities are held at once, of long texts fewer:
+PROBABILITIES = 1 << 26  # numbers of one kind, of all heads
 BINS = 2 * BIN_RANGE * BINS_PER_DEVIATION + 2
 
 
@@ -201,13 +202,14 @@ class AttentionMoments:
         is_sink: Tensor,
         window: int,
         stride: int,
+        first: int = 0,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
     ) -> None:
-        """Add every `stride`th of the scaled queries float32 [Hq, T, D] over keys and values float32 [Hkv, T, D].
+        """Add every `stride`th of the scaled queries float32 [Hq, L, D] over keys and values float32 [Hkv, T, D].
 
-        `is_sink`, bool [T], says which tokens are never packed, wherever they are. The others are packed for a query as
-        soon as they are `window` tokens behind it.
+        The queries are of the tokens from `first` on. `is_sink`, bool [T], says which tokens are never packed, wherever
+        they are. The others are packed for a query as soon as they are `window` tokens behind it.
         """
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name).to(keys.device))
@@ -215,9 +217,10 @@ class AttentionMoments:
         token = torch.arange(length, device=keys.device)
         token_weight = torch.zeros(heads, length, dtype=torch.float64, device=keys.device)
         lengths = values.square().sum(-1)[:, None, :, None]
-        for positions in token[stride - 1 :: stride].split(QUERY_ROWS):
+        at_once = max(1, min(QUERY_ROWS, PROBABILITIES // (queries.shape[0] * length)))
+        for positions in token[first + stride - 1 : first + queries.shape[1] : stride].split(at_once):
             end = int(positions[-1]) + 1
-            q = queries[:, positions].unflatten(0, (heads, -1))
+            q = queries[:, positions - first].unflatten(0, (heads, -1))
             p = _probabilities(q @ keys[:, None, :end].transpose(-1, -2), positions, softcap, sink_logits)
             packed = ~is_sink[:end] & (token[:end] <= positions[:, None] - window)
             sinks, share = p[..., is_sink[:end]].sum(-1), (p * packed).sum(-1)

@@ -17,11 +17,12 @@ from .._native import SkvqError
 from ..config import StreamOptions
 from ..plan import StreamPlan
 from .allocate import MSE, Candidate, Share, allocate, cheapest
-from .moments import AttentionMoments
+from .moments import AttentionMoments, StreamMoments
 from .output_weight import output_weight
 from .spectral import Chain, Objective, Spectrum, StreamFit
 from .statistics import LayerStatistics, Statistics
 from .transform import damped
+from .turning import TurnedMoments
 
 WEIGHTS = ("query", "attention")
 SCALE_BITS = 8  # one E4M3 scale for a row
@@ -98,17 +99,29 @@ def fit_keys(layer: LayerStatistics, index: int, output: Tensor, options: Spectr
     weight = layer.queries.second_moment.cpu()
     if options.weights == "attention":
         weight = _attention(layer, index).weighted_query_moment.cpu()
-    weight = damped(weight, options.damping)
     joint = None
     if options.bits is not None:
         found = _attention(layer, index)
         gain = output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         joint = Objective(gain * found.query_moment.cpu(), _output_power(found, output))
-    static = damped(layer.keys.covariance.cpu(), options.damping)
-    covariance, turned = static, layer.keys_turned
-    mean: dict[str, Tensor] = {"shift": layer.keys.mean.cpu()}
+    return fit_key_moments(weight, layer.keys, layer.keys_turned, damping=options.damping, output=joint)
+
+
+def fit_key_moments(
+    weight: Tensor,
+    keys: StreamMoments,
+    turned: TurnedMoments | None,
+    *,
+    damping: float,
+    output: Objective | None = None,
+) -> StreamFit:
+    """Keys, from what their errors cost, float64 [H, D, D], and their moments about either mean."""
+    weight = damped(weight.cpu(), damping)
+    static = damped(keys.covariance.cpu(), damping)
+    covariance = static
+    mean: dict[str, Tensor] = {"shift": keys.mean.cpu()}
     if turned is not None:
-        about = damped(turned.covariance.cpu(), options.damping)
+        about = damped(turned.covariance.cpu(), damping)
         if _channelwise(about, weight) < _channelwise(static, weight):
             covariance = about
             mean = {
@@ -119,7 +132,7 @@ def fit_keys(layer: LayerStatistics, index: int, output: Tensor, options: Spectr
     return StreamFit(
         spectrum=Spectrum.of(covariance, weight),
         own=Objective(weight, float(weight.shape[0])),
-        output=joint,
+        output=output,
         static_variance=static.diagonal(dim1=-2, dim2=-1),
         variance=covariance.diagonal(dim1=-2, dim2=-1),
         **mean,

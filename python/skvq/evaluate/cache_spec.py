@@ -61,7 +61,7 @@ def _packed(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache
     from ..config import SkvqConfig
 
     config = SkvqConfig.from_options(None, **{**given.regions(), **parse_options(f"cache {spec!r}", rest)})
-    return lambda: QuantizedDynamicCache(model.config, config)
+    return lambda: QuantizedDynamicCache(model, config)
 
 
 def _plan(spec: str, rest: str, model: Any, given: CacheDefaults) -> MakeCache:

@@ -128,6 +128,8 @@ class Ours(_PackedRows):
         for name in ("window", "sinks", "nonfinite"):
             if name in self.options:
                 raise ValueError(f"ours: {name} is the comparison's, not a method's")
+        if "fit_tokens" in self.options:
+            raise ValueError("ours: fit_tokens is for caches with a prompt, here is none: see skvq eval generation")
         self.config = SkvqConfig.from_options(self.config, **self.options)
         self._plan = LayerPlan.from_config(self.config)
         self._codecs = _Codecs()

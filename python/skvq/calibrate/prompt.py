@@ -1,0 +1,177 @@
+"""`PromptFit`: how the keys of one prompt are best packed, from its own keys, values and queries.
+
+A long prompt says itself what a calibration would say of other texts: the mean of its keys before RoPE, their
+covariance, and what the queries that look at them make of an error. Keys get all of a plan (spectral_plan.py): the mean
+that turns, the matrix, parts with their own bits. Values only lose their mean: a matrix for them would take as much
+memory again, and one that is fitted to one text harms another that follows it (tests/bench/LOG.md). Neither needs
+statistics of blocks, so no row waits for any.
+
+Is: the fit of one layer. Is not: the decision when a layer is fitted (layer.py).
+Shapes: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv], queries [B, Hq, L, Dk] of the tokens from position `begin` on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import SkvqError
+from ..config import VALUE_DEFAULTS, StreamOptions, is_default_method
+from ..evaluate.rope import Rotary
+from ..plan import LayerPlan, StreamPlan
+from ..sinks import sink_mask
+from ..waiting import SeenQueries, WaitingRows
+from .allocate import Parts, cheapest, merged, part_count
+from .moments import AttentionMoments, StreamMoments
+from .spectral import StreamFit
+from .spectral_plan import fit_key_moments
+from .turning import TurnedMoments, Turning, turning_or_reason
+
+TOKENS = 32768  # of a sequence that are looked at, from the beginning
+ROWS = 8192  # keys among them, evenly spaced; of all sequences together
+QUERIES = 128  # likewise queries
+DAMPING = 1e-2
+# Bits of the quarters of a head, by mean. One choice for all layers and texts, so that a GPU's kernels are known ahead;
+# the best of every layer is predicted to lose 1 to 10 % less (tests/bench/LOG.md).
+QUARTERS: dict[float, tuple[int, ...]] = {
+    1.5: (4, 2, 0, 0),
+    1.6: (4, 2, 0, 0),
+    2: (5, 2, 1, 0),
+    3: (5, 3, 3, 1),
+    4: (5, 5, 3, 3),
+}
+
+
+def fitted_key_options(options: StreamOptions, head_dim: int) -> StreamOptions | None:
+    """What keys of these options are packed with after a fit; None for heads that have no quarters of whole units."""
+    if part_count(head_dim, 4) != 4:
+        return None
+    parts = merged(QUARTERS[options.bits], head_dim // 4)
+    return StreamOptions(parts=parts, clip=options.clip, metadata=options.metadata)
+
+
+def fitted_value_options(options: StreamOptions) -> StreamOptions:
+    """Likewise for values: their mean is that of the prompt, if they are packed as they are by default."""
+    if not (options.is_packed and is_default_method(options, VALUE_DEFAULTS)):
+        return options
+    return dataclasses.replace(options, block=0, unbiased=True)
+
+
+class PromptFit:
+    """Fits layers of one model, whose rotations it looks at when first asked for one."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._rotary = Rotary(model, torch.float32)
+        self._turnings: dict[tuple[Any, int], Turning | str] = {}
+
+    def fitted(
+        self, plan: LayerPlan, index: int, rows: WaitingRows, seen: SeenQueries, padding: Sequence[int] = ()
+    ) -> LayerPlan | str:
+        """`plan` with keys and values fitted to these rows, or why that is not possible.
+
+        Args:
+            plan: of a layer without static data, keys of at most 5 bits.
+            index: of the layer.
+            rows: keys and values of all tokens of a prompt.
+            seen: the queries of some of them.
+            padding: tokens in front of each sequence that do not count; empty: none.
+        """
+        turning = self._turning(index, rows.keys.shape[3], rows.keys.device)
+        if isinstance(turning, str):
+            return turning
+        moments = _Moments(rows, turning)
+        scaling, softcap, sink_logits = self._attention_of(index, rows.keys.shape[3])
+        for row in range(rows.keys.shape[0]):
+            pad = padding[row] if padding else 0
+            queries = seen.query[row, :, max(0, pad - seen.begin) :].float() * scaling
+            options = {"softcap": softcap, "sink_logits": sink_logits}
+            moments.add(plan, rows.keys[row, :, pad:], rows.values[row, :, pad:], queries, seen.begin - pad, options)
+        return moments.plan(plan)
+
+    def _turning(self, index: int, head_dim: int, device: torch.device) -> Turning | str:
+        types = getattr(getattr(self._model.base_model, "config", None), "layer_types", None)
+        key = types[index] if types and index < len(types) else None, head_dim
+        if key not in self._turnings:
+            self._turnings[key] = turning_or_reason(self._rotary, index, head_dim, device)
+        return self._turnings[key]
+
+    def _attention_of(self, index: int, head_dim: int) -> tuple[float, float | None, Tensor | None]:
+        """What scores are multiplied by, their cap, and the logits that join every softmax."""
+        attention = self._model.base_model.layers[index].self_attn
+        scaling, sinks = getattr(attention, "scaling", None), getattr(attention, "sinks", None)
+        softcap = getattr(self._model.base_model.config, "attn_logit_softcapping", None)
+        logits = sinks.detach() if isinstance(sinks, Tensor) else None
+        return head_dim**-0.5 if scaling is None else float(scaling), softcap, logits
+
+
+class _Moments:
+    """Sums over the sequences of a prompt."""
+
+    def __init__(self, rows: WaitingRows, turning: Turning) -> None:
+        (self.batch, heads, _, key_dim), value_dim = rows.keys.shape, rows.values.shape[3]
+        device = rows.keys.device
+        self.keys = StreamMoments.empty(heads, key_dim, device)
+        self.turned = TurnedMoments.empty(heads, turning)
+        self.attention = AttentionMoments.empty(heads, key_dim, value_dim, device)
+        self.value_sum = torch.zeros(heads, value_dim, dtype=torch.float64, device=device)
+        self.is_finite = True
+
+    def add(
+        self, plan: LayerPlan, keys: Tensor, values: Tensor, queries: Tensor, first: int, options: dict[str, Any]
+    ) -> None:
+        """One sequence: keys and values [Hkv, n, D], scaled queries [Hq, L, Dk] of its tokens from `first` on."""
+        keys, values = keys[:, :TOKENS].float(), values[:, :TOKENS].float()
+        first = max(0, first)
+        queries = queries[:, : max(0, keys.shape[1] - first)]
+        extremes = torch.stack([x for rows in (keys, values, queries) if rows.numel() for x in rows.aminmax()])
+        self.is_finite &= bool(extremes.isfinite().all())
+        if not self.is_finite:
+            return
+        is_sink = sink_mask(keys[None], values[None], plan.sinks, plan.sink_search, plan.window)[0]
+        kept = (~is_sink).nonzero()[:, 0]
+        kept = kept[:: max(1, kept.numel() * self.batch // ROWS)]
+        if kept.numel() == 0 or queries.shape[1] == 0:
+            return
+        self.keys.update(keys[:, kept], 0)
+        self.turned.update(keys[:, kept], kept)
+        self.value_sum += values[:, kept].sum(1, dtype=torch.float64)
+        stride = max(1, min(queries.shape[1], queries.shape[1] * self.batch // QUERIES))
+        self.attention.update(
+            queries, keys, values, first=first, is_sink=is_sink, window=plan.window, stride=stride, **options
+        )
+
+    def plan(self, plan: LayerPlan) -> LayerPlan | str:
+        """What the sums say, or why they say nothing."""
+        if not self.is_finite:
+            return "keys, values or queries are not finite"
+        if not float(self.attention.query_weight.sum()) > 0.0:
+            return "no query attends to a token that would be packed"
+        try:
+            weight = self.attention.weighted_query_moment
+            fit = fit_key_moments(weight, self.keys, self.turned, damping=DAMPING)
+            keys = fit.plan(self._parts(fit, plan.keys.options), noise=True)
+        except (SkvqError, RuntimeError) as error:  # too few bits for parts, or no eigenvalues
+            return str(error)
+        given = plan.keys.options
+        options = dataclasses.replace(keys.options, clip=given.clip, metadata=given.metadata)
+        return dataclasses.replace(
+            plan, keys=dataclasses.replace(keys, options=options), values=self._values(plan.values)
+        )
+
+    @staticmethod
+    def _parts(fit: StreamFit, options: StreamOptions) -> Parts:
+        known = fitted_key_options(options, fit.shape[1])
+        if known is not None and known.parts is not None:
+            return known.parts
+        return cheapest("key_bits", fit.candidates(4, fit.own), options.bits).parts
+
+    def _values(self, values: StreamPlan) -> StreamPlan:
+        options = fitted_value_options(values.options)
+        if options is values.options:
+            return values
+        return StreamPlan(options, shift=(self.value_sum / int(self.keys.count)).float().cpu())
