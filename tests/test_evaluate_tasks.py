@@ -422,6 +422,20 @@ def test_long_generation_compares_with_the_first_cache(model: Any, tmp_path: Pat
     assert run(None) == records  # nothing is left to do
 
 
+def test_caches_can_be_led_along_a_given_text(model: Any) -> None:
+    ids = prompts(1, 60, seed=11)[0]
+    options = LongGenerationOptions(new_tokens=25, bucket=10, chunk=4, free=False)
+    text, *forced = run_long_generation(
+        model, [ids[:35].tolist()], caches(model), options, continuations=[ids[35:].tolist()]
+    )
+    assert text["token_ids"] == ids[35:].tolist()
+    whole = model(ids[None]).logits[0].log_softmax(-1)
+    nll = -whole[35:-1].gather(1, ids[36:, None])[:, 0]
+    by_name = {record["cache"]: record for record in forced}
+    assert by_name["exact"]["nll"] == pytest.approx(nll.tolist(), abs=1e-4)
+    assert by_name["packed"]["nll"] != by_name["exact"]["nll"]
+
+
 def test_the_perplexity_of_a_text_is_full_precisions(model: Any) -> None:
     ids = prompts(1, 30, seed=7)
     [record] = run_long_generation(model, [ids[0].tolist()], {"dynamic": caches(model)["dynamic"]}, SHORT)
@@ -495,6 +509,15 @@ def test_the_commands_write_table_json_and_plot(
     assert math.isfinite(report["rows"][1]["kl"])
     assert report["rows"][1]["first_difference"] is None
     assert (tmp_path / "r.png").stat().st_size > 5000 < (tmp_path / "g.png").stat().st_size
+    run_command(
+        f"generation {common} --prompts 1 --prompt-tokens 40 --new-tokens 30 --forced-only --own-text "
+        f"--json {tmp_path}/o.json --plot {tmp_path}/o.png"
+    )
+    own = json.loads((tmp_path / "o.json").read_text())
+    assert (own["settings"]["own_text"], report["settings"]["own_text"]) == (True, False)
+    texts = [x["records"][0]["token_ids"] for x in (own, report)]
+    assert len(texts[0]) == len(texts[1]) == 30
+    assert texts[0] != texts[1]
 
 
 def test_the_commands_refuse_plans_of_their_texts(folder: Path, model: Any, tmp_path: Path) -> None:

@@ -292,6 +292,31 @@ def test_padding_has_no_part_in_it(llama: Any) -> None:
         assert torch.allclose(mine[:, :, pad:], theirs, atol=1e-5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "skvq"])
+def test_padding_that_is_not_told_of_prevents_it(llama: Any, attention: str) -> None:
+    """Positions are not known then: blocks serve, whatever comes."""
+    register_attention()
+    llama.set_attn_implementation(attention)
+    tokens, mask = tiny_models.prompts(2, 300), torch.ones(2, 300, dtype=torch.long)
+    mask[1, :20] = 0
+    told = {False: QuantizedDynamicCache(llama, **OPTIONS), True: QuantizedDynamicCache(llama, **OPTIONS)}
+    told[True].set_padding(mask)
+    try:
+        for is_told, cache in told.items():
+            with torch.inference_mode():
+                llama(tokens, attention_mask=mask, **cache_argument(llama, cache))
+            stats = cache.stats()
+            assert stats["fitted"] == (dict.fromkeys(range(3), 300) if is_told else {})
+            reasons = set(stats["not_fitted"].values())
+            assert reasons == (set() if is_told else {"padding that set_padding was not told of"})
+            cache.reset()
+            with torch.inference_mode():
+                llama(tokens, **cache_argument(llama, cache))
+            assert len(cache.stats()["fitted"]) == 3, "another text without padding"
+    finally:
+        llama.set_attn_implementation("sdpa")
+
+
 def test_a_batch_is_fitted_to_all_of_its_sequences(llama: Any) -> None:
     """Two alike give what one gives; two that differ something between."""
     one, other = rows_of(llama, 300), rows_of(llama, 300, seed=5)
@@ -457,6 +482,7 @@ def gemma() -> Any:
     return models.load(dtype="float32")
 
 
+@pytest.mark.model
 def test_a_real_prompt_is_better_served(gemma: Any) -> None:
     """Predictions behind a prompt move less than without a fit, at fewer bytes a token."""
     ids = models.packaged_tokens(gemma.tokenizer, "northanger_abbey", 1280)

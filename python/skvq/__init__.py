@@ -1,7 +1,7 @@
 """skvq: a low-bit key/value cache for transformers, packed in Rust.
 
     >>> import skvq
-    >>> cache = skvq.QuantizedDynamicCache(model.config)
+    >>> cache = skvq.QuantizedDynamicCache(model)
     >>> model.generate(**inputs, past_key_values=cache)
 
 Importing this package changes nothing elsewhere, and transformers is imported when it is first needed.

@@ -51,7 +51,7 @@ def skvq_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    prompt = prompt_tensors(query, key, value)
+    prompt = prompt_tensors(query, key, value, attention_mask)
     if prompt is not None:
         attention_mask = prompt_mask(query, key, attention_mask)
         key, value = prompt

@@ -146,7 +146,7 @@ class QuantizedDynamicCache(Cache):
             except SkvqError as error:
                 raise SkvqError(f"layer {index}: {error}") from None
         fit_tokens = 0 if fit is None or head_dim is None else self.skvq_config.tokens_to_fit(head_dim)
-        return PackedLayer(plan, index, self._counts, fit=fit, fit_tokens=fit_tokens)
+        return PackedLayer(plan, index, self._counts, fit=fit if fit_tokens else None, fit_tokens=fit_tokens)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -221,8 +221,8 @@ class QuantizedDynamicCache(Cache):
 
         Of a text that is shorter than what sinks are chosen among (`sink_search`), they are chosen now.
 
-        For layers without statistics of blocks: plans, and options with `block=0`. The layer may still grow beyond
-        that, but not by replays. A crop gives back what was reserved.
+        For layers without statistics of blocks: plans, a fit to the prompt, and options with `block=0`. The layer may
+        still grow beyond that, but not by replays. A crop gives back what was reserved.
 
         Raises:
             SkvqError: a layer is not on a GPU, has statistics of blocks or raw rows, or as many tokens already.

@@ -84,15 +84,15 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _cache_makers(config: Any, options: DemoOptions) -> dict[str, Callable[[], Any]]:
+def _cache_makers(model: Any, options: DemoOptions) -> dict[str, Callable[[], Any]]:
     from transformers import DynamicCache
 
     from .cache import QuantizedDynamicCache
 
     packing = {name: getattr(options, name) for name in ("key_bits", "value_bits", "window", "sinks")}
     return {
-        STOCK: lambda: DynamicCache(config=config),
-        PACKED: lambda: QuantizedDynamicCache(config, **packing),
+        STOCK: lambda: DynamicCache(config=model.config),
+        PACKED: lambda: QuantizedDynamicCache(model, **packing),
     }
 
 
@@ -185,7 +185,7 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     loaded = load(options.model, dtype=options.dtype, attention=options.attention, report=_say)
     warm_up(loaded.model, packaged_tokens(loaded.tokenizer, PROMPT_TEXT, 64))
     config = loaded.model.config
-    makers = _cache_makers(config, options)
+    makers = _cache_makers(loaded.model, options)
     full_layers = full_attention_layers(config)
     runs: dict[str, dict[str, Any]] = {}
     for name, make in makers.items():

@@ -91,8 +91,10 @@ class PackedLayer(CacheLayerMixin):
         # Not the base's __init__: it assigns `keys` and `values`, which are computed here.
         self.plan = self._given_plan = plan  # of a fitted layer, `plan` has the options without the static data
         self.fit = fit
-        self.fit_tokens = fit_tokens  # 0: the layer is not fitted
+        self.fit_tokens = fit_tokens  # of the shortest prompt to fit to
         self._fitted_nbytes = 0
+        self._is_padded_somehow = False  # as a mask says that hides tokens, of which the layer was not told
+        self._waits_to_fit = False  # the tokens that wait are fewer than what the layer is fitted to
         self.index = index
         self.counts = counts
         self.is_initialized = False
@@ -195,7 +197,8 @@ class PackedLayer(CacheLayerMixin):
     @property
     def _may_be_fitted(self) -> bool:
         """Whether the layer is to be fitted to a prompt, and is not yet."""
-        return self.fit is not None and self.fit_tokens > 0 and self.plan is self._given_plan
+        is_fitted = self.plan is not self._given_plan
+        return self.fit is not None and not (is_fitted or self._is_padded_somehow)
 
     def _suffices_to_fit(self, length: int) -> bool:
         return length - max(self.padding, default=0) >= self.fit_tokens
@@ -242,7 +245,11 @@ class PackedLayer(CacheLayerMixin):
 
     def _fitted(self, rows: WaitingRows, seen: SeenQueries | None, padding: list[int]) -> LayerPlan:
         """The plan fitted to these rows, or the layer's own if it is not to be fitted, was before, or cannot be."""
-        if self.fit is None or seen is None or not (self._may_be_fitted and self._suffices_to_fit(rows.length)):
+        if self.fit is None or seen is None or not self._suffices_to_fit(rows.length):
+            return self.plan
+        if not self._may_be_fitted:
+            if self._is_padded_somehow:
+                self.counts.not_fitted[self.index] = "padding that set_padding was not told of"
             return self.plan
         found = self.fit.fitted(self.plan, self.index, rows, seen, padding)
         if isinstance(found, LayerPlan):
@@ -298,8 +305,12 @@ class PackedLayer(CacheLayerMixin):
     def _snapshot(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Snapshot:
         return Snapshot(self, self._shape(True), self._shape(False), self.dtype, self.device, keys, values)
 
-    def take_queries(self, query: torch.Tensor) -> None:
-        """Queries [B, Hq, L, Dk] of the last L tokens; see the class. Layers that share these keys come one by one."""
+    def take_queries(self, query: torch.Tensor, *, padded: bool = False) -> None:
+        """Queries [B, Hq, L, Dk] of the last L tokens; see the class. Layers that share these keys come one by one.
+
+        `padded`: there is padding that the layer was not told of. Positions are not known then, and nothing is fitted.
+        """
+        self._is_padded_somehow |= padded
         length, reader = self.get_seq_length(), self.readers
         seen = self.seen.get(reader)
         seen = SeenQueries(query, length) if seen is None else seen.followed_by(query, length)
@@ -455,6 +466,7 @@ class PackedLayer(CacheLayerMixin):
         if length == self.get_seq_length():
             return
         if not length:
+            self._is_padded_somehow = False
             self._forget_fit()
             self._native.reset()  # the next tokens may come in another batch size
             self.waiting, self.seen, self.order, self.padding = None, {}, None, ()
@@ -549,6 +561,7 @@ class PackedLayer(CacheLayerMixin):
 
     def _drop_store(self) -> None:
         self.plan, self._fitted_nbytes, self._waits_to_fit = self._given_plan, 0, False
+        self._is_padded_somehow = False
         if self.is_initialized:
             del self._native
         self.is_initialized = False

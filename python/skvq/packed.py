@@ -78,8 +78,11 @@ class PackedSource(Protocol):
     order: torch.Tensor | None
     wants_queries: bool
 
-    def take_queries(self, query: torch.Tensor) -> None:
-        """Let the queries of the last tokens have their say in how keys are packed; stores a prompt that waits."""
+    def take_queries(self, query: torch.Tensor, *, padded: bool = False) -> None:
+        """Let the queries of the last tokens have their say in how keys are packed; stores a prompt that waits.
+
+        `padded`: their mask hides padding that the layer was not told of.
+        """
 
     def decode_into(self, output: torch.Tensor, is_key: bool) -> None:
         """Keys or values of all tokens in the order of their positions."""
@@ -145,7 +148,7 @@ class Snapshot:
                 warnings.warn(
                     "the batch is padded on the left and the cache was not told: padding is kept in the places of "
                     "sinks and spoils the statistics of the rows beside it. Pass the tokenizer's mask: "
-                    "QuantizedDynamicCache(model.config, attention_mask=inputs['attention_mask'])",
+                    "QuantizedDynamicCache(model, attention_mask=inputs['attention_mask'])",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -186,7 +189,8 @@ class Snapshot:
             warnings.warn(
                 f"layer {source.index}: packing puts the scores of keys off by about {noise:.1f} (standard deviation, "
                 f"expected at most {LARGEST_SCORE_NOISE:g}), so answers may be wrong: use more key_bits, or a plan "
-                "made for this model by `skvq calibrate`. cache.stats()['score_noise'] has all layers.",
+                "made for this model by `skvq calibrate`; to long prompts, a cache that is made from the model and not "
+                "from its configuration fits one itself. cache.stats()['score_noise'] has all layers.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -291,15 +295,18 @@ def show_queries(handles: tuple[torch.Tensor, torch.Tensor], query: torch.Tensor
 
 
 def prompt_tensors(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt; notes its queries."""
+    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt; notes its queries, and
+    whether their mask hides first tokens.
+    """
     if not (type(key) is PackedStates and type(value) is PackedStates and type(key._snapshot) is PromptSnapshot):
         return None
     snapshot = key._snapshot
     source = snapshot.source
     if source.version == snapshot.version and source.wants_queries and _fits(query, snapshot):
-        source.take_queries(query.detach())
+        mask = None if source.padding else _four_dimensions(mask)
+        source.take_queries(query.detach(), padded=mask is not None and _hides_first_token(mask))
     return key.decode(), value.decode()
 
 
@@ -501,7 +508,7 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """torch's function where at least one operand is a handle."""
-    prompt = prompt_tensors(query, key, value)
+    prompt = prompt_tensors(query, key, value, attn_mask)
     if prompt is not None:
         if not is_causal:
             attn_mask = prompt_mask(query, key, attn_mask)

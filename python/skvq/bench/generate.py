@@ -54,7 +54,7 @@ def _contestants(model: Any, options: GenerateOptions) -> dict[str, MakeCache]:
 
     def packed(key_bits: float, value_bits: float) -> MakeCache:
         return lambda: QuantizedDynamicCache(
-            config, key_bits=key_bits, value_bits=value_bits, window=options.window, sinks=options.sinks
+            model, key_bits=key_bits, value_bits=value_bits, window=options.window, sinks=options.sinks
         )
 
     def stock(backend: str, **settings: Any) -> MakeCache:

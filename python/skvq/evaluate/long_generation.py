@@ -6,9 +6,10 @@ Two measures, for each prompt and cache, the first cache being the reference (fu
   so equality says little; how the text itself fares is told by its perplexity under full precision and its repetitions.
 - forced: the cache is led along one text, which full precision wrote, and its predictions are compared with full
   precision's at every token: KL divergence and agreement of the likeliest token by position, in buckets. Does the error
-  grow with what is packed? This is the robust figure. The text is sampled with a seed, by default from the model's own
-  distribution: greedy text, and that of a low temperature, falls into loops in which every token is easy and the error
-  seems to shrink. The text's repetitions and its nll in each bucket say whether it did.
+  grow with what is packed? This is the robust figure. The text may also be a given one. Otherwise it is sampled with a
+  seed, by default from the model's own distribution: greedy text, and that of a low temperature, falls into loops in
+  which every token is easy and the error seems to shrink. The text's repetitions and its nll in each bucket say whether
+  it did.
 
 A forced step takes `chunk` tokens in one call; up to chunk - 1 tokens more than in decoding one by one are packed when
 a token is scored. Not here: pictures (task_plots.py), timing (generation.py).
@@ -154,10 +155,13 @@ def run_long_generation(
     options: LongGenerationOptions,
     records: RecordFile | None = None,
     report: Report = lambda *_: None,
+    *,
+    continuations: Sequence[Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what `records` (key: `KEY`) lacks; returns its records of these prompts and caches.
 
     prompts: token numbers, at least 2 each. The first of `caches` is the reference of the others.
+    continuations: `options.new_tokens` of each prompt, which caches are led along in place of a text that is sampled.
     `report` gets the number of tokens generated or scored, and which of the two.
     """
     if not caches:
@@ -165,7 +169,8 @@ def run_long_generation(
     records = RecordFile(None, {}, KEY) if records is None else records
     found: list[dict[str, Any]] = []
     for index, token_ids in enumerate(prompts):
-        found += _Prompt(model, index, token_ids, caches, options, records, report).run()
+        given = None if continuations is None else list(continuations[index])
+        found += _Prompt(model, index, token_ids, caches, options, records, report, given).run()
     return found
 
 
@@ -181,7 +186,9 @@ class _Prompt:
         options: LongGenerationOptions,
         records: RecordFile,
         report: Report,
+        given: list[int] | None,
     ) -> None:
+        self.given = given
         self.model, self.index, self.caches, self.options = model, index, caches, options
         self.records, self.report = records, report
         self.token_ids = token_ids
@@ -228,9 +235,13 @@ class _Prompt:
         if known is not None:
             self.report(self.options.new_tokens, "text")
             return known
-        cache = self.context.fill(self.caches[self.reference]())
-        scores, count = self.context.log_probabilities, self.options.new_tokens
-        found = sample(self.model, cache, scores, count, self.options, self.report)
+        if self.given is not None:
+            found = self.given
+            self.report(len(found), "text")
+        else:
+            cache = self.context.fill(self.caches[self.reference]())
+            scores, count = self.context.log_probabilities, self.options.new_tokens
+            found = sample(self.model, cache, scores, count, self.options, self.report)
         return self._add(self.reference, TEXT, token_ids=found, repetition=repetition(found))
 
     def _forced(self, names: list[str], text: list[int]) -> list[dict[str, Any]]:

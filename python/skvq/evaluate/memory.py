@@ -98,10 +98,13 @@ def bytes_of_full_layer_at(
     with random rows.
 
     key_shape and value_shape: (num_key_value_heads, head_dim)."""
+    from ..packed import show_queries
+
     cache, layer = make_cache(), full_attention_layers(config)[0]
     chunk = min(length, 4096)
     keys, values = (torch.randn(1, heads, chunk, head_dim).to(dtype) for heads, head_dim in (key_shape, value_shape))
     for start in range(0, length, chunk):
         tokens = min(chunk, length - start)
-        cache.update(keys[:, :, :tokens], values[:, :, :tokens], layer)
+        handles = cache.update(keys[:, :, :tokens], values[:, :, :tokens], layer)
+        show_queries(handles, keys[:, :, :tokens])  # as a model's would: what a layer is packed with goes by them
     return bytes_of_layer(cache.layers[layer])

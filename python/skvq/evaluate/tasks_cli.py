@@ -109,6 +109,11 @@ def _add_generation(subcommands: Any) -> None:
     parser.add_argument(
         "--forced-only", dest="free", action="store_false", help="leave out the free generation of every cache"
     )
+    parser.add_argument(
+        "--own-text",
+        action="store_true",
+        help="force caches along the passages as they go on, not a sampled text",
+    )
     _add_common(parser, plot=True, texts=True)
     parser.set_defaults(run=_run_generation)
 
@@ -230,21 +235,26 @@ def _run_generation(arguments: argparse.Namespace) -> None:
     texts = _texts(arguments)
     loaded, caches = _load(arguments)
     name = _model_name(loaded.name)
-    chunks = cut_chunks(loaded.tokenizer, texts, arguments.prompts, arguments.prompt_tokens)
+    prompt_tokens, own = arguments.prompt_tokens, options.new_tokens if arguments.own_text else 0
+    chunks = cut_chunks(loaded.tokenizer, texts, arguments.prompts, prompt_tokens + own)
     shared = vars(options).copy()
     for free_to_change in ("bucket", "free"):
         shared.pop(free_to_change)
     # The first cache is the reference of every record.
     settings = {"model": name, "reference": arguments.caches[0], **shared, **_common(arguments)}
-    settings |= {"prompt_tokens": arguments.prompt_tokens, "texts": [text.sha256[:16] for text in texts]}
+    settings |= {"prompt_tokens": prompt_tokens, "texts": [text.sha256[:16] for text in texts]}
+    settings |= {"own_text": True} if own else {}
     records = RecordFile(arguments.records, settings, KEY)
-    prompts = [chunk.token_ids.tolist() for chunk in chunks]
+    prompts = [chunk.token_ids[:prompt_tokens].tolist() for chunk in chunks]
+    continuations = [chunk.token_ids[prompt_tokens:].tolist() for chunk in chunks] if own else None
     forced = 2 * options.new_tokens - 1 if len(caches) > 1 else 0
     total = len(prompts) * (options.new_tokens * options.free * len(caches) + forced)
     with progress_bar(total, "tokens") as report:
-        found = run_long_generation(loaded.model, prompts, caches, options, records, report)
+        found = run_long_generation(
+            loaded.model, prompts, caches, options, records, report, continuations=continuations
+        )
     print(table(found, options.bucket))
-    more = {"prompt_tokens": arguments.prompt_tokens, "prompts": [chunk.name for chunk in chunks]}
+    more = {"prompt_tokens": prompt_tokens, "own_text": bool(own), "prompts": [chunk.name for chunk in chunks]}
     result = long_generation_report(found, name, options, caches=list(caches), **more, **_common(arguments))
     _write(result, arguments)
     if arguments.plot is not None:
