@@ -35,6 +35,7 @@ def copies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_formats() -> None:
     assert layers.parse_format("K2V1.6") == ("2", "1.6")
     assert layers.parse_format("raw") == ("raw", "raw")
+    assert layers.parse_format("fitted") == ("2", "1.6")
     assert layers.parse_format("KrawV8") == ("raw", "8")
     for wrong in ("K2", "V2K2", "K5V2", "K2V1.6 ", "K1x6V2"):
         with pytest.raises(ValueError, match=r"expected 'raw' or like 'K2V1\.6'"):

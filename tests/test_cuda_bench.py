@@ -40,7 +40,7 @@ emulated = pytest.mark.skipif(
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A driver with the kernels of these benchmarks, and an NVRTC that knows their names."""
     shape, names = Shape(*HEADS, 1, 1, HEAD_DIM), []
-    for dtype, formats in (("float16", ("K2V1.6", "plan")), ("float32", ("K2V1.6", "plan"))):
+    for dtype, formats in (("float16", attend_cuda.FORMATS), ("float32", attend_cuda.FORMATS)):
         for name in formats:
             plan = layers.layer_plan(shape, name, static=False)
             streams = plan.keys.options.resolved(), plan.values.options.resolved()
@@ -74,7 +74,7 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
     assert report["wrong"] == report["misses"] == []
     rows = {row["contestant"]: row for row in report["rows"]}
     packed = {name: row for name, row in rows.items() if row.get("kind") == "packed"}
-    names = {"K2V1.6", "K2V1.6 static", "plan"}
+    names = {"K2V1.6", "K2V1.6 static", "fitted", "plan"}
     assert set(packed) == names | {f"{name}{attend_cuda.ONE_LAUNCH}" for name in names}
     f16 = {name: row["milliseconds"] for name, row in rows.items() if row.get("kind") == "f16" and row["passed"]}
     assert "sdpa math" in f16
@@ -115,7 +115,7 @@ def test_a_chunk_of_queries_is_compared_too(stand_ins: tuple[Path, str], tmp_pat
     report = json.loads(found.read_text())
     assert report["settings"]["queries"] == 40
     packed = [row for row in report["rows"] if row.get("kind") == "packed"]
-    assert {row["contestant"] for row in packed} == {"K2V1.6", "K2V1.6 static", "plan"}
+    assert {row["contestant"] for row in packed} == {"K2V1.6", "K2V1.6 static", "fitted", "plan"}
     for row in packed:
         assert row["queries"] == 40
         assert 0.0 < row["error"] < attend_cuda.ERROR

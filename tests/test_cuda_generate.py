@@ -17,7 +17,7 @@ import pytest
 import tiny_directory
 from cuda_kernel_driver import build_driver, harness
 from cuda_stand_ins import build_nvrtc, run
-from skvq.calibrate.prompt import fitted_key_options, fitted_value_options
+from skvq.calibrate.fitted_options import fitted_key_options, fitted_value_options
 from skvq.plan import LayerPlan
 from skvq.warmup import AttentionShape, kernel_instances
 

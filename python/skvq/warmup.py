@@ -151,7 +151,7 @@ def attention_shapes(config: Any, plan: Path | None = None, dtype: str | None = 
     Raises:
         SkvqError: the plan was made for another model, or the configuration does not say a layer's shape.
     """
-    from .calibrate.prompt import fitted_key_options, fitted_value_options
+    from .calibrate.fitted_options import fitted_key_options, fitted_value_options
     from .config import SkvqConfig
     from .model_layers import head_dim_of, kv_heads, packed_layers
     from .plan import LayerPlan

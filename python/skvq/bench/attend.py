@@ -25,7 +25,7 @@ from .layers import Shape
 from .machine import available_bytes, make_report, measure_copy_bandwidth
 from .timing import CacheFlush, Timing, time_in_turns
 
-FORMATS = ("K2V1.6", "plan", "K2V2", "K2V1.5", "K4V4", "K8V8", "raw")
+FORMATS = ("K2V1.6", "fitted", "plan", "K2V2", "K2V1.5", "K4V4", "K8V8", "raw")
 HEADS = ((8, 32), (32, 32))
 BATCHES = (1, 8)
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)

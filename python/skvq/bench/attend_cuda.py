@@ -40,7 +40,7 @@ from .peers import Call, Uncaptured, peers
 from .step_cuda import measure_step
 from .timing import Timing, time_in_turns
 
-FORMATS = ("K2V1.6", "plan")
+FORMATS = ("K2V1.6", "fitted", "plan")
 HEADS = ((8, 8), (8, 32), (8, 64))
 BATCHES = (1, 8)
 TOKENS = (32768, 131072, 524288)

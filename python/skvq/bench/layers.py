@@ -3,7 +3,8 @@ transformers).
 
 A case's format is written like the paper does: "K2V1.6" (keys 2 bits, values ternary), "K4V4", "raw" (both in the
 model's dtype). "plan" is a calibrated layer as `skvq calibrate` makes it, at 2 and 1.5 bits, with random matrices: keys
-of 4, 3, 1 and 0 bits about a mean that turns, with the noise taken off, values of 3, 2, 1 and 0 bits.
+of 4, 3, 1 and 0 bits about a mean that turns, with the noise taken off, values of 3, 2, 1 and 0 bits. "fitted" is the
+default after a fit to the prompt (calibrate/fitted_options.py): keys likewise, of 5, 2, 1 and 0 bits, ternary values.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 
 from .._native import CudaLayer, Layer
+from ..calibrate.fitted_options import QUARTERS, fitted_value_options
 from ..config import SkvqConfig, StreamOptions
 from ..plan import LayerPlan, StreamPlan
 
 FILL_TOKENS = 4096
-PLAN = "plan"
+PLAN, FITTED = "plan", "fitted"
 CPU = torch.device("cpu")
 _FORMAT = re.compile(r"K(raw|8|4|3|2|1\.6|1\.5)V(raw|8|4|3|2|1\.6|1\.5)")
 
@@ -46,16 +48,17 @@ class Shape:
 
 
 def parse_format(name: str) -> tuple[str, str]:
-    """("2", "1.6") for "K2V1.6", ("raw", "raw") for "raw", ("2", "1.5") for "plan"; raises ValueError for others."""
-    if name == "raw":
-        return "raw", "raw"
-    if name == PLAN:
-        return "2", "1.5"
+    """("2", "1.6") for "K2V1.6" and "fitted", ("raw", "raw") for "raw", ("2", "1.5") for "plan"; raises ValueError for
+    others.
+    """
+    named = {"raw": ("raw", "raw"), PLAN: ("2", "1.5"), FITTED: ("2", "1.6")}
+    if name in named:
+        return named[name]
     match = _FORMAT.fullmatch(name)
     if match is None:
         raise ValueError(
             f"format is {name!r}, expected 'raw' or like 'K2V1.6' with 8, 4, 3, 2, 1.6, 1.5 or raw for each of K and "
-            "V, or 'plan'"
+            "V, or 'plan' or 'fitted'"
         )
     return str(match[1]), str(match[2])
 
@@ -80,7 +83,7 @@ def options_of(name: str, *, static: bool) -> SkvqConfig:
 
 def has_statistics(name: str) -> bool:
     """Whether the default options for a format take statistics from the rows (else `static` changes nothing)."""
-    if name == PLAN:
+    if name in (PLAN, FITTED):
         return False
     options = options_of(name, static=False)
     return any(stream.is_packed and stream.block > 0 for stream in (options.keys, options.values))
@@ -88,7 +91,9 @@ def has_statistics(name: str) -> bool:
 
 def layer_plan(shape: Shape, name: str, *, static: bool) -> LayerPlan:
     """How a layer of this shape is packed in a format such as "K2V1.6", with the default window and sinks."""
-    return _calibrated(shape) if name == PLAN else LayerPlan.from_config(options_of(name, static=static))
+    if name in (PLAN, FITTED):
+        return _calibrated(shape, is_fitted=name == FITTED)
+    return LayerPlan.from_config(options_of(name, static=static))
 
 
 def packed_layer(shape: Shape, name: str, *, static: bool, dtype: str = "bfloat16") -> Layer:
@@ -106,7 +111,7 @@ def cuda_layer(shape: Shape, plan: LayerPlan, *, dtype: str, device: torch.devic
     return store
 
 
-def _calibrated(shape: Shape) -> LayerPlan:
+def _calibrated(shape: Shape, *, is_fitted: bool) -> LayerPlan:
     heads, dim = shape.num_key_value_heads, shape.head_dim
     generator = torch.Generator().manual_seed(0)
 
@@ -118,7 +123,7 @@ def _calibrated(shape: Shape) -> LayerPlan:
     mean = torch.randn(heads, dim, generator=generator)
     frequencies = 1e6 ** -(torch.arange(dim // 2) * 2.0 / dim)
     keys = stream(
-        (4, 3, 1, 0),
+        QUARTERS[2] if is_fitted else (4, 3, 1, 0),
         shift=mean,
         shift_sine=torch.cat([-mean[:, dim // 2 :], mean[:, : dim // 2]], dim=1),
         frequencies=torch.cat([frequencies, frequencies]),
@@ -126,5 +131,9 @@ def _calibrated(shape: Shape) -> LayerPlan:
     )
     config = SkvqConfig()
     # The random rows have no mean: one in the part without bits would be an error that does not average out.
-    values = stream((3, 2, 1, 0), shift=torch.zeros(heads, dim))
+    none = torch.zeros(heads, dim)
+    if is_fitted:
+        values = StreamPlan(fitted_value_options(config.values), shift=none)
+    else:
+        values = stream((3, 2, 1, 0), shift=none)
     return LayerPlan(keys, values, config.window, config.sinks)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from .._native import SkvqError
-from ..config import VALUE_DEFAULTS, StreamOptions, is_default_method
+from ..config import StreamOptions
 from ..evaluate.rope import Rotary
 from ..plan import LayerPlan, StreamPlan
 from ..sinks import sink_mask
 from ..waiting import SeenQueries, WaitingRows
-from .allocate import Parts, cheapest, merged, part_count
+from .allocate import Parts, cheapest
+from .fitted_options import fitted_key_options, fitted_value_options
 from .moments import AttentionMoments, StreamMoments
 from .spectral import StreamFit
 from .spectral_plan import fit_key_moments
@@ -35,30 +36,6 @@ TOKENS = 32768  # of a sequence that are looked at, from the beginning
 ROWS = 8192  # keys among them, evenly spaced; of all sequences together
 QUERIES = 128  # likewise queries
 DAMPING = 1e-2
-# Bits of the quarters of a head, by mean. One choice for all layers and texts, so that a GPU's kernels are known ahead;
-# the best of every layer is predicted to lose 1 to 10 % less (tests/bench/LOG.md).
-QUARTERS: dict[float, tuple[int, ...]] = {
-    1.5: (4, 2, 0, 0),
-    1.6: (4, 2, 0, 0),
-    2: (5, 2, 1, 0),
-    3: (5, 3, 3, 1),
-    4: (5, 5, 3, 3),
-}
-
-
-def fitted_key_options(options: StreamOptions, head_dim: int) -> StreamOptions | None:
-    """What keys of these options are packed with after a fit; None for heads that have no quarters of whole units."""
-    if part_count(head_dim, 4) != 4:
-        return None
-    parts = merged(QUARTERS[options.bits], head_dim // 4)
-    return StreamOptions(parts=parts, clip=options.clip, metadata=options.metadata)
-
-
-def fitted_value_options(options: StreamOptions) -> StreamOptions:
-    """Likewise for values: their mean is that of the prompt, if they are packed as they are by default."""
-    if not (options.is_packed and is_default_method(options, VALUE_DEFAULTS)):
-        return options
-    return dataclasses.replace(options, block=0, unbiased=True)
 
 
 class PromptFit:
