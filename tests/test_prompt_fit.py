@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 
 import tiny_models
 from demo_model import skip_without_the_demo_model
@@ -474,6 +474,27 @@ def test_generation_with_a_fit_is_packed_all_the_way(family: str, way: str) -> N
     assert stats["decoded"] == {}
     assert stats["packed"] > 0
     assert " fitted" in str(cache)
+
+
+def test_the_decoder_of_a_model_that_sees_images_is_found() -> None:
+    text = dict(tiny_models.CONFIGS["gemma3"]().to_dict(), head_dim=DIM)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    model = Gemma3ForConditionalGeneration(config).eval()
+    cache, tokens = QuantizedDynamicCache(model, **OPTIONS), tiny_models.prompts(1, 300)
+    with torch.inference_mode():
+        model(tokens, **cache_argument(model, cache))
+    assert cache.stats()["fitted"] == {1: 300, 2: 300}
+
+
+def test_a_module_of_another_kind_is_not_fitted(llama: Any) -> None:
+    class Other(torch.nn.Module):
+        config = llama.config
+
+    layer = QuantizedDynamicCache(Other(), **OPTIONS).layers[0]
+    give(layer, rows_of(llama, 300), 0, 300)
+    assert layer.kind == "K2 V1.6"
+    assert layer.counts.not_fitted == {0: "Other: no layers found, expected a decoder of transformers"}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._native import SkvqError
 from ..config import StreamOptions
-from ..evaluate.rope import Rotary
+from ..evaluate.rope import Rotary, decoder_of
 from ..plan import LayerPlan, StreamPlan
 from ..sinks import sink_mask
 from ..waiting import SeenQueries, WaitingRows
@@ -71,7 +71,10 @@ class PromptFit:
         return moments.plan(plan)
 
     def _turning(self, index: int, head_dim: int, device: torch.device) -> Turning | str:
-        types = getattr(getattr(self._model.base_model, "config", None), "layer_types", None)
+        try:
+            types = getattr(decoder_of(self._model).config, "layer_types", None)
+        except ValueError as error:
+            return str(error)
         key = types[index] if types and index < len(types) else None, head_dim
         if key not in self._turnings:
             self._turnings[key] = turning_or_reason(self._rotary, index, head_dim, device)
@@ -79,9 +82,10 @@ class PromptFit:
 
     def _attention_of(self, index: int, head_dim: int) -> tuple[float, float | None, Tensor | None]:
         """What scores are multiplied by, their cap, and the logits that join every softmax."""
-        attention = self._model.base_model.layers[index].self_attn
+        decoder = decoder_of(self._model)
+        attention = decoder.layers[index].self_attn
         scaling, sinks = getattr(attention, "scaling", None), getattr(attention, "sinks", None)
-        softcap = getattr(self._model.base_model.config, "attn_logit_softcapping", None)
+        softcap = getattr(decoder.config, "attn_logit_softcapping", None)
         logits = sinks.detach() if isinstance(sinks, Tensor) else None
         return head_dim**-0.5 if scaling is None else float(scaling), softcap, logits
 

@@ -59,6 +59,17 @@ class Rope:
         return result
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a model that has its decoder's layers, also of one that sees images. Raises ValueError for modules
+    that have none where transformers puts them.
+    """
+    base = getattr(model, "base_model", None)
+    found = base if hasattr(base, "layers") else getattr(base, "language_model", None)
+    if not hasattr(found, "layers"):
+        raise ValueError(f"{type(model).__name__}: no layers found, expected a decoder of transformers")
+    return found
+
+
 class Rotary:
     """The rotations of a model's layers, made when first asked for. `Rotary(model)` changes nothing.
 
@@ -77,10 +88,10 @@ class Rotary:
         return self._ropes[layer]
 
     def _make(self, layer: int) -> Rope:
-        base = self._model.base_model
+        base = decoder_of(self._model)
         kind = type(base).__name__
         rotary = getattr(base, "rotary_emb", None)
-        attention = getattr(base.layers[layer], "self_attn", None) if hasattr(base, "layers") else None
+        attention = getattr(base.layers[layer], "self_attn", None)
         apply = getattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb", None)
         if rotary is None or apply is None:
             raise ValueError(f"{kind} layer {layer}: no rotary embedding found, expected one for keys before RoPE")
@@ -100,7 +111,7 @@ class Rotary:
         return rope
 
     def _check(self, rope: Rope, kind: str, layer: int) -> None:
-        config = self._model.base_model.config
+        config = decoder_of(self._model).config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rows = torch.linspace(-1, 1, 3 * head_dim, device=self._model.device).reshape(1, 1, 3, head_dim)
         try:
