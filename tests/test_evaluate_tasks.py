@@ -71,8 +71,19 @@ def test_a_shared_prefill_shows_the_queries_too() -> None:
     model(ids, **cache_argument(model, own))
     for one, other in zip(filled.layers, own.layers, strict=True):
         found, wanted = (torch.from_dlpack(layer.native.query_factors(0, 1)) for layer in (one, other))
-        assert torch.allclose(found, wanted, rtol=2e-3)  # one unit of fp16
+        assert torch.equal(found, wanted)
         assert wanted.std() > 0.01
+
+
+def test_a_shared_prefill_is_fitted_to_as_an_own_one() -> None:
+    model, ids = build("qwen3", "sdpa"), prompts(1, 300)
+    own, given = (QuantizedDynamicCache(model, window=16, fit_tokens=256) for _ in range(2))
+    model(ids, **cache_argument(model, own))
+    filled = shared_prefill.read_context(model, ids).fill(given)
+    for one, other in zip(filled.layers, own.layers, strict=True):
+        assert one.kind == other.kind == "K2 V1.6 fitted"
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -34,7 +34,7 @@ from .turning import TurnedMoments, Turning, turning_or_reason
 
 TOKENS = 32768  # of a sequence that are looked at, from the beginning
 ROWS = 8192  # keys among them, evenly spaced; of all sequences together
-QUERIES = 128  # likewise queries
+QUERIES = 256  # likewise queries
 DAMPING = 1e-2
 
 

@@ -3,10 +3,10 @@
 In a prefill call the context attends to itself in full precision, whatever the cache: each layer's first `update`
 returns the keys and values that it was given. So the hidden states, and with them the keys and values of every layer,
 are the same for all caches. They are computed once, and `fill` hands them to a cache layer by layer, which leaves
-it as its own prefill would have. That a cache returns what it was given is checked, not assumed. Of the queries a cache
-may want to know what they put on the channels of keys, so that is kept as well.
+it as its own prefill would have. That a cache returns what it was given is checked, not assumed. A cache may want to
+see the queries, by which it packs keys, so they are kept as well.
 
-Not here: prompts, scores. Shapes: token ids int64 [1, n]; keys and values [1, Hkv, n, D].
+Not here: prompts, scores. Shapes: token ids int64 [1, n]; keys and values [1, Hkv, n, D]; queries [1, Hq, n, D].
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from ..packed import PromptSnapshot, show_queries
 from .memory import bytes_of_cache, full_attention_layers
 
 MakeCache = Callable[[], Any]
-QUERY_ROWS = 32  # as many as a store wants to see before it believes them
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class SharedPrefill:
     token_ids: torch.Tensor  # int64 [1, n]
     keys: list[torch.Tensor | None]  # of each layer; None: the layer has no cache of its own
     values: list[torch.Tensor | None]
-    queries: list[torch.Tensor | None]  # [1, Hq, QUERY_ROWS, D]: their root mean square, again and again
+    queries: list[torch.Tensor | None]
     log_probabilities: torch.Tensor  # of the token after the context, float32 [vocabulary]
 
     def fill(self, cache: Any) -> Any:
@@ -75,22 +74,22 @@ def as_token_ids(token_ids: Iterable[int], model: Any) -> torch.Tensor:
 
 
 class _Recorder(DynamicLayer):
-    """A layer that keeps everything, and of the prompt's queries their root mean square."""
+    """A layer that keeps everything, the prompt's queries too."""
 
     query: torch.Tensor | None = None
     version = 0
     wants_queries = True
+    padding = ()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Handles that show this layer the queries of attention on them."""
         keys, values = super().update(key_states, value_states)
         return PromptSnapshot.of(self, keys, values).handles()
 
-    def take_queries(self, query: torch.Tensor) -> None:
+    def take_queries(self, query: torch.Tensor, *, padded: bool = False) -> None:
         """All of the prompt. Layers that share these keys come later: the first, which owns them, counts."""
         self.wants_queries = False
-        mean = query.float().square().mean(2, keepdim=True).sqrt()
-        self.query = mean.to(query.dtype).expand(-1, -1, QUERY_ROWS, -1)
+        self.query = query
 
 
 def read_context(model: Any, token_ids: torch.Tensor) -> SharedPrefill:
