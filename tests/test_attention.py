@@ -83,7 +83,7 @@ def test_handles_are_attended_as_their_decoded_rows(
     assert weights is None
     counted = made.counts.as_dict()
     assert list(counted.pop("score_noise")) == [made.index]
-    assert counted == {"packed": 1, "prefill": 1, "decoded": {}}
+    assert counted == {"packed": 1, "prefill": 1, "decoded": {}, "fitted": {}, "not_fitted": {}}
     keys, values = (x.decode().repeat_interleave(GROUPS, dim=1) for x in (key, value))  # type: ignore[attr-defined]
     wanted = plain_attention(query, keys, values, visible, 0.0, False, 0.25, softcap, sinks)
     assert got.shape == (B, tokens, HEADS * GROUPS, D)
