@@ -93,7 +93,7 @@ class PackedLayer(CacheLayerMixin):
         self.fit = fit
         self.fit_tokens = fit_tokens  # of the shortest prompt to fit to
         self._fitted_nbytes = 0
-        self._is_padded_somehow = False  # as a mask says that hides tokens, of which the layer was not told
+        self._has_unknown_padding = False  # as a mask says that hides tokens, of which the layer was not told
         self._waits_to_fit = False  # the tokens that wait are fewer than what the layer is fitted to
         self.index = index
         self.counts = counts
@@ -198,7 +198,7 @@ class PackedLayer(CacheLayerMixin):
     def _may_be_fitted(self) -> bool:
         """Whether the layer is to be fitted to a prompt, and is not yet."""
         is_fitted = self.plan is not self._given_plan
-        return self.fit is not None and not (is_fitted or self._is_padded_somehow)
+        return self.fit is not None and not (is_fitted or self._has_unknown_padding)
 
     def _suffices_to_fit(self, length: int) -> bool:
         return length - max(self.padding, default=0) >= self.fit_tokens
@@ -248,7 +248,7 @@ class PackedLayer(CacheLayerMixin):
         if self.fit is None or seen is None or not self._suffices_to_fit(rows.length):
             return self.plan
         if not self._may_be_fitted:
-            if self._is_padded_somehow:
+            if self._has_unknown_padding:
                 self.counts.not_fitted[self.index] = "padding that set_padding was not told of"
             return self.plan
         found = self.fit.fitted(self.plan, self.index, rows, seen, padding)
@@ -310,7 +310,7 @@ class PackedLayer(CacheLayerMixin):
 
         `padded`: there is padding that the layer was not told of. Positions are not known then, and nothing is fitted.
         """
-        self._is_padded_somehow |= padded
+        self._has_unknown_padding |= padded
         length, reader = self.get_seq_length(), self.readers
         seen = self.seen.get(reader)
         seen = SeenQueries(query, length) if seen is None else seen.followed_by(query, length)
@@ -466,7 +466,7 @@ class PackedLayer(CacheLayerMixin):
         if length == self.get_seq_length():
             return
         if not length:
-            self._is_padded_somehow = False
+            self._has_unknown_padding = False
             self._forget_fit()
             self._native.reset()  # the next tokens may come in another batch size
             self.waiting, self.seen, self.order, self.padding = None, {}, None, ()
@@ -561,7 +561,7 @@ class PackedLayer(CacheLayerMixin):
 
     def _drop_store(self) -> None:
         self.plan, self._fitted_nbytes, self._waits_to_fit = self._given_plan, 0, False
-        self._is_padded_somehow = False
+        self._has_unknown_padding = False
         if self.is_initialized:
             del self._native
         self.is_initialized = False
