@@ -432,6 +432,7 @@ def replayed_steps(place: torch.device, way: str = "static") -> dict[str, Any]:
         assert cache.get_seq_length() == expected_cache.get_seq_length() == length + 41
         assert cache.stats()["nonfinite_rows"] == {}
         refused(lambda: cache.crop(-1), "release_capture")
+        refused(lambda: cache.crop(-cache.get_seq_length()), "release_capture")
         refused(lambda: copy.deepcopy(cache), "release_capture")
         cache.release_capture()
         cache.crop(-1)

@@ -38,7 +38,7 @@ class QuantizedDynamicCache(Cache):
     Sliding-window layers keep transformers' own bounded layer.
 
     A cache that was made from the model itself fits what a long first prompt is packed with to that prompt, layer by
-    layer (`SkvqConfig.fit_tokens`, docs/fit.md); one that was made from the configuration alone does not.
+    layer (`SkvqConfig.fit_tokens`, docs/calibrate.md); one that was made from the configuration alone does not.
 
     Args:
         config: the model, or its configuration (`model.config`).

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ._native import CudaLayer, Layer, SkvqError
 from .display import LayerFigures
-from .packed import AttentionCounts, PromptSnapshot, Snapshot
+from .packed import AttentionCounts, PromptSnapshot, Snapshot, hides_first_token
 from .plan import LayerPlan
 from .sinks import inverse_order, keeps_first_rows, sink_order, taken, tokens_needed
 from .states_form import HeldForm, form_problem
@@ -195,10 +195,13 @@ class PackedLayer(CacheLayerMixin):
         return tokens_needed(self.plan.searched, self.padding)
 
     @property
+    def _is_fitted(self) -> bool:
+        return self.plan is not self._given_plan
+
+    @property
     def _may_be_fitted(self) -> bool:
         """Whether the layer is to be fitted to a prompt, and is not yet."""
-        is_fitted = self.plan is not self._given_plan
-        return self.fit is not None and not (is_fitted or self._has_unknown_padding)
+        return self.fit is not None and not (self._is_fitted or self._has_unknown_padding)
 
     def _suffices_to_fit(self, length: int) -> bool:
         return length - max(self.padding, default=0) >= self.fit_tokens
@@ -305,12 +308,14 @@ class PackedLayer(CacheLayerMixin):
     def _snapshot(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> Snapshot:
         return Snapshot(self, self._shape(True), self._shape(False), self.dtype, self.device, keys, values)
 
-    def take_queries(self, query: torch.Tensor, *, padded: bool = False) -> None:
+    def take_queries(self, query: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Queries [B, Hq, L, Dk] of the last L tokens; see the class. Layers that share these keys come one by one.
 
-        `padded`: there is padding that the layer was not told of. Positions are not known then, and nothing is fitted.
+        If their mask [B|1, Hq|1, L|1, T] hides padding that the layer was not told of, positions are not known, and
+        nothing is fitted.
         """
-        self._has_unknown_padding |= padded
+        if mask is not None and not self.padding and self._may_be_fitted:
+            self._has_unknown_padding = hides_first_token(mask)
         length, reader = self.get_seq_length(), self.readers
         seen = self.seen.get(reader)
         seen = SeenQueries(query, length) if seen is None else seen.followed_by(query, length)
@@ -430,7 +435,7 @@ class PackedLayer(CacheLayerMixin):
     @property
     def kind(self) -> str:
         """The formats of keys and values in short, such as "K2 V1.6"."""
-        fitted = "" if self.plan is self._given_plan else " fitted"
+        fitted = " fitted" if self._is_fitted else ""
         return f"K{self.plan.keys.options.bits:g} V{self.plan.values.options.bits:g}{fitted}"
 
     @property
@@ -466,9 +471,10 @@ class PackedLayer(CacheLayerMixin):
         if length == self.get_seq_length():
             return
         if not length:
-            self._has_unknown_padding = False
-            self._forget_fit()
             self._native.reset()  # the next tokens may come in another batch size
+            if self._is_fitted:
+                self._native = self._new_store(self._given_plan)
+            self._forget_fit()
             self.waiting, self.seen, self.order, self.padding = None, {}, None, ()
         elif waiting is not None:
             self.waiting = waiting.first(length)
@@ -554,14 +560,12 @@ class PackedLayer(CacheLayerMixin):
         self.padding = ()
 
     def _forget_fit(self) -> None:
-        """The plan is the one that was given again, and so is that of the store, which loses its rows."""
-        if self.plan is not self._given_plan:
-            self.plan, self._fitted_nbytes = self._given_plan, 0
-            self._native = self._new_store(self.plan)
+        """The plan is the one that was given again, and nothing is known of a prompt."""
+        self.plan, self._fitted_nbytes = self._given_plan, 0
+        self._waits_to_fit = self._has_unknown_padding = False
 
     def _drop_store(self) -> None:
-        self.plan, self._fitted_nbytes, self._waits_to_fit = self._given_plan, 0, False
-        self._has_unknown_padding = False
+        self._forget_fit()
         if self.is_initialized:
             del self._native
         self.is_initialized = False

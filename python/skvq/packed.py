@@ -78,10 +78,10 @@ class PackedSource(Protocol):
     order: torch.Tensor | None
     wants_queries: bool
 
-    def take_queries(self, query: torch.Tensor, *, padded: bool = False) -> None:
+    def take_queries(self, query: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Let the queries of the last tokens have their say in how keys are packed; stores a prompt that waits.
 
-        `padded`: their mask hides padding that the layer was not told of.
+        `mask`: of attention, for the last of its tokens.
         """
 
     def decode_into(self, output: torch.Tensor, is_key: bool) -> None:
@@ -144,7 +144,7 @@ class Snapshot:
             mask = None  # transformers makes one, of the tokens at hand, where nothing may be read back
         if mask is not None and not source.counts.looked_for_padding:
             source.counts.looked_for_padding = True
-            if not source.padding and _hides_first_token(mask):
+            if not source.padding and hides_first_token(mask):
                 warnings.warn(
                     "the batch is padded on the left and the cache was not told: padding is kept in the places of "
                     "sinks and spoils the statistics of the rows beside it. Pass the tokenizer's mask: "
@@ -297,16 +297,15 @@ def show_queries(handles: tuple[torch.Tensor, torch.Tensor], query: torch.Tensor
 def prompt_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt; notes its queries, and
-    whether their mask hides first tokens.
+    """The plain keys and values [B, Hq|Hkv, T, D] if these are handles to those of a prompt; shows the layer its
+    queries and their mask.
     """
     if not (type(key) is PackedStates and type(value) is PackedStates and type(key._snapshot) is PromptSnapshot):
         return None
     snapshot = key._snapshot
     source = snapshot.source
     if source.version == snapshot.version and source.wants_queries and _fits(query, snapshot):
-        mask = None if source.padding else _four_dimensions(mask)
-        source.take_queries(query.detach(), padded=mask is not None and _hides_first_token(mask))
+        source.take_queries(query.detach(), _four_dimensions(mask))
     return key.decode(), value.decode()
 
 
@@ -578,7 +577,7 @@ def _why_not_packed(
     return None
 
 
-def _hides_first_token(mask: torch.Tensor) -> bool:
+def hides_first_token(mask: torch.Tensor) -> bool:
     """Whether a mask [B|1, Hq|1, L|1, T] hides token 0 of a sequence from all its queries."""
     first = mask[..., 0].flatten(1)
     hidden = ~first if first.dtype == torch.bool else first < -1e4

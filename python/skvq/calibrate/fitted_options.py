@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..config import VALUE_DEFAULTS, StreamOptions, is_default_method
-from .allocate import merged, part_count
+from .allocate import Parts, merged, part_count
 
 # Bits of the quarters of a head, by mean. One choice for all layers and texts, so that a GPU's kernels are known ahead;
 # the best of every layer is predicted to lose 1 to 10 % less (tests/bench/LOG.md).
@@ -25,7 +25,11 @@ def fitted_key_options(options: StreamOptions, head_dim: int) -> StreamOptions |
     """What keys of these options are packed with after a fit; None for heads that have no quarters of whole units."""
     if part_count(head_dim, 4) != 4:
         return None
-    parts = merged(QUARTERS[options.bits], head_dim // 4)
+    return of_parts(options, merged(QUARTERS[options.bits], head_dim // 4))
+
+
+def of_parts(options: StreamOptions, parts: Parts) -> StreamOptions:
+    """Options of parts that keep what goes with them of `options`."""
     return StreamOptions(parts=parts, clip=options.clip, metadata=options.metadata)
 
 

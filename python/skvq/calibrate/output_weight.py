@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluate.rope import decoder_of
+
 
 def output_weight(model: Any, layer: int, heads: int, head_dim: int) -> Tensor:
     """Σ Wₒᵀ Wₒ over the query heads of each kv head, float64 [Hkv, Dv, Dv].
@@ -14,7 +16,7 @@ def output_weight(model: Any, layer: int, heads: int, head_dim: int) -> Tensor:
     Raises ValueError if the layer has no `self_attn.o_proj` to read it from.
     """
     try:
-        projection = model.base_model.layers[layer].self_attn.o_proj.weight.detach().double()
+        projection = decoder_of(model).layers[layer].self_attn.o_proj.weight.detach().double()
     except AttributeError as error:
         raise ValueError(f"layer {layer} has no self_attn.o_proj: expected a Llama-like model ({error})") from None
     per_head = projection.unflatten(1, (heads, -1, head_dim))  # [hidden, Hkv, group, Dv]

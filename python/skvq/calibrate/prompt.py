@@ -25,8 +25,8 @@ from ..evaluate.rope import Rotary, decoder_of
 from ..plan import LayerPlan, StreamPlan
 from ..sinks import sink_mask
 from ..waiting import SeenQueries, WaitingRows
-from .allocate import Parts, cheapest
-from .fitted_options import fitted_key_options, fitted_value_options
+from .allocate import cheapest
+from .fitted_options import fitted_key_options, fitted_value_options, of_parts
 from .moments import AttentionMoments, StreamMoments
 from .spectral import StreamFit
 from .spectral_plan import fit_key_moments
@@ -65,9 +65,12 @@ class PromptFit:
         scaling, softcap, sink_logits = self._attention_of(index, rows.keys.shape[3])
         for row in range(rows.keys.shape[0]):
             pad = padding[row] if padding else 0
-            queries = seen.query[row, :, max(0, pad - seen.begin) :].float() * scaling
-            options = {"softcap": softcap, "sink_logits": sink_logits}
-            moments.add(plan, rows.keys[row, :, pad:], rows.values[row, :, pad:], queries, seen.begin - pad, options)
+            first = max(0, seen.begin - pad)
+            looked_at = slice(pad, pad + TOKENS)
+            begin = pad + first - seen.begin
+            queries = seen.query[row, :, begin : begin + max(0, TOKENS - first)].float() * scaling
+            keys, values = rows.keys[row, :, looked_at].float(), rows.values[row, :, looked_at].float()
+            moments.add(plan, keys, values, queries, first, {"softcap": softcap, "sink_logits": sink_logits})
         return moments.plan(plan)
 
     def _turning(self, index: int, head_dim: int, device: torch.device) -> Turning | str:
@@ -106,9 +109,6 @@ class _Moments:
         self, plan: LayerPlan, keys: Tensor, values: Tensor, queries: Tensor, first: int, options: dict[str, Any]
     ) -> None:
         """One sequence: keys and values [Hkv, n, D], scaled queries [Hq, L, Dk] of its tokens from `first` on."""
-        keys, values = keys[:, :TOKENS].float(), values[:, :TOKENS].float()
-        first = max(0, first)
-        queries = queries[:, : max(0, keys.shape[1] - first)]
         extremes = torch.stack([x for rows in (keys, values, queries) if rows.numel() for x in rows.aminmax()])
         self.is_finite &= bool(extremes.isfinite().all())
         if not self.is_finite:
@@ -135,21 +135,18 @@ class _Moments:
         try:
             weight = self.attention.weighted_query_moment
             fit = fit_key_moments(weight, self.keys, self.turned, damping=DAMPING)
-            keys = fit.plan(self._parts(fit, plan.keys.options), noise=True)
+            keys = self._keys(fit, plan.keys.options)
         except (SkvqError, RuntimeError) as error:  # too few bits for parts, or no eigenvalues
             return str(error)
-        given = plan.keys.options
-        options = dataclasses.replace(keys.options, clip=given.clip, metadata=given.metadata)
-        return dataclasses.replace(
-            plan, keys=dataclasses.replace(keys, options=options), values=self._values(plan.values)
-        )
+        return dataclasses.replace(plan, keys=keys, values=self._values(plan.values))
 
     @staticmethod
-    def _parts(fit: StreamFit, options: StreamOptions) -> Parts:
-        known = fitted_key_options(options, fit.shape[1])
-        if known is not None and known.parts is not None:
-            return known.parts
-        return cheapest("key_bits", fit.candidates(4, fit.own), options.bits).parts
+    def _keys(fit: StreamFit, given: StreamOptions) -> StreamPlan:
+        options = fitted_key_options(given, fit.shape[1])
+        if options is None:
+            options = of_parts(given, cheapest("key_bits", fit.candidates(4, fit.own), given.bits).parts)
+        assert options.parts is not None
+        return dataclasses.replace(fit.plan(options.parts, noise=True), options=options)
 
     def _values(self, values: StreamPlan) -> StreamPlan:
         options = fitted_value_options(values.options)

@@ -79,14 +79,13 @@ class _Recorder(DynamicLayer):
     query: torch.Tensor | None = None
     version = 0
     wants_queries = True
-    padding = ()
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         """Handles that show this layer the queries of attention on them."""
         keys, values = super().update(key_states, value_states)
         return PromptSnapshot.of(self, keys, values).handles()
 
-    def take_queries(self, query: torch.Tensor, *, padded: bool = False) -> None:
+    def take_queries(self, query: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """All of the prompt. Layers that share these keys come later: the first, which owns them, counts."""
         self.wants_queries = False
         self.query = query
