@@ -28,29 +28,50 @@ static_assert(table_of(1) == 0 && table_of(2) == 1 && table_of(3) == 2 && table_
 
 /// One byte of each of four levels.
 template <int Bits>
-__device__ __forceinline__ u32 look_up(const u32 (&table)[16], int first, u32 selector, u32 bit3, u32 bit4) {
-    if constexpr (Bits <= 2) return permute_bytes(table[first], 0, selector);
+__device__ __forceinline__ u32 look_up(const u32 (&table)[16], int first, u32 selector, u32 bit3) {
+    static_assert(Bits >= 2 && Bits <= 4, "one bit: signed_levels_of, five: mirrored_levels_of");
+    if constexpr (Bits == 2) return permute_bytes(table[first], 0, selector);
     if constexpr (Bits == 3) return permute_bytes(table[first], table[first + 1], selector);
     if constexpr (Bits == 4) {
         return choose(permute_bytes(table[first], table[first + 1], selector), permute_bytes(table[first + 2], table[first + 3], selector), bit3);
     }
-    if constexpr (Bits == 5) {
-        return choose(look_up<4>(table, first, selector, bit3, 0), look_up<4>(table, first + 4, selector, bit3, 0), bit4);
-    }
     return 0;
 }
 
-/// The four levels that a selector names: codes 0, 1 in `x`, codes 2, 3 in `y`. `high` has bit 4 of five in its nibbles.
+/// The four levels that a selector names: codes 0, 1 in `x`, codes 2, 3 in `y`.
 template <int Bits>
-__device__ __forceinline__ void levels_of(const LevelTable& table, int first, u32 selector, u32 high, u32& x, u32& y) {
-    u32 bit3 = 0, bit4 = 0;
-    if constexpr (Bits >= 4) {
+__device__ __forceinline__ void levels_of(const LevelTable& table, int first, u32 selector, u32& x, u32& y) {
+    u32 bit3 = 0;
+    if constexpr (Bits == 4) {
         bit3 = permute_bytes(0xff00u, 0, selector >> 3 & 0x1111u);
         selector &= 0x7777u;  // a set bit 3 would ask for a sign
     }
-    if constexpr (Bits == 5) bit4 = permute_bytes(0xff00u, 0, high);
-    const u32 low_bytes = look_up<Bits>(table.low, first, selector, bit3, bit4);
-    const u32 high_bytes = look_up<Bits>(table.high, first, selector, bit3, bit4);
+    const u32 low_bytes = look_up<Bits>(table.low, first, selector, bit3);
+    const u32 high_bytes = look_up<Bits>(table.high, first, selector, bit3);
+    x = permute_bytes(low_bytes, high_bytes, 0x5140);
+    y = permute_bytes(low_bytes, high_bytes, 0x7362);
+}
+
+/// Likewise of one bit, levels −x and x: the bits of a selector are signs.
+__device__ __forceinline__ void signed_levels_of(const LevelTable& table, u32 selector, u32& x, u32& y) {
+    const u32 lower = ((table.low[0] & 255u) | (table.high[0] & 255u) << 8) * 0x10001u;
+    // Bits 0 and 4, then 8 and 12, to 15 and 31. Where two others meet they carry into a bit that is not looked at.
+    x = selector * (1u << 15 | 1u << 27) & 0x80008000u ^ lower;
+    y = selector * (1u << 7 | 1u << 19) & 0x80008000u ^ lower;
+}
+
+/// Likewise of four or five bits, of a codebook with a level −x for each x, as those of parts are: the lower half of the levels, and signs.
+/// `signs`: the uppermost bit of each code, in its nibble; `selector`: all bits of four, or all but those.
+template <int Bits>
+__device__ __forceinline__ void mirrored_levels_of(const LevelTable& table, int first, u32 selector, u32 signs, u32& x, u32& y) {
+    static_assert(Bits == 4 || Bits == 5, "of fewer bits one permutation has all levels");
+    // Level 2^Bits − 1 − c is that of c, negative: there the other bits change.
+    selector ^= signs * (Bits == 4 ? 7u : 15u);
+    u32 bit3 = 0;
+    if constexpr (Bits == 5) bit3 = permute_bytes(0xff00u, 0, selector >> 3 & 0x1111u);
+    selector &= 0x7777u;  // a set bit 3 would ask for a sign
+    const u32 low_bytes = look_up<Bits - 1>(table.low, first, selector, bit3);
+    const u32 high_bytes = look_up<Bits - 1>(table.high, first, selector, bit3) ^ permute_bytes(0x8000u, 0, signs);
     x = permute_bytes(low_bytes, high_bytes, 0x5140);
     y = permute_bytes(low_bytes, high_bytes, 0x7362);
 }
@@ -155,29 +176,34 @@ struct LaneDecoder {
     template <int Octet>
     __device__ __forceinline__ void octet(u32& x, u32& y) {
         if constexpr (L::is_ternary) {
-            levels_of<2>(table, table_of(2), ternary<Octet>(), 0, x, y);
+            levels_of<2>(table, table_of(2), ternary<Octet>(), x, y);
         } else if constexpr (L::is_pairs) {
             // Channels G / 2 apart share an index: group · G/16 octets of indices, each of which serves two octets of channels.
             constexpr int per_group = L::group_size / 8, inner = Octet % per_group, half = per_group / 2;
             constexpr int index = Octet / per_group * half + inner % half;
-            levels_of<3>(table, table_of(3) + (inner < half ? 0 : 2), three_bits<0, index>(), 0, x, y);
+            levels_of<3>(table, table_of(3) + (inner < half ? 0 : 2), three_bits<0, index>(), x, y);
         } else {
             constexpr int part = L::part_of_octet(Octet), bits = L::part_bits(part), octets = L::part_width(part) / 8;
             constexpr int inner = Octet - L::part_first(part) / 8;
             if constexpr (bits == 8) {
                 wide(codes.words[Octet], x, y);
             } else if constexpr (bits == 3) {
-                levels_of<3>(table, table_of(3), three_bits<part, inner>(), 0, x, y);
+                levels_of<3>(table, table_of(3), three_bits<part, inner>(), x, y);
             } else if constexpr (bits == 1) {
                 const u32 selector = codes.template one_bit<L::plane_offset(part, 1), octets, inner, 0>();
-                levels_of<1>(table, table_of(1), selector, 0, x, y);
+                signed_levels_of(table, selector, x, y);
             } else if constexpr (bits == 2) {
-                levels_of<2>(table, table_of(2), codes.template two_bits<L::plane_offset(part, 2), octets, inner>(), 0, x, y);
+                levels_of<2>(table, table_of(2), codes.template two_bits<L::plane_offset(part, 2), octets, inner>(), x, y);
             } else {
-                u32 high = 0;
-                if constexpr (bits == 5) high = codes.template one_bit<L::plane_offset(part, 1), octets, inner, 0>();
-                const u32 selector = codes.template bits_at<L::plane_offset(part, 4) + 2 * inner>() & 0xffffu;
-                levels_of<bits>(table, table_of(bits), selector, high, x, y);
+                const u32 selector = codes.template bits_at<L::plane_offset(part, 4) + 2 * inner>();
+                if constexpr (bits == 5) {
+                    const u32 signs = codes.template one_bit<L::plane_offset(part, 1), octets, inner, 0>();
+                    mirrored_levels_of<5>(table, table_of(5), selector, signs, x, y);
+                } else if constexpr (L::is_parts) {
+                    mirrored_levels_of<4>(table, table_of(4), selector, selector >> 3 & 0x1111u, x, y);
+                } else {
+                    levels_of<4>(table, table_of(4), selector & 0xffffu, x, y);
+                }
             }
         }
     }
