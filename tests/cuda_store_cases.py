@@ -388,7 +388,7 @@ class Pair:
         # what f16 rounds off the products does not cancel as the products do.
         limit = ERROR[self.case.dtype] * (4 if "query_exponent" in self.case.keys else 1)
         before = self.cuda.one_launch
-        for one_launch in (False, True) if both and self.case.group * length <= QUERY_TILE else (before,):
+        for one_launch in (None, False, True) if both and self.case.group * length <= QUERY_TILE else (before,):
             found = torch.full(shape, torch.nan, dtype=dtype)
             self.cuda.one_launch = one_launch
             self.cuda.attend(query, found, scale=scale, **more)

@@ -50,15 +50,14 @@ def test_programs_leave_what_the_cpu_has(driver: Path, nvrtc: str, name: str) ->
 
 
 @pytest.mark.parametrize("name", ["static", "parts", "padded", "other formats, two tiles", "no sinks, window of one"])
-def test_a_captured_step_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
-    printed, _ = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name)
+def test_a_captured_step_of_launches_apart_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
+    printed, _ = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name, SKVQ_ONE_LAUNCH="0")
     assert printed == "equal\n"
 
 
 @pytest.mark.parametrize("name", ["static", "parts"])
 def test_a_captured_step_of_one_launch_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
-    setting = {"SKVQ_ONE_LAUNCH": "1", "FAKE_CUDA_LOG": "1"}
-    printed, seen = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name, **setting)
+    printed, seen = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name, FAKE_CUDA_LOG="1")
     assert printed == "equal\n"
     assert "4skvq11attend_once" in seen
 
@@ -263,7 +262,7 @@ def attention_launches(launches: list[str], kernel: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["static", "parts", "blocks"])
 def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> None:
-    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1")
+    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1", SKVQ_ONE_LAUNCH="0")
     before, after = seen.split("made\n")
     assert "synchronize" in before
     assert "synchronize" not in after
@@ -289,7 +288,7 @@ def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> No
 
 @pytest.mark.parametrize("name", ["static", "parts", "blocks"])
 def test_attention_of_few_queries_in_one_launch(driver: Path, nvrtc: str, name: str) -> None:
-    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1", SKVQ_ONE_LAUNCH="1")
+    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1")
     launches = seen.split("made\n")[1].splitlines()
     for kernel in ("fold", "attend", "unfold"):
         assert not attention_launches(launches, kernel)
@@ -302,6 +301,14 @@ def test_attention_of_few_queries_in_one_launch(driver: Path, nvrtc: str, name: 
     assert all(" early " in line for line in merges)
 
 
+@pytest.mark.parametrize(("name", "once"), [("static", True), ("parts", False)])
+def test_many_blocks_do_not_each_multiply_with_a_matrix(driver: Path, nvrtc: str, name: str, once: bool) -> None:
+    _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1", FAKE_CUDA_MULTIPROCESSORS="1")
+    launches = seen.split("made\n")[1].splitlines()
+    assert bool(attention_launches(launches, "attend_once")) == once
+    assert bool(attention_launches(launches, "fold")) != once
+
+
 @pytest.mark.parametrize("setting", [{"SKVQ_OVERLAP": "0"}, {"FAKE_CUDA_CAPABILITY": "80"}], ids=["asked", "sm_80"])
 def test_launches_that_are_kept_apart(driver: Path, nvrtc: str, setting: dict[str, str]) -> None:
     _, seen = run_code(STEPS, driver, nvrtc, "static", "150", FAKE_CUDA_LOG="1", **setting)
@@ -311,7 +318,7 @@ def test_launches_that_are_kept_apart(driver: Path, nvrtc: str, setting: dict[st
 
 @pytest.mark.parametrize("name", ["blocks", "blocks of values"])
 def test_where_there_are_many_blocks_of_statistics_launches_wait(driver: Path, nvrtc: str, name: str) -> None:
-    options = {"FAKE_CUDA_LOG": "1", "FAKE_CUDA_MULTIPROCESSORS": "1"}
+    options = {"FAKE_CUDA_LOG": "1", "FAKE_CUDA_MULTIPROCESSORS": "1", "SKVQ_ONE_LAUNCH": "0"}
     _, seen = run_code(STEPS, driver, nvrtc, name, "400", **options)
     launches = seen.split("made\n")[1].splitlines()
     for kernel, early in (("fold", False), ("plain", True), ("attend", False), ("unfold", False), ("merge", False)):

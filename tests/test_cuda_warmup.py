@@ -56,7 +56,7 @@ def test_all_kernels_of_a_shape_compile(nvrtc: str, tmp_path: Path, turning: boo
     keys = StreamOptions(parts=((3, 16), (1, 48))) if turning else StreamOptions(bits=2, block=128, query_exponent=0.5)
     values = StreamOptions(bits=1.6)
     shape = AttentionShape(64, "bfloat16", 8, keys.resolved(), values.resolved(), turning)
-    instances = kernel_instances(shape, one_launch=True)
+    instances = kernel_instances(shape)
     names = ["rows_to_page", "page_to_rows", "encode", "decode"] * 2
     names += ["scale_squares"] if turning else ["block_statistics", "scale_squares", "query_squares", "query_factors"]
     names += ["append_row", "fold", "attend_once", *["attend", *([] if turning else ["attend_apart"])] * 2]

@@ -561,15 +561,16 @@ class CudaLayer:
     def clone(self) -> CudaLayer:
         """An independent layer that shares all pages until one of them is written."""
     @property
-    def one_launch(self) -> bool:
+    def one_launch(self) -> bool | None:
         """Whether attention of up to eight queries of a kv head is one launch and a merge, not one for each part of it.
 
-        Not where there are so many short splits that each has a warp of its own (long pasts with statistics of blocks).
-        For new layers: whether the environment has ``SKVQ_ONE_LAUNCH=1``. Outputs differ by float noise. A captured
-        step keeps what it was captured with.
+        None: where that is expected to be faster: always, but for long pasts with matrices. Never where there are so
+        many short splits that each has a warp of its own (long pasts with statistics of blocks). For new layers: what
+        ``SKVQ_ONE_LAUNCH`` says in the environment, ``0`` or ``1``. Outputs differ by float noise. A captured step
+        keeps what it was captured with.
         """
     @one_launch.setter
-    def one_launch(self, one_launch: bool) -> None: ...
+    def one_launch(self, one_launch: bool | None) -> None: ...
     def nonfinite_rows(self) -> int:
         """Packed rows of keys, and of values, that were not finite. Waits for the stream.
 

@@ -7,7 +7,6 @@ lies in the disk cache, where a process that generates finds it (`$SKVQ_CACHE_DI
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,19 +90,12 @@ def layout(stream: str, head_dim: int, options: StreamOptions) -> str:
     return f"skvq::Layout<{', '.join(map(str, arguments + parts))}>"
 
 
-def kernel_instances(shape: AttentionShape, *, one_launch: bool | None = None) -> list[KernelInstance]:
+def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
     """The kernels that a layer of this shape runs: for packing, reading and moving rows, for attention of one token and
     of several, and for repacking rows of src/FORMAT.md.
 
     Attention on packed bytes has kernels where keys and values are both packed.
-
-    Args:
-        shape: of the layer.
-        one_launch: also the kernel of `CudaLayer.one_launch`; None: if the environment has `SKVQ_ONE_LAUNCH=1`, which
-            new layers go by.
     """
-    if one_launch is None:
-        one_launch = os.environ.get("SKVQ_ONE_LAUNCH") == "1"
     element, width = _ELEMENTS[shape.dtype], str(shape.head_dim)
     layouts = {
         stream: layout(stream, shape.head_dim, options)
@@ -126,7 +118,7 @@ def kernel_instances(shape: AttentionShape, *, one_launch: bool | None = None) -
         found.append(KernelInstance("append.cuh", "skvq::append_row", (element, *layouts.values())))
         least = min(_MOST_TILES, -(-shape.queries_per_head // QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
-        if least == 1 and one_launch:
+        if least == 1:
             found.append(KernelInstance("attend_once.cuh", "skvq::attend_once", (element, *layouts.values())))
         for tiles in range(least, _MOST_TILES + 1):
             names = ("attend", "attend_apart") if shape.keys.block or shape.values.block else ("attend",)

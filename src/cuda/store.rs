@@ -81,7 +81,7 @@ pub struct CudaLayer {
     /// None before the first append.
     held: Option<Held>,
     steps: Steps,
-    one_launch: bool,
+    one_launch: Option<bool>,
 }
 
 /// What a batch has in device memory.

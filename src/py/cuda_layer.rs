@@ -252,12 +252,12 @@ impl PyCudaLayer {
     }
 
     #[getter]
-    fn one_launch(&self) -> bool {
+    fn one_launch(&self) -> Option<bool> {
         self.layer.one_launch()
     }
 
     #[setter]
-    fn set_one_launch(&mut self, one_launch: bool) {
+    fn set_one_launch(&mut self, one_launch: Option<bool>) {
         self.layer.set_one_launch(one_launch);
     }
 

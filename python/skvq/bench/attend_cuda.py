@@ -34,7 +34,7 @@ from ..plan import LayerPlan
 from ..warmup import QUERY_TILE, AttentionShape, kernel_instances
 from . import layers
 from .device import GIB, BenchDevice, Clock, first_line, is_out_of_memory
-from .layers import Shape
+from .layers import APART, Shape
 from .machine import make_report
 from .peers import Call, Uncaptured, peers
 from .step_cuda import measure_step
@@ -49,7 +49,6 @@ TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
 SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
 APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
 EXACT_QUERIES = 128  # at a time in float64
-ONE_LAUNCH = ", one launch"  # behind a contestant's name
 DECODING = {"append.cuh", "decode.cuh", "encode.cuh", "queries.cuh", "rows.cuh", "statistics.cuh"}
 FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
 
@@ -109,8 +108,8 @@ class Packed:
 
     Attributes:
         form: how rows are packed, such as "K2V1.6".
-        one_launch: as `CudaLayer.one_launch`; a layer is here for either way, which are the same where short splits
-            have a warp each.
+        one_launch: as `CudaLayer.one_launch`: None, or False for comparison, which is the same where None has launches
+            apart anyway.
         packed_bytes: of codes and scales, without what pages have unused.
         sdpa_errors: of torch's attention in f16 over the rows it decodes to, by query heads.
         errors: its own, likewise; None: not compared.
@@ -121,7 +120,7 @@ class Packed:
     layer: CudaLayer
     static: bool
     packed_bytes: int
-    one_launch: bool = False
+    one_launch: bool | None = None
     errors: dict[int, float | None] = field(default_factory=dict)
     sdpa_errors: dict[int, float | None] = field(default_factory=dict)
 
@@ -178,9 +177,9 @@ def compile_ahead(device: BenchDevice, options: CudaAttendOptions) -> int:
             streams = plan.keys.options.resolved(), plan.values.options.resolved()
             turning = plan.keys.shift_sine is not None
             attention = AttentionShape(options.head_dim, options.dtype, query // kv, *streams, turning=turning)
-            instances = kernel_instances(attention, one_launch=options.one_launch)
+            instances = kernel_instances(attention)
             wanted |= dict.fromkeys(x for x in instances if x.file != "repack.cuh")
-            compared = kernel_instances(replace(attention, dtype="float32"), one_launch=False)
+            compared = kernel_instances(replace(attention, dtype="float32"))
             wanted |= dict.fromkeys(x for x in compared if x.file in DECODING)
     jobs = [(instance.parts, device.status["arch"]) for instance in wanted]
     with progress_bar(len(jobs), "kernel") as advance:
@@ -207,8 +206,8 @@ def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list
         packed.packed_bytes = rows * _row_bytes(_plan(shape, name, static), shape.head_dim)
     if not options.one_launch:
         return found
-    alone = [replace(x, name=f"{x.name}{ONE_LAUNCH}", one_launch=True, errors={}, sdpa_errors={}) for x in found]
-    return [way for both in zip(found, alone, strict=True) for way in both]
+    apart = [replace(x, name=f"{x.name}{APART}", one_launch=False, errors={}, sdpa_errors={}) for x in found]
+    return [way for both in zip(found, apart, strict=True) for way in both]
 
 
 # ---- correctness -----------------------------------------------------------------------------------------------------
@@ -266,7 +265,7 @@ def _compare(
 
     Keys and values [B, Hkv, T, D] are room for the latter.
     """
-    if not packed.one_launch:  # which are in there already otherwise
+    if packed.one_launch is None:  # which are in there already otherwise
         packed.layer.decode_keys(keys)
         packed.layer.decode_values(values)
     for heads, query in queries.items():
@@ -398,10 +397,12 @@ SHARES = {"append_share": "append", "encode_share": "encoding"}
 
 
 def misses(rows: list[dict[str, Any]]) -> list[str]:
-    """Measurements of packed rows short of a goal: of bandwidth, ratio, error, and an append's share of a step."""
+    """Measurements of packed rows short of a goal: of bandwidth, ratio, error, and an append's share of a step. Not of
+    those that are there for comparison.
+    """
     found = []
     for row in rows:
-        if row.get("kind") != "packed":
+        if row.get("kind") != "packed" or row["contestant"].endswith(APART):
             continue
         heads = f"{row['num_key_value_heads']}:{row['num_attention_heads']}"
         name = f"{row['contestant']}, {row['tokens']} tokens, batch {row['batch']}, heads {heads}"
@@ -448,7 +449,7 @@ def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> l
         queries = {shape.num_attention_heads: _query(device, options, shape, generator) for shape in shapes}
         decoded: list[Tensor] = []
         for packed in found:
-            if not packed.one_launch:
+            if packed.one_launch is None:
                 decoded.clear()
                 decoded += _decoded_rows(device, options, shapes[0], packed)
             _compare(packed, queries, *plain, decoded)

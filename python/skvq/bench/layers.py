@@ -21,6 +21,7 @@ from ..calibrate.fitted_options import QUARTERS, fitted_value_options
 from ..config import SkvqConfig, StreamOptions
 from ..plan import LayerPlan, StreamPlan
 
+APART = ", launches apart"  # behind the name of a contestant that is there for comparison
 FILL_TOKENS = 4096
 PLAN, FITTED = "plan", "fitted"
 CPU = torch.device("cpu")

@@ -37,12 +37,17 @@ const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// the last ones have a multiprocessor to themselves.
 const LONG_SPLIT: usize = 32;
 const MOST_TURNS: usize = 4;
+/// Pages that a block of a launch for all takes at least where it shares its multiprocessor: what it does before and after them has its price.
+const FEWEST_PAGES: usize = 8;
 /// Pages of a split that is short enough for one warp.
 const SHORT_SPLIT: usize = 4;
 
-/// `SKVQ_ONE_LAUNCH=1`: new layers begin with [`CudaLayer::set_one_launch`].
-pub(super) static ONE_LAUNCH: LazyLock<bool> =
-    LazyLock::new(|| std::env::var_os("SKVQ_ONE_LAUNCH").is_some_and(|value| value == "1"));
+/// `SKVQ_ONE_LAUNCH`, `0` or `1`: what new layers begin with, as by [`CudaLayer::set_one_launch`].
+pub(super) static ONE_LAUNCH: LazyLock<Option<bool>> = LazyLock::new(|| match std::env::var("SKVQ_ONE_LAUNCH").as_deref() {
+    Ok("0") => Some(false),
+    Ok("1") => Some(true),
+    _ => None,
+});
 
 /// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.
 #[derive(Debug, Clone, Copy)]
@@ -217,8 +222,15 @@ impl CudaLayer {
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
         let resident = if many { 1 } else { BLOCKS_PER_MULTIPROCESSOR };
         let at_once = resident * multiprocessors;
+        // Each block folds the queries for itself: where that is a product with a matrix, it pays for few blocks only.
+        let has_matrix = keys.transform.inverse != 0 || values.transform.inverse != 0;
+        let pays = !has_matrix || others * (pages / FEWEST_PAGES).max(1) <= 2 * multiprocessors;
+        let once = self.one_launch.unwrap_or(pays) && is_packed && packed > 0 && !many && query_tiles == 1;
         let turns = (pages / even_splits(others, at_once).max(1) / LONG_SPLIT).clamp(1, MOST_TURNS);
-        let wanted_splits = even_splits(others, turns * at_once);
+        let wanted_splits = match even_splits(others, turns * at_once) {
+            wanted if once => wanted.min((multiprocessors / others).max(pages / FEWEST_PAGES).max(1)),
+            wanted => wanted,
+        };
         let longest = pages.div_ceil(wanted_splits.max(1)).max(1);
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
@@ -229,11 +241,10 @@ impl CudaLayer {
         let short = pages.saturating_sub(long_splits * pages_per_split).div_ceil(short_pages);
         let splits = if is_packed { long_splits + short } else { 0 };
         let apart = !many && pages_per_split <= SHORT_SPLIT && others * splits >= ATTEND_WARPS * at_once;
-        let once = self.one_launch && is_packed && packed > 0;
         let queries = match (many, apart) {
             (true, _) => Queries::Many,
             (_, true) => Queries::Apart(tiles),
-            _ if once && query_tiles == 1 => Queries::Once,
+            _ if once => Queries::Once,
             _ => Queries::Tiles(tiles),
         };
         let most_splits = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
@@ -302,12 +313,13 @@ impl CudaLayer {
         Places { folded, extras, bias, packed, states, lengths, decoded, bytes: end }
     }
 
-    pub fn one_launch(&self) -> bool {
+    pub fn one_launch(&self) -> Option<bool> {
         self.one_launch
     }
 
-    /// Whether up to eight queries of a kv head have one launch before the merge (`kernels/attend_once.cuh`), not one for each part of the call.
-    pub fn set_one_launch(&mut self, one_launch: bool) {
+    /// Whether up to eight queries of a kv head have one launch before the merge (`kernels/attend_once.cuh`), not one for each part of the call;
+    /// None: where it is expected to be faster.
+    pub fn set_one_launch(&mut self, one_launch: Option<bool>) {
         self.one_launch = one_launch;
     }
 
