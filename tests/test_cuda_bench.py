@@ -46,7 +46,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             streams = plan.keys.options.resolved(), plan.values.options.resolved()
             turning = plan.keys.shift_sine is not None
             attention = AttentionShape(HEAD_DIM, dtype, 2, *streams, turning=turning)
-            names += kernel_instances(attention, one_launch=True)
+            names += kernel_instances(attention)
     nvrtc = build_nvrtc(tmp_path_factory.mktemp("nvrtc"), 12, 4, "-DEMULATED", "-ldl")
     return build_driver(str(x) for x in names if x.file != "repack.cuh"), nvrtc
 
@@ -75,7 +75,7 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
     rows = {row["contestant"]: row for row in report["rows"]}
     packed = {name: row for name, row in rows.items() if row.get("kind") == "packed"}
     names = {"K2V1.6", "K2V1.6 static", "fitted", "plan"}
-    assert set(packed) == names | {f"{name}{attend_cuda.ONE_LAUNCH}" for name in names}
+    assert set(packed) == names | {f"{name}{attend_cuda.APART}" for name in names}
     f16 = {name: row["milliseconds"] for name, row in rows.items() if row.get("kind") == "f16" and row["passed"]}
     assert "sdpa math" in f16
     fastest = min(f16, key=lambda name: f16[name])
@@ -94,7 +94,7 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
         assert step["attend_milliseconds"] > 0.0
         assert step["host_append_microseconds"] > 0.0
         assert step["host_attend_microseconds"] > 0.0
-        assert (step["append_share"] is None) == (name.removesuffix(attend_cuda.ONE_LAUNCH) == "K2V1.6")
+        assert (step["append_share"] is None) == (name.removesuffix(attend_cuda.APART) == "K2V1.6")
         assert step["no_kernels_because"] == "times of kernels need a GPU"
     # Two sequences, two heads, 17 + 14 bytes of a token that is neither sink nor in the window.
     for name in ("K2V1.6", "K2V1.6 static"):
@@ -460,6 +460,22 @@ def test_capacity_on_the_store_of_a_device(stand_ins: tuple[Path, str], tmp_path
     assert [row["tokens"] for row in check_capacity(report)] == [150, 300, 420]
     assert report["reached"] is True
     assert report["device"]["card"]["name"].startswith("Emulated")
+
+
+def test_prompts_are_timed_with_every_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--layers 2 --heads 4 --kv-heads 2 --head-dim 32 --intermediate 64 --vocabulary 50 --dtype float32"
+    line = f"bench prompt {sizes} --tokens 100 300 --rounds 1 --steps 2 --json {tmp_path / 'prompt.json'}"
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr().out.count("step ") == 6
+    report = json.loads((tmp_path / "prompt.json").read_text())
+    rows = {(row["tokens"], row["cache"]): row for row in report["rows"]}
+    assert set(rows) == {(tokens, cache) for tokens in (100, 300) for cache in ("DynamicCache", "blocks", "fitted")}
+    for row in rows.values():
+        assert 0.0 < row["prompt_fastest_milliseconds"] <= row["prompt_median_milliseconds"]
+        assert row["step_milliseconds"] > 0.0
+    assert {key for key, row in rows.items() if row["fitted_layers"]} == {(300, "fitted")}  # of eight times the head
+    assert rows[300, "fitted"]["fitted_layers"] == 2
+    assert rows[300, "blocks"]["nbytes"] < rows[300, "DynamicCache"]["nbytes"] == 2 * 2 * 2 * (300 + 3 + 2) * 32 * 4
 
 
 def test_the_command_line_reaches_the_options(monkeypatch: pytest.MonkeyPatch) -> None:

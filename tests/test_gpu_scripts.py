@@ -208,7 +208,7 @@ def test_check_sh_keeps_to_its_budget(tmp_path: Path) -> None:
     done = check_sh(tmp_path, "nothing-at-all", 1, BUDGET="4")
     assert done.returncode == 2
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert summary.count("skipped, the budget of 4 s is spent") == 9
+    assert summary.count("skipped, the budget of 4 s is spent") == 10
 
 
 @NO_BASH

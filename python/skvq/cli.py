@@ -1,5 +1,5 @@
 """The command `skvq`: `skvq demo`, `skvq warmup`, `skvq bench attend | encode | step | growth | generate | weights |
-capacity`, and the commands of evaluate/cli.py, calibrate/cli.py and weights/cli.py.
+prompt | capacity`, and the commands of evaluate/cli.py, calibrate/cli.py and weights/cli.py.
 
 Only parses arguments, calls what does the work, writes JSON and plots, and turns expected errors into one line and
 exit status 1. A benchmark that found its outputs wrong has exit status 3. torch and transformers are imported when a
@@ -192,7 +192,33 @@ def _add_bench(commands: Any) -> None:
     add_output(weights, plot=False)
     weights.set_defaults(run=_run_simple, benchmark_name="weights", options_name="WeightsOptions")
 
+    _add_prompt(bench)
     _add_capacity(bench)
+
+
+def _add_prompt(bench: Any) -> None:
+    parser = bench.add_parser(
+        "prompt",
+        help="what a prompt takes with transformers' cache, the default, and a fit to the prompt",
+        description="Builds a model with random weights (by default four layers of the shape of Llama 3 8B) and times "
+        "prompts with every cache, and steps behind them.",
+    )
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
+    for option, default, text in (
+        ("--layers", 4, "of the model"),
+        ("--heads", 32, "query heads"),
+        ("--kv-heads", 8, "of keys and values"),
+        ("--head-dim", 128, "channels of one"),
+        ("--intermediate", 14336, "channels of its products"),
+        ("--vocabulary", 32000, "tokens"),
+        ("--rounds", 3, "prompts of a length with each cache"),
+        ("--steps", 16, "that are timed behind a prompt"),
+    ):
+        parser.add_argument(option, type=whole_number(1), metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="of the model (default: bfloat16)")
+    parser.add_argument("--tokens", type=whole_number(2), nargs="+", metavar="N", help="(default: 2048 8192)")
+    add_output(parser, plot=False)
+    parser.set_defaults(run=_run_simple, benchmark_name="prompt", options_name="PromptOptions")
 
 
 def _add_capacity(bench: Any) -> None:
