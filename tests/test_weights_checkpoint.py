@@ -12,12 +12,12 @@ from skvq import QuantizedDynamicCache, SkvqError
 from skvq.cli import main
 from skvq.models import load as load_model
 from skvq.models import load_as_stored
-from skvq.weights import ReconstructOptions, WeightOptions, load, reconstruct
+from skvq.weights import ReconstructOptions, WeightOptions, load, reconstruct, running
 from skvq.weights.checkpoint import write_checkpoint
 from skvq.weights.grid import QuantizedWeight
 from skvq.weights.head import quantized_head
 from skvq.weights.product import PackedLinear
-from skvq.weights.running import Int4Linear
+from skvq.weights.running import Int4Linear, unpacked_codes
 from tiny_directory import save
 from tiny_models import build, prompts
 
@@ -201,6 +201,35 @@ def test_int4_products_on_a_gpu_fit_torchs_operations(inputs: int) -> None:
         found = layer(torch.zeros(2, 3, inputs, device="cuda"))
     assert (found.device.type, found.dtype, found.shape) == ("cuda", torch.float32, (2, 3, 24))
     assert {x.device.type for x in layer.buffers()} == {"cuda"}
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_torchs_layout_on_a_gpu_is_unpacked(tiles: int) -> None:
+    """That of `matrix_to_m16n8k16_Bint4_layout`, word by word: lane t has output t / 4, channels from 2·(t % 4) on."""
+    outputs, inputs = 16, 48 * tiles
+    codes = torch.randint(16, (outputs, inputs), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = torch.zeros(outputs // 8, inputs // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
+    for outer in range(outputs // 8):
+        for step in range(inputs // (16 * tiles)):
+            for lane in range(32):
+                for word in range(tiles // 2):
+                    row, first = codes[8 * outer + lane // 4], 16 * (step * tiles + 2 * word) + lane % 4 * 2
+                    channels = [first, first + 1, first + 8, first + 9, *(first + 16 + x for x in (0, 1, 8, 9))]
+                    order = [0, 2, 4, 6, 1, 3, 5, 7]  # from the lowest nibble on
+                    packed[outer, step, lane, word] = sum(int(row[channels[x]]) << 4 * at for at, x in enumerate(order))
+    words = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    assert torch.equal(unpacked_codes(words), codes)
+
+
+def test_unpacked_weights_are_those_of_the_product() -> None:
+    from skvq.weights.grid import encode
+
+    weight = encode(torch.randn(16, 256, generator=torch.Generator().manual_seed(1)), WeightOptions(4, 64))
+    layer = Int4Linear(weight, None)
+    identity = torch.eye(256, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "unpacked_codes", lambda _: weight.codes)
+        assert torch.allclose(layer._unpacked().float(), layer(identity).float().mT, atol=0.02)
 
 
 def test_our_own_product_is_for_the_cpu(tmp_path: Path) -> None:

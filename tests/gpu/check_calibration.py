@@ -22,7 +22,7 @@ from skvq.calibrate import collect
 from skvq.calibrate.statistics import Statistics
 from skvq.weights import ChannelOptions, Reconstruction, ReconstructOptions, WeightOptions, reconstruct
 from skvq.weights.grid import encode
-from skvq.weights.running import Int4Linear
+from skvq.weights.running import MANY_ROWS, Int4Linear, knows_layout
 from tiny_models import build, prompts
 
 FAMILIES = ("llama", "gemma3")
@@ -91,14 +91,22 @@ def check_weights(family: str, device: str) -> dict[str, Any]:
 
 
 def check_product(shape: str, device: str) -> dict[str, Any]:
-    """torch's int4 product is that of the unpacked weights, to three times what bfloat16 costs."""
-    outputs, inputs, group = map(int, shape.split("x"))
+    """torch's int4 product is that of the unpacked weights, to three times what bfloat16 costs; so is that of many
+    rows, for which a GPU unpacks them.
+    """
+    few, many = (_product_error(*map(int, shape.split("x")), count, device) for count in (7, MANY_ROWS))
+    return few | {f"{name}_of_many": value for name, value in many.items()}
+
+
+def _product_error(outputs: int, inputs: int, group: int, count: int, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(outputs)
     weight = encode(torch.randn(outputs, inputs, generator=generator), WeightOptions(4, group))
-    rows = torch.randn(7, inputs, generator=generator)
+    rows = torch.randn(count, inputs, generator=generator)
     exact = rows.double() @ weight.dequantize().double().T
     half = (rows.bfloat16() @ weight.dequantize().bfloat16().T).double()
-    found = Int4Linear(weight, None, torch.device(device))(rows.to(device)).cpu().double()
+    place = torch.device(device)
+    assert place.type == "cpu" or knows_layout(place, inputs), "torch has another layout of 4-bit weights"
+    found = Int4Linear(weight, None, place)(rows.to(device)).cpu().double()
     error, allowed = float((found - exact).norm() / exact.norm()), 3.0 * float((half - exact).norm() / exact.norm())
     assert error <= allowed, f"off by {error:.2e}, expected at most {allowed:.2e}"
     return {"error": error, "of_bfloat16": allowed / 3.0}
