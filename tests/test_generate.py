@@ -13,13 +13,12 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import skvq
 from skvq import QuantizedDynamicCache
 from skvq.layer import PackedLayer
 from skvq.model_layers import cache_argument
-from tiny_models import CONFIGS, FAMILIES, PACKED_LAYERS, WITHOUT_SDPA, build, prompts
+from tiny_models import CONFIGS, FAMILIES, PACKED_LAYERS, WITHOUT_SDPA, build, cannot_roll_back, prompts
 
 # Padding that the cache is told of is tested in test_padding.py.
 pytestmark = pytest.mark.filterwarnings("ignore:the batch is padded on the left")
@@ -94,9 +93,7 @@ def generate(family: str, attention: str, mode: str, cache: Any, new: int = NEW,
 
 def needs_rollback(family: str, mode: str) -> None:
     """Skip where transformers itself cannot decode: old sliding layers cannot be rolled back."""
-    sliding = getattr(CONFIGS[family](), "sliding_window", None) is not None
-    can = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
-    if mode in ("prompt lookup", "assisted") and sliding and not can:
+    if mode in ("prompt lookup", "assisted") and cannot_roll_back(family):
         pytest.skip(f"transformers {transformers.__version__} cannot roll back sliding layers, with any cache")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 VOCABULARY = 211
 LAYERS = 3
@@ -110,3 +111,9 @@ def prompts(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token numbers [batch, length], none of them padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+
+
+def cannot_roll_back(family: str) -> bool:
+    """Whether this transformers cannot take drafted tokens back from the family's sliding layers, with any cache."""
+    sliding = getattr(CONFIGS[family](), "sliding_window", None) is not None
+    return sliding and not hasattr(DynamicSlidingWindowLayer, "activate_past_recording")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..model_layers import cache_argument
 from .capacity import CapacityOptions, model_config, random_model
 from .device import BenchDevice
 from .machine import make_report
@@ -114,7 +115,7 @@ def _rows_of(
     for turn in range(options.rounds + 1):
         for name, make in caches.items():
             cache = make()
-            seconds = clock.seconds(functools.partial(model, prompt, past_key_values=cache, logits_to_keep=1))
+            seconds = clock.seconds(functools.partial(model, prompt, **cache_argument(model, cache), logits_to_keep=1))
             if turn:
                 times[name].append(seconds)
             if turn == options.rounds:
@@ -131,7 +132,7 @@ def _rows_of(
 def _row(clock: _Clock, options: PromptOptions, model: Any, cache: Any) -> dict[str, Any]:
     """Of steps behind a prompt, and of the cache."""
     token = torch.zeros(1, 1, dtype=torch.long, device=clock.place)
-    step = functools.partial(model, token, past_key_values=cache)
+    step = functools.partial(model, token, **cache_argument(model, cache))
     steps = [clock.seconds(step) for _ in range(WARM_STEPS + options.steps)][WARM_STEPS:]
     stats = cache.stats() if hasattr(cache, "stats") else {}
     nbytes = cache.nbytes if hasattr(cache, "nbytes") else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
