@@ -217,6 +217,11 @@ impl ImportedTensor {
         }
         self.expect_aligned(size_of::<T>())?;
         let (shape, strides) = self.padded();
+        let count = shape.iter().product();
+        if self.is_contiguous() {
+            // SAFETY: neighbouring elements of the tensor, which the handle keeps alive; dtype and alignment were checked.
+            return Ok(unsafe { slice::from_raw_parts(self.ptr.cast::<T>(), count) }.to_vec());
+        }
         let element = |mut index: usize| {
             let mut offset = 0;
             for axis in (0..4).rev() {
@@ -226,7 +231,18 @@ impl ImportedTensor {
             // SAFETY: inside the shape of the tensor, which the handle keeps alive; dtype and alignment were checked.
             unsafe { self.ptr.cast::<T>().offset(offset).read() }
         };
-        Ok((0..shape.iter().product()).map(element).collect())
+        Ok((0..count).map(element).collect())
+    }
+
+    /// Whether there are elements, one behind the other in row-major order.
+    fn is_contiguous(&self) -> bool {
+        let mut next = 1;
+        let neighbours = |(&length, &stride): (&i64, &i64)| {
+            let holds = length == 1 || stride == next;
+            next *= length;
+            holds
+        };
+        !self.shape.contains(&0) && self.shape.iter().zip(&self.strides).rev().all(neighbours)
     }
 
     /// Shape and strides with leading axes of size 1 up to rank 4.

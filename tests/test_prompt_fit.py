@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -19,6 +22,7 @@ from demo_model import skip_without_the_demo_model
 from skvq import QuantizedDynamicCache, SkvqConfig, SkvqError, models
 from skvq.attention import register_attention
 from skvq.calibrate import prompt as prompt_module
+from skvq.calibrate import turning as turning_module
 from skvq.calibrate.moments import AttentionMoments
 from skvq.calibrate.prompt import PromptFit
 from skvq.layer import CHUNK_TOKENS, PackedLayer
@@ -397,6 +401,74 @@ def test_what_cannot_be_fitted_is_told(llama: Any) -> None:
         narrow(tokens, **cache_argument(narrow, cache))
     assert cache.stats()["fitted"] == {0: 300, 1: 300, 2: 300}
     assert cache.layers[0].plan.keys.options.parts == ((1, 16),)
+
+
+@pytest.mark.parametrize("field", ["matrix", "inverse", "shift", "shift_sine", "frequencies", "noise"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_of_a_plan_are_checked_without_a_codec_and_by_it(llama: Any, field: str, number: float) -> None:
+    keys, values, query = rows_of(llama, 300)
+    base = LayerPlan.from_config(SkvqConfig(**REGIONS))
+    plan = PromptFit(llama).fitted(base, 0, WaitingRows(keys, values), SeenQueries(query, 300))
+    assert isinstance(plan, LayerPlan)
+    broken = getattr(plan.keys, field).clone()
+    broken.view(-1)[-1] = number
+    stream = dataclasses.replace(plan.keys, **{field: broken})
+    for refuse in (stream.check, stream.codec):
+        with pytest.raises(SkvqError, match=rf"^keys: {field}: expected .*finite numbers"):
+            refuse("keys", DIM)
+
+
+def test_a_rotation_that_is_known_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fit of a model sees the rotation that the model has then."""
+    searches: list[int] = []
+    find = turning_module.find_turning
+    monkeypatch.setattr(turning_module, "find_turning", lambda *given: searches.append(1) or find(*given))
+    model = tiny_models.build("llama", head_dim=DIM)
+    decoder, cpu = model.base_model, torch.device("cpu")
+
+    def found() -> tuple[Any, int]:
+        searches.clear()
+        return PromptFit(model)._turning(0, DIM, cpu), len(searches)
+
+    first, count = found()
+    assert count == 1
+    assert found() == (first, 0)
+    fit = PromptFit(model)
+    assert fit._turning(1, DIM, cpu) is fit._turning(0, DIM, cpu) is first
+    # one frequency, by a unit in the last place: in place, and as another tensor
+    for channel, anew in ((0, False), (5, True)):
+        inv_freq = decoder.rotary_emb.inv_freq.clone()
+        inv_freq[channel] = inv_freq[channel].nextafter(torch.tensor(2.0))
+        if anew:
+            decoder.rotary_emb.inv_freq = inv_freq
+        else:
+            decoder.rotary_emb.inv_freq.copy_(inv_freq)
+        turning, count = found()
+        assert count == 1
+        assert turning.frequencies[channel] == inv_freq[channel]
+        assert found() == (turning, 0)
+    # a factor on cosines and sines is part of the mean, not of the rotation
+    decoder.rotary_emb.attention_scaling = 1.25
+    assert found() == (turning, 0)
+    # a rotation that changes with the length is not taken for the known one, nor kept
+    config = copy.deepcopy(decoder.config)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    plain, decoder.rotary_emb = decoder.rotary_emb, type(decoder.rotary_emb)(config)
+    for _ in range(2):
+        reason, count = found()
+        assert count == 1
+        assert reason.startswith("rotation not known")
+    decoder.rotary_emb = plain
+    assert found() == (turning, 0)
+
+
+def test_a_known_rotation_does_not_keep_its_model() -> None:
+    model = tiny_models.build("llama", head_dim=DIM)
+    assert isinstance(PromptFit(model)._turning(0, DIM, torch.device("cpu")), turning_module.Turning)
+    decoder = weakref.ref(model.base_model)
+    del model
+    gc.collect()
+    assert decoder() is None
 
 
 def test_rows_that_are_no_numbers_are_refused_as_ever(llama: Any) -> None:

@@ -236,17 +236,19 @@ class PackedLayer(CacheLayerMixin):
     def _built(self, rows: WaitingRows, seen: SeenQueries | None) -> Built:
         """A store with these rows, of which these queries were seen; the layer stays as it is."""
         padding = self._padding_of(rows.keys.shape[0])
-        plan = self._fitted(rows, seen, padding)
+        order, plan = None, self.plan
+        if plan.searched:
+            order = sink_order(rows.keys, rows.values, plan.sinks, plan.searched, padding)
+        plan = self._fitted(rows, seen, padding, order)
         store = self._native.clone() if plan is self.plan else self._new_store(plan)
         if padding and not store.batch_size:
             store.set_padding(padding)
-        order = None
-        if plan.searched:
-            order = sink_order(rows.keys, rows.values, plan.sinks, plan.searched, padding)
         fill(store, rows, order, seen)
         return Built(store, order, plan)
 
-    def _fitted(self, rows: WaitingRows, seen: SeenQueries | None, padding: list[int]) -> LayerPlan:
+    def _fitted(
+        self, rows: WaitingRows, seen: SeenQueries | None, padding: list[int], order: torch.Tensor | None
+    ) -> LayerPlan:
         """The plan fitted to these rows, or the layer's own if it is not to be fitted, was before, or cannot be."""
         if self.fit is None or seen is None or not self._suffices_to_fit(rows.length):
             return self.plan
@@ -254,7 +256,7 @@ class PackedLayer(CacheLayerMixin):
             if self._has_unknown_padding:
                 self.counts.not_fitted[self.index] = "padding that set_padding was not told of"
             return self.plan
-        found = self.fit.fitted(self.plan, self.index, rows, seen, padding)
+        found = self.fit.fitted(self.plan, self.index, rows, seen, padding, order)
         if isinstance(found, LayerPlan):
             self.counts.fitted[self.index] = rows.length
             return found

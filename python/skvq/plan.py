@@ -52,6 +52,12 @@ class StreamPlan:
 
     def check(self, name: str, head_dim: int) -> None:
         """Raise SkvqError if heads of `head_dim` channels cannot be packed; `name` is "keys" or "values"."""
+        self._check_form(name, head_dim)
+        if self.options.parts is not None:
+            self._check_numbers(name)
+
+    def _check_form(self, name: str, head_dim: int) -> None:
+        """`check` without a look at numbers."""
         if head_dim <= 0 or head_dim % HEAD_DIM_UNIT:
             raise SkvqError(f"{name}: head_dim={head_dim}: expected a positive multiple of {HEAD_DIM_UNIT}")
         group = self.options.group_size
@@ -90,7 +96,12 @@ class StreamPlan:
             if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or tuple(value.shape) != shape:
                 found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
                 raise SkvqError(f"{name}: {field}: {found}, expected torch.float32 {list(shape)}")
-            if not bool(torch.isfinite(value).all()):
+
+    def _check_numbers(self, name: str) -> None:
+        """Raise SkvqError if numbers behind the rows of parts are none, as a native codec does of itself."""
+        for field in ("matrix", "inverse", "shift", "shift_sine", "frequencies", "noise"):
+            value = getattr(self, field)
+            if value is not None and not bool(torch.isfinite(value).all()):
                 raise SkvqError(f"{name}: {field}: expected finite numbers, got a NaN or an infinity")
         if self.noise is not None and bool((self.noise < 0.0).any()):
             raise SkvqError(f"{name}: noise: {float(self.noise.min())}, expected no negative number")
@@ -106,31 +117,34 @@ class StreamPlan:
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
     def codec(self, name: str, head_dim: int) -> Codec:
-        """The native codec of this stream."""
-        self.check(name, head_dim)
+        """The native codec of this stream. Raises SkvqError as `check` does."""
+        self._check_form(name, head_dim)
         options = self.options.resolved()
         if not options.is_packed:
             return Codec(head_dim=head_dim, format=options.format)
         fields = (field.name for field in dataclasses.fields(self) if field.name != "options")
-        static: dict[str, Any] = {name: getattr(self, name) for name in fields} | {"parts": options.parts}
-        return Codec(
-            head_dim=head_dim,
-            format=options.format,
-            group_size=options.group_size,
-            metadata=cast(str, options.metadata),
-            symmetric=options.symmetric,
-            codebook=options.codebook,
-            rule=cast(str, options.rule),
-            clip=options.clip,
-            refinements=options.refinements,
-            unbiased=options.unbiased,
-            rotation=options.rotation,
-            block=options.block,
-            block_shift=options.block_shift,
-            scale_exponent=options.scale_exponent,
-            query_exponent=options.query_exponent,
-            **{key: value for key, value in static.items() if value is not None},
-        )
+        static: dict[str, Any] = {field: getattr(self, field) for field in fields} | {"parts": options.parts}
+        try:
+            return Codec(
+                head_dim=head_dim,
+                format=options.format,
+                group_size=options.group_size,
+                metadata=cast(str, options.metadata),
+                symmetric=options.symmetric,
+                codebook=options.codebook,
+                rule=cast(str, options.rule),
+                clip=options.clip,
+                refinements=options.refinements,
+                unbiased=options.unbiased,
+                rotation=options.rotation,
+                block=options.block,
+                block_shift=options.block_shift,
+                scale_exponent=options.scale_exponent,
+                query_exponent=options.query_exponent,
+                **{key: value for key, value in static.items() if value is not None},
+            )
+        except SkvqError as error:
+            raise SkvqError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,8 @@ impl Upload {
     fn push<const N: usize, T: Copy>(&mut self, numbers: impl IntoIterator<Item = T>, bytes: fn(T) -> [u8; N]) -> u64 {
         self.bytes.resize(self.bytes.len().next_multiple_of(ALIGNMENT), 0);
         let start = self.bytes.len() as u64;
-        self.bytes.extend(numbers.into_iter().flat_map(bytes));
+        // Several times as fast as one `extend` with all of their bytes, and matrices are megabytes.
+        numbers.into_iter().for_each(|number| self.bytes.extend_from_slice(&bytes(number)));
         start
     }
 

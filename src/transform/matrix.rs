@@ -23,7 +23,8 @@ impl Matrix {
             if matrix.len() != head_dim * head_dim {
                 return Err(Error::value(name, format!("{head_dim} x {head_dim} numbers"), matrix.len()));
             }
-            if !matrix.iter().all(|value| value.is_finite()) {
+            // all of them, without a way out of the loop: several at once
+            if !matrix.iter().fold(true, |finite, value| finite & value.is_finite()) {
                 return Err(Error::value(name, "finite numbers", "a NaN or an infinity"));
             }
         }
@@ -68,7 +69,11 @@ impl Matrix {
 }
 
 fn transposed(matrix: &[f32], width: usize) -> Vec<f32> {
-    (0..width * width).map(|i| matrix[i % width * width + i / width]).collect()
+    let mut columns = Vec::with_capacity(matrix.len());
+    for column in 0..width {
+        columns.extend(matrix[column..].iter().step_by(width));
+    }
+    columns
 }
 
 fn multiply_plainly(columns: &[f32], x: &[f32], out: &mut [f32]) {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,19 +24,22 @@ from .._native import SkvqError
 from ..config import StreamOptions
 from ..evaluate.rope import Rotary, decoder_of
 from ..plan import LayerPlan, StreamPlan
-from ..sinks import sink_mask
+from ..sinks import sink_order
 from ..waiting import SeenQueries, WaitingRows
 from .allocate import cheapest
 from .fitted_options import fitted_key_options, fitted_value_options, of_parts
-from .moments import AttentionMoments, StreamMoments
-from .spectral import StreamFit
-from .spectral_plan import fit_key_moments
-from .turning import TurnedMoments, Turning, turning_or_reason
+from .prompt_sums import PromptMoments, PromptSums, Scoring
+from .side_by_side import one_core_each
+from .spectral_plan import fit_key_moments, key_plan
+from .turning import Turning, turning_or_reason
 
 TOKENS = 32768  # of a sequence that are looked at, from the beginning
-ROWS = 8192  # keys among them, evenly spaced; of all sequences together
-QUERIES = 256  # likewise queries
 DAMPING = 1e-2
+
+TurningKey = tuple[Any, int, torch.device]  # type of the layer, head_dim, device
+
+# Rotations that fits of a decoder have found. Looked at again by each, as they may have been changed.
+_found: WeakKeyDictionary[Any, dict[TurningKey, Turning]] = WeakKeyDictionary()
 
 
 class PromptFit:
@@ -44,10 +48,17 @@ class PromptFit:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._rotary = Rotary(model, torch.float32)
-        self._turnings: dict[tuple[Any, int], Turning | str] = {}
+        self._turnings: dict[TurningKey, Turning | str] = {}
 
+    @torch.no_grad()
     def fitted(
-        self, plan: LayerPlan, index: int, rows: WaitingRows, seen: SeenQueries, padding: Sequence[int] = ()
+        self,
+        plan: LayerPlan,
+        index: int,
+        rows: WaitingRows,
+        seen: SeenQueries,
+        padding: Sequence[int] = (),
+        order: Tensor | None = None,
     ) -> LayerPlan | str:
         """`plan` with keys and values fitted to these rows, or why that is not possible.
 
@@ -57,99 +68,79 @@ class PromptFit:
             rows: keys and values of all tokens of a prompt.
             seen: the queries of some of them.
             padding: tokens in front of each sequence that do not count; empty: none.
+            order: in which the first rows will be stored, sinks in front (sinks.py); None: found here.
         """
         turning = self._turning(index, rows.keys.shape[3], rows.keys.device)
         if isinstance(turning, str):
             return turning
-        moments = _Moments(rows, turning)
-        scaling, softcap, sink_logits = self._attention_of(index, rows.keys.shape[3])
-        for row in range(rows.keys.shape[0]):
+        if order is None and plan.searched:
+            order = sink_order(rows.keys, rows.values, plan.sinks, plan.searched, padding)
+        batch = rows.keys.shape[0]
+        sums = PromptSums(batch, plan.window, turning, self._scoring(index, rows.keys.shape[3]))
+        for row in range(batch):
             pad = padding[row] if padding else 0
             first = max(0, seen.begin - pad)
             looked_at = slice(pad, pad + TOKENS)
             begin = pad + first - seen.begin
-            queries = seen.query[row, :, begin : begin + max(0, TOKENS - first)].float() * scaling
-            keys, values = rows.keys[row, :, looked_at].float(), rows.values[row, :, looked_at].float()
-            moments.add(plan, keys, values, queries, first, {"softcap": softcap, "sink_logits": sink_logits})
-        return moments.plan(plan)
+            queries = seen.query[row, :, begin : begin + max(0, TOKENS - first)]
+            keys, values = rows.keys[row, :, looked_at], rows.values[row, :, looked_at]
+            places = torch.arange(keys.shape[1], device=keys.device)
+            if order is not None:
+                places = torch.cat([order[row, pad:] - pad, places[order.shape[1] - pad :]])
+            sums.add(keys, values, queries, first, places[: plan.sinks], places[plan.sinks :])
+        moments = sums.read()
+        return moments if isinstance(moments, str) else _fitted(plan, moments)
 
     def _turning(self, index: int, head_dim: int, device: torch.device) -> Turning | str:
         try:
-            types = getattr(decoder_of(self._model).config, "layer_types", None)
+            decoder = decoder_of(self._model)
         except ValueError as error:
             return str(error)
-        key = types[index] if types and index < len(types) else None, head_dim
+        types = getattr(decoder.config, "layer_types", None)
+        key = types[index] if types and index < len(types) else None, head_dim, device
         if key not in self._turnings:
-            self._turnings[key] = turning_or_reason(self._rotary, index, head_dim, device)
+            found = _found.setdefault(decoder, {})
+            turning = turning_or_reason(self._rotary, index, head_dim, device, found.get(key))
+            if isinstance(turning, Turning):
+                found[key] = turning
+            self._turnings[key] = turning
         return self._turnings[key]
 
-    def _attention_of(self, index: int, head_dim: int) -> tuple[float, float | None, Tensor | None]:
-        """What scores are multiplied by, their cap, and the logits that join every softmax."""
+    def _scoring(self, index: int, head_dim: int) -> Scoring:
+        """How the layer's queries look at keys."""
         decoder = decoder_of(self._model)
         attention = decoder.layers[index].self_attn
         scaling, sinks = getattr(attention, "scaling", None), getattr(attention, "sinks", None)
-        softcap = getattr(decoder.config, "attn_logit_softcapping", None)
-        logits = sinks.detach() if isinstance(sinks, Tensor) else None
-        return head_dim**-0.5 if scaling is None else float(scaling), softcap, logits
-
-
-class _Moments:
-    """Sums over the sequences of a prompt."""
-
-    def __init__(self, rows: WaitingRows, turning: Turning) -> None:
-        (self.batch, heads, _, key_dim), value_dim = rows.keys.shape, rows.values.shape[3]
-        device = rows.keys.device
-        self.keys = StreamMoments.empty(heads, key_dim, device)
-        self.turned = TurnedMoments.empty(heads, turning)
-        self.attention = AttentionMoments.empty(heads, key_dim, value_dim, device)
-        self.value_sum = torch.zeros(heads, value_dim, dtype=torch.float64, device=device)
-        self.is_finite = True
-
-    def add(
-        self, plan: LayerPlan, keys: Tensor, values: Tensor, queries: Tensor, first: int, options: dict[str, Any]
-    ) -> None:
-        """One sequence: keys and values [Hkv, n, D], scaled queries [Hq, L, Dk] of its tokens from `first` on."""
-        extremes = torch.stack([x for rows in (keys, values, queries) if rows.numel() for x in rows.aminmax()])
-        self.is_finite &= bool(extremes.isfinite().all())
-        if not self.is_finite:
-            return
-        is_sink = sink_mask(keys[None], values[None], plan.sinks, plan.sink_search, plan.window)[0]
-        kept = (~is_sink).nonzero()[:, 0]
-        kept = kept[:: max(1, kept.numel() * self.batch // ROWS)]
-        if kept.numel() == 0 or queries.shape[1] == 0:
-            return
-        self.keys.update(keys[:, kept], 0)
-        self.turned.update(keys[:, kept], kept)
-        self.value_sum += values[:, kept].sum(1, dtype=torch.float64)
-        stride = max(1, min(queries.shape[1], queries.shape[1] * self.batch // QUERIES))
-        self.attention.update(
-            queries, keys, values, first=first, is_sink=is_sink, window=plan.window, stride=stride, **options
+        return Scoring(
+            scaling=head_dim**-0.5 if scaling is None else float(scaling),
+            softcap=getattr(decoder.config, "attn_logit_softcapping", None),
+            sink_logits=sinks.detach() if isinstance(sinks, Tensor) else None,
         )
 
-    def plan(self, plan: LayerPlan) -> LayerPlan | str:
-        """What the sums say, or why they say nothing."""
-        if not self.is_finite:
-            return "keys, values or queries are not finite"
-        if not float(self.attention.query_weight.sum()) > 0.0:
-            return "no query attends to a token that would be packed"
-        try:
-            weight = self.attention.weighted_query_moment
-            fit = fit_key_moments(weight, self.keys, self.turned, damping=DAMPING)
-            keys = self._keys(fit, plan.keys.options)
-        except (SkvqError, RuntimeError) as error:  # too few bits for parts, or no eigenvalues
-            return str(error)
-        return dataclasses.replace(plan, keys=keys, values=self._values(plan.values))
 
-    @staticmethod
-    def _keys(fit: StreamFit, given: StreamOptions) -> StreamPlan:
-        options = fitted_key_options(given, fit.shape[1])
-        if options is None:
-            options = of_parts(given, cheapest("key_bits", fit.candidates(4, fit.own), given.bits).parts)
+def _fitted(plan: LayerPlan, moments: PromptMoments) -> LayerPlan | str:
+    """The plan by what was found of the prompt."""
+    try:
+        with one_core_each():
+            keys = _keys(moments, plan.keys.options)
+    except (SkvqError, RuntimeError) as error:  # too few bits for parts, or no eigenvalues
+        return str(error)
+    return dataclasses.replace(plan, keys=keys, values=_values(plan.values, moments.value_mean))
+
+
+def _keys(moments: PromptMoments, given: StreamOptions) -> StreamPlan:
+    found = moments.query_moment, moments.static, moments.turned
+    options = fitted_key_options(given, moments.query_moment.shape[-1])
+    if options is not None:
         assert options.parts is not None
-        return dataclasses.replace(fit.plan(options.parts, noise=True), options=options)
+        plan = key_plan(*found, options.parts, damping=DAMPING)
+    else:
+        fit = fit_key_moments(*found, damping=DAMPING)
+        parts = cheapest("key_bits", fit.candidates(4, fit.own), given.bits).parts
+        options, plan = of_parts(given, parts), fit.plan(parts, noise=True)
+    return dataclasses.replace(plan, options=options)
 
-    def _values(self, values: StreamPlan) -> StreamPlan:
-        options = fitted_value_options(values.options)
-        if options is values.options:
-            return values
-        return StreamPlan(options, shift=(self.value_sum / int(self.keys.count)).float().cpu())
+
+def _values(values: StreamPlan, mean: Tensor) -> StreamPlan:
+    options = fitted_value_options(values.options)
+    return values if options is values.options else StreamPlan(options, shift=mean.float())

@@ -7,12 +7,17 @@ With S the covariance of a head's rows about their mean and W what an error cost
 scaled queries, for values Σ Wₒᵀ Wₒ), the eigenvalues λ of S^½ W S^½ say what there is to lose: in the basis
 λ^¼ Vᵀ S^-½ every channel has the variance √λ and an error of variance 1 costs √λ (transform.py). Sorted and cut into
 parts, each behind a flat rotation that gives its channels one variance, a part with bits b costs
-error(b) · (Σ √λ)² / width. All in float64 on the CPU; leading dimension H, the kv heads.
+error(b) · (Σ √λ)² / width. Any F with F Fᵀ = S serves instead of S^½: the eigenvalues of Fᵀ W F are the same, and so is
+λ^¼ Uᵀ F⁻¹ with its eigenvectors U. All in float64 on the CPU; leading dimension H, the kv heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +25,8 @@ from torch import Tensor
 from ..config import StreamOptions
 from ..plan import StreamPlan
 from .allocate import MSE, Candidate, Parts, candidates, equal_error, error_of
-from .transform import flat_rotation, power
+from .side_by_side import side_by_side
+from .transform import factor_and_inverse, flat_rotation
 
 SMALLEST_RATIO = 1e-9  # of an eigenvalue to the largest
 
@@ -57,8 +63,8 @@ class Spectrum:
     """The balanced basis of a stream, its channels in falling order of what there is to lose.
 
     Attributes:
-        basis, inverse: rows to channels and back, float64 [H, D, D].
-        spread: variance of every channel, which is also what an error of variance 1 costs there [H, D].
+        basis, inverse: rows to channels and back, float64 [H, D, D]; of one head alone [D, D].
+        spread: variance of every channel, which is also what an error of variance 1 costs there [H, D] or [D].
     """
 
     basis: Tensor
@@ -68,13 +74,18 @@ class Spectrum:
     @classmethod
     def of(cls, covariance: Tensor, weight: Tensor) -> Spectrum:
         """From damped moments float64 [H, D, D]."""
-        root, inverse_root = power(covariance, 0.5), power(covariance, -0.5)
-        values, vectors = torch.linalg.eigh(root @ weight @ root)
+        heads = side_by_side(lambda head: cls.of_head(covariance[head], weight[head]), covariance.shape[0])
+        return cls(*(torch.stack([getattr(head, x.name) for head in heads]) for x in fields(cls)))
+
+    @classmethod
+    def of_head(cls, covariance: Tensor, weight: Tensor) -> Spectrum:
+        """Of one head, from damped moments [D, D]."""
+        factor, inverse = factor_and_inverse(covariance)
+        values, vectors = torch.linalg.eigh(factor.mT @ weight @ factor, UPLO="U")
         values, vectors = values.flip(-1), vectors.flip(-1)
-        spread = values.clamp(min=values[..., :1] * SMALLEST_RATIO).sqrt()
+        spread = values.clamp(min=values[:1] * SMALLEST_RATIO).sqrt()
         quarter = spread.sqrt()
-        basis = quarter[..., :, None] * (vectors.mT @ inverse_root)
-        return cls(basis, (root @ vectors) / quarter[..., None, :], spread)
+        return cls(quarter[:, None] * (vectors.mT @ inverse), (factor @ vectors) / quarter, spread)
 
     def harm(self, weight: Tensor) -> Tensor:
         """What an error of variance 1 in a channel costs by another weight [H, D, D]: [H, D]."""
@@ -82,26 +93,44 @@ class Spectrum:
 
     def cost(self, parts: Parts, harm: Tensor) -> float:
         """Predicted cost of all heads. A flat rotation spreads the errors of a part over its channels."""
-        total, start = 0.0, 0
-        for bits, width in parts:
-            part = slice(start, start + width)
-            total += error_of(bits) * float((self.spread[:, part].mean(-1) * harm[:, part].sum(-1)).sum())
-            start += width
-        return total
+        return self.costs(harm)(parts)
+
+    def costs(self, harm: Tensor) -> Callable[[Parts], float]:
+        """`cost` of many parts, of which several have the same channels."""
+
+        @cache
+        def of_channels(start: int, end: int) -> float:
+            return float((self.spread[:, start:end].mean(-1) * harm[:, start:end].sum(-1)).sum())
+
+        def of_parts(parts: Parts) -> float:
+            ends = list(accumulate(width for _, width in parts))
+            return sum(
+                error_of(bits) * of_channels(end - width, end) for (bits, width), end in zip(parts, ends, strict=True)
+            )
+
+        return of_parts
 
     def matrices(self, parts: Parts) -> tuple[Tensor, Tensor]:
         """M and B of src/FORMAT.md section 6, float32: y = M (x − m) has unit variance, B has the gain 1 / (1 − MSE)
         for channels with codes.
         """
-        forward, back, start = [], [], 0
-        for bits, width in parts:
-            rotation, part = flat_rotation(width), slice(start, start + width)
-            deviation = self.spread[:, part].mean(-1).sqrt()[:, None, None]
-            gain = 1.0 / (1.0 - MSE[bits]) if bits else 1.0
-            forward.append(rotation @ self.basis[:, part] / deviation)
-            back.append(self.inverse[:, :, part] @ rotation.mT * (deviation * gain))
-            start += width
-        return torch.cat(forward, dim=-2).float(), torch.cat(back, dim=-1).float()
+        rotation, mean, gain = _of_parts(parts)
+        deviation = (self.spread @ mean).sqrt()
+        forward = rotation @ (self.basis / deviation[..., :, None])
+        back = (self.inverse * (deviation * gain)[..., None, :]) @ rotation.mT
+        return forward.float(), back.float()
+
+
+@lru_cache(maxsize=8)
+def _of_parts(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every part, side by side: its rotation and what gives a channel the mean of its part, float64 [D, D]; the
+    decoder's gain, float64 [D]. Not to be written into.
+    """
+    unit: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    rotation = torch.block_diag(*(flat_rotation(width) for _, width in parts))
+    mean = torch.block_diag(*(torch.full((width, width), 1.0 / width, **unit) for _, width in parts))
+    gain = [torch.full((width,), 1.0 / (1.0 - MSE[bits]) if bits else 1.0, **unit) for bits, width in parts]
+    return rotation, mean, torch.cat(gain)
 
 
 def noise_of(parts: Parts) -> Tensor:
@@ -111,6 +140,32 @@ def noise_of(parts: Parts) -> Tensor:
     the gain of B that is MSE / (1 − MSE).) A channel without codes is off by itself.
     """
     return torch.cat([torch.full((width,), MSE[bits] * (1.0 - MSE[bits]) if bits else 1.0) for bits, width in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """Of the rows of a stream, as src/FORMAT.md section 6 takes it off.
+
+    Attributes:
+        shift: [H, D].
+        shift_sine, frequencies: of one that turns, [H, D] and float32 [D].
+    """
+
+    shift: Tensor
+    shift_sine: Tensor | None = None
+    frequencies: Tensor | None = None
+
+    def plan(self, parts: Parts, matrix: Tensor, inverse: Tensor, *, noise: bool) -> StreamPlan:
+        """Of rows of parts about it, with M and B float32 [H, D, D]."""
+        return StreamPlan(
+            StreamOptions(parts=parts),
+            shift=self.shift.float(),
+            shift_sine=None if self.shift_sine is None else self.shift_sine.float(),
+            frequencies=self.frequencies,
+            matrix=matrix,
+            inverse=inverse,
+            noise=noise_of(parts) if noise else None,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +189,7 @@ class StreamFit:
         own: the objective that the transform is fitted to.
         output: the squared error of the attention output, relative to its power; None if it was not asked for.
         static_variance, variance: of the channels about the static mean and about the mean that is used [H, D].
-        shift, shift_sine, frequencies: that mean (src/FORMAT.md section 6).
+        mean: that mean.
     """
 
     spectrum: Spectrum
@@ -142,9 +197,7 @@ class StreamFit:
     output: Objective | None
     static_variance: Tensor
     variance: Tensor
-    shift: Tensor
-    shift_sine: Tensor | None = None
-    frequencies: Tensor | None = None
+    mean: Mean
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,8 +206,8 @@ class StreamFit:
 
     def candidates(self, parts: int, objective: Objective) -> list[Candidate]:
         """What the stream may be given, with costs by the objective."""
-        harm = self.spectrum.harm(objective.weight)
-        return candidates(self.shape[1], parts, lambda x: self.spectrum.cost(x, harm) / objective.unit)
+        costs = self.spectrum.costs(self.spectrum.harm(objective.weight))
+        return candidates(self.shape[1], parts, lambda x: costs(x) / objective.unit)
 
     def chain(self, objective: Objective, bits: float, parts: Parts) -> Chain:
         """Predicted costs, those before the parts with equal `bits`."""
@@ -170,13 +223,4 @@ class StreamFit:
 
     def plan(self, parts: Parts, *, noise: bool) -> StreamPlan:
         """With bits."""
-        matrix, inverse = self.spectrum.matrices(parts)
-        return StreamPlan(
-            StreamOptions(parts=parts),
-            shift=self.shift.float(),
-            shift_sine=None if self.shift_sine is None else self.shift_sine.float(),
-            frequencies=self.frequencies,
-            matrix=matrix,
-            inverse=inverse,
-            noise=noise_of(parts) if noise else None,
-        )
+        return self.mean.plan(parts, *self.spectrum.matrices(parts), noise=noise)

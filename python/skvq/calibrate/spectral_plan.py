@@ -16,12 +16,13 @@ from torch import Tensor
 from .._native import SkvqError
 from ..config import StreamOptions
 from ..plan import StreamPlan
-from .allocate import MSE, Candidate, Share, allocate, cheapest
+from .allocate import MSE, Candidate, Parts, Share, allocate, cheapest
 from .moments import AttentionMoments, StreamMoments
 from .output_weight import output_weight
-from .spectral import Chain, Objective, Spectrum, StreamFit
+from .side_by_side import side_by_side
+from .spectral import Chain, Mean, Objective, Spectrum, StreamFit
 from .statistics import LayerStatistics, Statistics
-from .transform import damped
+from .transform import damped, damped_diagonal
 from .turning import TurnedMoments
 
 WEIGHTS = ("query", "attention")
@@ -104,44 +105,70 @@ def fit_keys(layer: LayerStatistics, index: int, output: Tensor, options: Spectr
         found = _attention(layer, index)
         gain = output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         joint = Objective(gain * found.query_moment.cpu(), _output_power(found, output))
-    return fit_key_moments(weight, layer.keys, layer.keys_turned, damping=options.damping, output=joint)
+    turned = None if layer.keys_turned is None else KeyMoments.turned(layer.keys_turned)
+    return fit_key_moments(weight, KeyMoments.static(layer.keys), turned, damping=options.damping, output=joint)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyMoments:
+    """Keys about a mean, on the CPU.
+
+    Attributes:
+        covariance: float64 or float32 [H, D, D].
+        mean: that mean.
+    """
+
+    covariance: Tensor
+    mean: Mean
+
+    @classmethod
+    def static(cls, keys: StreamMoments) -> KeyMoments:
+        """About the mean of all keys."""
+        return cls(keys.covariance.cpu(), Mean(keys.mean.cpu()))
+
+    @classmethod
+    def turned(cls, keys: TurnedMoments) -> KeyMoments:
+        """About their mean before the rotation, turned to each position."""
+        return cls(keys.covariance.cpu(), Mean(keys.mean.cpu(), keys.mean_sine.cpu(), keys.frequencies.cpu()))
 
 
 def fit_key_moments(
-    weight: Tensor,
-    keys: StreamMoments,
-    turned: TurnedMoments | None,
-    *,
-    damping: float,
-    output: Objective | None = None,
+    weight: Tensor, static: KeyMoments, turned: KeyMoments | None, *, damping: float, output: Objective | None = None
 ) -> StreamFit:
-    """Keys, from what their errors cost, float64 [H, D, D], and their moments about either mean."""
-    weight = damped(weight.cpu(), damping)
-    static = damped(keys.covariance.cpu(), damping)
-    covariance = static
-    mean: dict[str, Tensor] = {"shift": keys.mean.cpu()}
-    if turned is not None:
-        about = damped(turned.covariance.cpu(), damping)
-        if _channelwise(about, weight) < _channelwise(static, weight):
-            covariance = about
-            mean = {
-                "shift": turned.mean.cpu(),
-                "shift_sine": turned.mean_sine.cpu(),
-                "frequencies": turned.frequencies.cpu(),
-            }
+    """Keys, from what their errors cost, float64 or float32 [H, D, D], and their moments about either mean."""
+    about = _nearer(weight, static, turned, damping)
+    harm = damped(weight.cpu(), damping)
     return StreamFit(
-        spectrum=Spectrum.of(covariance, weight),
-        own=Objective(weight, float(weight.shape[0])),
+        spectrum=Spectrum.of(damped(about.covariance, damping), harm),
+        own=Objective(harm, float(harm.shape[0])),
         output=output,
-        static_variance=static.diagonal(dim1=-2, dim2=-1),
-        variance=covariance.diagonal(dim1=-2, dim2=-1),
-        **mean,
+        static_variance=damped_diagonal(static.covariance, damping),
+        variance=damped_diagonal(about.covariance, damping),
+        mean=about.mean,
     )
 
 
-def _channelwise(covariance: Tensor, weight: Tensor) -> float:
-    """What a scale per channel loses, for equal bits."""
-    return float((covariance.diagonal(dim1=-2, dim2=-1) * weight.diagonal(dim1=-2, dim2=-1)).sum())
+def key_plan(
+    weight: Tensor, static: KeyMoments, turned: KeyMoments | None, parts: Parts, *, damping: float
+) -> StreamPlan:
+    """`fit_key_moments(…).plan(parts, noise=True)`, in one task for every head."""
+    about = _nearer(weight, static, turned, damping)
+
+    def matrices(head: int) -> tuple[Tensor, Tensor]:
+        covariance, harm = damped(about.covariance[head], damping), damped(weight[head], damping)
+        return Spectrum.of_head(covariance, harm).matrices(parts)
+
+    matrix, inverse = zip(*side_by_side(matrices, weight.shape[0]), strict=True)
+    return about.mean.plan(parts, torch.stack(matrix), torch.stack(inverse), noise=True)
+
+
+def _nearer(weight: Tensor, static: KeyMoments, turned: KeyMoments | None, damping: float) -> KeyMoments:
+    """About the mean behind which a scale per channel loses less, for equal bits, over all heads."""
+    if turned is None:
+        return static
+    harm = damped_diagonal(weight.cpu(), damping)
+    loss = [(damped_diagonal(x.covariance, damping) * harm).sum() for x in (turned, static)]
+    return turned if float(loss[0]) < float(loss[1]) else static
 
 
 def fit_values(layer: LayerStatistics, index: int, output: Tensor, options: SpectralOptions) -> StreamFit:
@@ -162,7 +189,7 @@ def fit_values(layer: LayerStatistics, index: int, output: Tensor, options: Spec
         output=joint,
         static_variance=variance,
         variance=variance,
-        shift=mean,
+        mean=Mean(mean),
     )
 
 
@@ -313,7 +340,7 @@ def _mean_remarks(statistics: Statistics, fits: Mapping[tuple[int, str], StreamF
     reasons: dict[str, list[int]] = {}
     for index, layer in statistics.layers.items():
         fit = fits.get((index, "keys"))
-        if fit is not None and fit.shift_sine is None:
+        if fit is not None and fit.mean.shift_sine is None:
             reason = layer.turning_refused or "less is lost than with one that turns"
             reasons.setdefault(reason, []).append(index)
     return [

@@ -18,6 +18,7 @@ the same variance, which is what a quantizer with one scale wants.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,23 +36,54 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
     return (vectors * values.clamp(min=floor)[..., None, :] ** exponent) @ vectors.mT
 
 
+def factor_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """F with F Fᵀ = a symmetric positive matrix [D, D], its smallest eigenvalues raised as in `power`, and F⁻¹.
+
+    Cholesky's factor where no eigenvalue is that small, which takes a tenth of the time of an eigendecomposition.
+    """
+    upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)  # as MKL is faster, here and in an eigendecomposition
+    if not int(failed):
+        unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        factor, inverse = upper.mT, torch.linalg.solve_triangular(upper.mT, unit, upper=False)
+        # |F⁻¹|² is at least one over the smallest eigenvalue, the trace at least the largest
+        if SMALLEST_EIGENVALUE * float(torch.linalg.vector_norm(inverse)) ** 2 * float(matrix.trace()) < 1.0:
+            return factor, inverse
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp(min=values[-1:] * SMALLEST_EIGENVALUE).sqrt()
+    return vectors * root, (vectors / root).mT
+
+
+@lru_cache
 def flat_rotation(head_dim: int) -> Tensor:
-    """An orthogonal matrix [D, D], float64, whose entries have (nearly) one magnitude: Hadamard where D is a power of
-    two, otherwise Hartley's.
+    """An orthogonal matrix [D, D], float64 on the CPU, whose entries have (nearly) one magnitude: Hadamard where D is a
+    power of two, otherwise Hartley's. Not to be written into: there is one of every size.
     """
     if head_dim & (head_dim - 1) == 0:
-        return hadamard(torch.eye(head_dim)).sign().to(torch.float64) / math.sqrt(head_dim)
-    steps = torch.arange(head_dim, dtype=torch.float64)
+        return hadamard(torch.eye(head_dim, device="cpu")).sign().to(torch.float64) / math.sqrt(head_dim)
+    steps = torch.arange(head_dim, dtype=torch.float64, device="cpu")
     angles = 2.0 * math.pi / head_dim * steps[:, None] * steps
     return (angles.cos() + angles.sin()) / math.sqrt(head_dim)
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
-    """`moment` [..., D, D] plus `damping` times its mean diagonal on the diagonal; an all-zero one becomes the unit."""
-    moment = 0.5 * (moment + moment.mT)
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    """`moment` [..., D, D] plus `damping` times its mean diagonal on the diagonal, float64; an all-zero one becomes the
+    unit.
+    """
+    moment = moment.to(torch.float64, copy=True)
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.add_(mean, alpha=damping)
+    if bool((mean > 0.0).all()):
+        return moment
     unit = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.where(mean > 0.0, moment + damping * mean * unit, unit)
+    return torch.where(mean[..., None] > 0.0, moment, unit)
+
+
+def damped_diagonal(moment: Tensor, damping: float) -> Tensor:
+    """The diagonal of `damped`, float64 [..., D]."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1).double()
+    mean = diagonal.mean(-1, keepdim=True)
+    return torch.where(mean > 0.0, diagonal + damping * mean, 1.0)
 
 
 def cost(matrix: Tensor, covariance: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +112,7 @@ def balanced_transform(covariance: Tensor, weight: Tensor, damping: float = 1e-3
             raise SkvqError(f"{name}: shape {tuple(moment.shape)}, expected {tuple(covariance.shape)} and square")
         if not bool(torch.isfinite(moment).all()):
             raise SkvqError(f"{name}: has NaN or infinity, expected finite numbers")
-    s, w = (damped(moment.to(torch.float64), damping) for moment in (covariance, weight))
+    s, w = (damped(0.5 * (moment + moment.mT), damping) for moment in (covariance, weight))
     root, inverse_root = power(s, 0.5), power(s, -0.5)
     mean = inverse_root @ power(root @ w @ root, 0.5) @ inverse_root
     half = power(mean, 0.5)

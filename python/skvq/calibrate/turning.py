@@ -8,6 +8,7 @@ Shapes: rows float32 [H, n, D], their positions int64 [n]; matrices float64 [H, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -38,6 +39,10 @@ class Turning:
     partner: Tensor
     sign: Tensor
 
+    def to(self, device: torch.device) -> Turning:
+        """On another device."""
+        return Turning(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def quarter(self, rows: Tensor) -> Tensor:
         """J of rows [..., D]."""
         return rows[..., self.partner] * self.sign.to(rows.dtype)
@@ -65,13 +70,12 @@ def find_turning(rope: Rope, head_dim: int, device: torch.device | None = None) 
         ValueError: the rotation is not one of pairs of channels by an angle in proportion to the position.
     """
     device = device or torch.device("cpu")
-    first = _matrix_at(rope, 1, head_dim, device)
-    turning, factor = _first_guess(first)
+    doublings = [2**doubling for doubling in range(1, DOUBLINGS + 1)]
+    at = _matrices_at(rope, {1, *doublings, *PROBES}, head_dim, device)
+    turning, factor = _first_guess(at[1])
     theta, sign = turning.frequencies.double(), turning.sign.double()
-    for doubling in range(1, DOUBLINGS + 1):
-        position = 2**doubling
-        found = _matrix_at(rope, position, head_dim, device)
-        own, other = found.diagonal(), found.gather(1, turning.partner[:, None])[:, 0] * sign
+    for position in doublings:
+        own, other = at[position].diagonal(), at[position].gather(1, turning.partner[:, None])[:, 0] * sign
         angle = torch.where(sign == 0.0, 0.0, torch.atan2(other, own)) - theta * position
         angle -= (angle / (2 * torch.pi)).round() * 2 * torch.pi
         if float(angle.abs().max()) > ANGLE_TOLERANCE:
@@ -79,18 +83,40 @@ def find_turning(rope: Rope, head_dim: int, device: torch.device | None = None) 
         theta = theta + angle / position
     turning = Turning(theta.float(), turning.partner, turning.sign)
     for position in PROBES:
-        # float32 angles are known to half a unit in the last place, tables to another
-        allowed = (position * float(theta.max()) + 8.0) * 2.0**-23
-        error = (_matrix_at(rope, position, head_dim, device) / factor[:, None] - turning.matrix(position)).abs()
-        if float(error.max()) > allowed:
-            raise ValueError(f"at position {position} it is off by {float(error.max()):.2g}")
-    return turning
+        error = _error_at(position, at[position], factor, turning)
+        if error > _allowed_error(position, turning):
+            raise ValueError(f"at position {position} it is off by {error:.2g}")
+    return turning.to(device)
 
 
-def _matrix_at(rope: Rope, position: int, head_dim: int, device: torch.device) -> Tensor:
-    """What the model does to a row at `position`, float64 [D, D]."""
+@torch.no_grad()
+def still_turns(turning: Turning, rope: Rope) -> bool:
+    """Whether the rotation is the one that was found before: near, at the farthest position that was looked at, where
+    frequencies show, and between.
+    """
+    device, dim = turning.frequencies.device, turning.frequencies.numel()
+    far = 2**DOUBLINGS
+    at = _matrices_at(rope, {1, PROBES[-1], far}, dim, device)
+    factor, known = torch.linalg.vector_norm(at[1], dim=1), turning.to(torch.device("cpu"))
+    allowed = {x: _allowed_error(x, known) for x in PROBES} | {far: ANGLE_TOLERANCE}
+    return all(_error_at(x, matrix, factor, known) <= allowed[x] for x, matrix in at.items())
+
+
+def _matrices_at(rope: Rope, positions: Collection[int], head_dim: int, device: torch.device) -> dict[int, Tensor]:
+    """What the model does to a row at each position, which it sees alone, float64 [D, D] on the CPU."""
     rows = torch.eye(head_dim, device=device)[None, :, None]
-    return rope.forward(rows, position)[0, :, 0].double().mT
+    matrices = torch.stack([rope.forward(rows, position)[0, :, 0].mT for position in positions]).cpu().double()
+    return dict(zip(positions, matrices, strict=True))
+
+
+def _error_at(position: int, matrix: Tensor, factor: Tensor, turning: Turning) -> float:
+    """By how much the rotation is off that gave the matrix, with the factors of channels."""
+    return float((matrix / factor[:, None] - turning.matrix(position)).abs().max())
+
+
+def _allowed_error(position: int, turning: Turning) -> float:
+    """float32 angles are known to half a unit in the last place, tables to another."""
+    return (position * float(turning.frequencies.max()) + 8.0) * 2.0**-23
 
 
 def _first_guess(first: Tensor) -> tuple[Turning, Tensor]:
@@ -206,9 +232,14 @@ class TurnedMoments:
             raise SkvqError("statistics of no rows: expected longer or more chunks")
 
 
-def turning_or_reason(rotary: Any, layer: int, head_dim: int, device: torch.device) -> Turning | str:
-    """The rotation of a layer, or why its mean cannot turn."""
+def turning_or_reason(
+    rotary: Any, layer: int, head_dim: int, device: torch.device, known: Turning | None = None
+) -> Turning | str:
+    """The rotation of a layer, or why its mean cannot turn; `known` is what was found before, on the same device."""
     try:
-        return find_turning(rotary(layer), head_dim, device)
+        rope = rotary(layer)
+        if known is not None and still_turns(known, rope):
+            return known
+        return find_turning(rope, head_dim, device)
     except (ValueError, RuntimeError, TypeError) as error:
         return f"rotation not known: {error}"

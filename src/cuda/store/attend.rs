@@ -43,11 +43,12 @@ const FEWEST_PAGES: usize = 8;
 const SHORT_SPLIT: usize = 4;
 
 /// `SKVQ_ONE_LAUNCH`, `0` or `1`: what new layers begin with, as by [`CudaLayer::set_one_launch`].
-pub(super) static ONE_LAUNCH: LazyLock<Option<bool>> = LazyLock::new(|| match std::env::var("SKVQ_ONE_LAUNCH").as_deref() {
-    Ok("0") => Some(false),
-    Ok("1") => Some(true),
-    _ => None,
-});
+pub(super) static ONE_LAUNCH: LazyLock<Option<bool>> =
+    LazyLock::new(|| match std::env::var("SKVQ_ONE_LAUNCH").as_deref() {
+        Ok("0") => Some(false),
+        Ok("1") => Some(true),
+        _ => None,
+    });
 
 /// A mask `[batch | 1, heads | 1, queries | 1, tokens]`; strides in elements, 0 where an axis is 1.
 #[derive(Debug, Clone, Copy)]
