@@ -168,8 +168,7 @@ impl ImportedTensor {
     fn contiguous_matrix(&self, axes: &str) -> Result<[usize; 2]> {
         self.expect_rank(2, axes)?;
         let (rows, columns) = (self.shape[0], self.shape[1]);
-        let neighbours = columns <= 1 || self.strides[1] == 1;
-        if !(rows * columns == 0 || neighbours && (rows == 1 || self.strides[0] == columns)) {
+        if rows * columns != 0 && !self.is_contiguous() {
             let expected = format!("a contiguous matrix {axes}, with strides [{columns}, 1]");
             return Err(Error::value(self.name, expected, format!("strides {:?}", self.strides)));
         }
@@ -218,7 +217,7 @@ impl ImportedTensor {
         self.expect_aligned(size_of::<T>())?;
         let (shape, strides) = self.padded();
         let count = shape.iter().product();
-        if self.is_contiguous() {
+        if count > 0 && self.is_contiguous() {
             // SAFETY: neighbouring elements of the tensor, which the handle keeps alive; dtype and alignment were checked.
             return Ok(unsafe { slice::from_raw_parts(self.ptr.cast::<T>(), count) }.to_vec());
         }
@@ -234,7 +233,7 @@ impl ImportedTensor {
         Ok((0..count).map(element).collect())
     }
 
-    /// Whether there are elements, one behind the other in row-major order.
+    /// Whether its elements, of which there are some, lie one behind the other in row-major order.
     fn is_contiguous(&self) -> bool {
         let mut next = 1;
         let neighbours = |(&length, &stride): (&i64, &i64)| {
@@ -242,7 +241,7 @@ impl ImportedTensor {
             next *= length;
             holds
         };
-        !self.shape.contains(&0) && self.shape.iter().zip(&self.strides).rev().all(neighbours)
+        self.shape.iter().zip(&self.strides).rev().all(neighbours)
     }
 
     /// Shape and strides with leading axes of size 1 up to rank 4.

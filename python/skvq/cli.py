@@ -196,6 +196,12 @@ def _add_bench(commands: Any) -> None:
     _add_capacity(bench)
 
 
+def _add_numbers(parser: argparse.ArgumentParser, *numbers: tuple[str, int | str, str]) -> None:
+    """Options of whole numbers from 1 on: name, default, what it is."""
+    for option, default, text in numbers:
+        parser.add_argument(option, type=whole_number(1), metavar="N", help=f"{text} (default: {default})")
+
+
 def _add_prompt(bench: Any) -> None:
     parser = bench.add_parser(
         "prompt",
@@ -204,7 +210,8 @@ def _add_prompt(bench: Any) -> None:
         "prompts with every cache, and steps behind them.",
     )
     parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cpu)")
-    for option, default, text in (
+    _add_numbers(
+        parser,
         ("--layers", 4, "of the model"),
         ("--heads", 32, "query heads"),
         ("--kv-heads", 8, "of keys and values"),
@@ -213,8 +220,7 @@ def _add_prompt(bench: Any) -> None:
         ("--vocabulary", 32000, "tokens"),
         ("--rounds", 3, "prompts of a length with each cache"),
         ("--steps", 16, "that are timed behind a prompt"),
-    ):
-        parser.add_argument(option, type=whole_number(1), metavar="N", help=f"{text} (default: {default})")
+    )
     parser.add_argument("--dtype", choices=DTYPES[1:], help="of the model (default: bfloat16)")
     parser.add_argument("--tokens", type=whole_number(2), nargs="+", metavar="N", help="(default: 2048 8192)")
     add_output(parser, plot=False)
@@ -230,7 +236,8 @@ def _add_capacity(bench: Any) -> None:
     )
     parser.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:N or cpu (default: %(default)s)")
     parser.add_argument("--config", metavar="PATH", help="directory or file of a model's configuration")
-    for option, default, text in (
+    _add_numbers(
+        parser,
         ("--layers", 32, "of the model without --config"),
         ("--heads", 32, "query heads, likewise"),
         ("--kv-heads", "those of --heads", "likewise"),
@@ -239,8 +246,7 @@ def _add_capacity(bench: Any) -> None:
         ("--vocabulary", 32000, "likewise"),
         ("--chunk", 2048, "tokens by which the cache grows at a time"),
         ("--steps", 16, "tokens that are decoded and timed at a length"),
-    ):
-        parser.add_argument(option, type=whole_number(1), metavar="N", help=f"{text} (default: {default})")
+    )
     parser.add_argument("--dtype", choices=DTYPES[1:], help="of the weights (default: float16)")
     parser.add_argument("--format", type=_format, metavar="F", help="of the cache (default: K2V1.6)")
     parser.add_argument("--static", action="store_true", default=None, help="without statistics of blocks of rows")

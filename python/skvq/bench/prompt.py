@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,8 +18,8 @@ import torch
 
 from ..model_layers import cache_argument
 from .capacity import CapacityOptions, model_config, random_model
-from .device import BenchDevice
 from .machine import make_report
+from .weights import Place
 
 WARM_STEPS = 3
 KINDS: dict[str, Callable[[list[float]], float]] = {"median": statistics.median, "fastest": min, "slowest": max}
@@ -62,64 +61,43 @@ def _caches(model: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-class _Clock:
-    """Waits for the device before and after."""
-
-    def __init__(self, device: str) -> None:
-        self.gpu = None if device == "cpu" else BenchDevice(device)
-        self.place = torch.device("cpu") if self.gpu is None else self.gpu.place
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Of one run."""
-        self._wait()
-        start = time.perf_counter()
-        work()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.gpu is not None:
-            self.gpu.synchronize()
-
-
 def run_prompt(options: PromptOptions) -> dict[str, Any]:
     """Reads prompts with every cache, and prints the table.
 
     Raises:
         SkvqError: the device cannot be used, or sizes that do not fit together.
     """
-    clock = _Clock(options.device)
+    place = Place(options.device)
     sizes = ("layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "dtype")
     config = model_config(CapacityOptions(**{name: getattr(options, name) for name in sizes}))
-    model = random_model(config, options.dtype, clock.place)
+    model = random_model(config, options.dtype, place.device)
     caches, rows = _caches(model), list[dict[str, Any]]()
     with torch.no_grad():
         for tokens in options.tokens:
-            found = _rows_of(clock, options, model, caches, tokens)
+            found = _rows_of(place, options, model, caches, tokens)
             rows += found
             for row in found:
                 print(_line(row, found[0]), flush=True)
-    device = None if clock.gpu is None else clock.gpu.describe()
-    return make_report("prompt", asdict(options), rows, device=device)
+    return make_report("prompt", asdict(options), rows, device=place.describe())
 
 
 def _rows_of(
-    clock: _Clock, options: PromptOptions, model: Any, caches: dict[str, Callable[[], Any]], tokens: int
+    place: Place, options: PromptOptions, model: Any, caches: dict[str, Callable[[], Any]], tokens: int
 ) -> list[dict[str, Any]]:
     """One for each cache, behind one prompt that is not timed."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator(clock.place).manual_seed(tokens)
-    prompt = torch.randint(vocabulary, (1, tokens), generator=generator, device=clock.place)
+    generator = torch.Generator(place.device).manual_seed(tokens)
+    prompt = torch.randint(vocabulary, (1, tokens), generator=generator, device=place.device)
     times: dict[str, list[float]] = {name: [] for name in caches}
     rows: dict[str, dict[str, Any]] = {}
     for turn in range(options.rounds + 1):
         for name, make in caches.items():
             cache = make()
-            seconds = clock.seconds(functools.partial(model, prompt, **cache_argument(model, cache), logits_to_keep=1))
+            seconds = place.seconds(functools.partial(model, prompt, **cache_argument(model, cache), logits_to_keep=1))
             if turn:
                 times[name].append(seconds)
             if turn == options.rounds:
-                rows[name] = _row(clock, options, model, cache)
+                rows[name] = _row(place, options, model, cache)
             del cache
     return [
         {"tokens": tokens, "cache": name}
@@ -129,11 +107,11 @@ def _rows_of(
     ]
 
 
-def _row(clock: _Clock, options: PromptOptions, model: Any, cache: Any) -> dict[str, Any]:
+def _row(place: Place, options: PromptOptions, model: Any, cache: Any) -> dict[str, Any]:
     """Of steps behind a prompt, and of the cache."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=clock.place)
+    token = torch.zeros(1, 1, dtype=torch.long, device=place.device)
     step = functools.partial(model, token, **cache_argument(model, cache))
-    steps = [clock.seconds(step) for _ in range(WARM_STEPS + options.steps)][WARM_STEPS:]
+    steps = [place.seconds(step) for _ in range(WARM_STEPS + options.steps)][WARM_STEPS:]
     stats = cache.stats() if hasattr(cache, "stats") else {}
     nbytes = cache.nbytes if hasattr(cache, "nbytes") else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     return {

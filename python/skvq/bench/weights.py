@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from .device import BenchDevice, Clock
 from .machine import make_report
-from .timing import CacheFlush, Timing, time_in_turns
+from .timing import CacheFlush, Timing, host_seconds, time_in_turns
 
 LAYER = "layers.1."  # whose products are timed; the first one may differ
 GROUP = 128  # inputs that share a scale in random weights
@@ -60,7 +59,7 @@ class WeightsOptions:
 
 
 class Place:
-    """Where products and steps run, and how one of them is timed."""
+    """Where a benchmark runs, and how products and steps are timed there."""
 
     def __init__(self, name: str) -> None:
         """Raises SkvqError if it is neither "cpu" nor a GPU that can be used."""
@@ -84,6 +83,20 @@ class Place:
         """Waits for what was started."""
         if self._clock is not None:
             self._clock.device.synchronize()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Of one run that is launched and waited for by the host."""
+
+        def whole() -> None:
+            work()
+            self.synchronize()
+
+        self.synchronize()
+        return host_seconds(whole)
+
+    def describe(self) -> dict[str, Any] | None:
+        """Of the GPU."""
+        return None if self._clock is None else self._clock.device.describe()
 
 
 def held_bytes(model: Any) -> int:
@@ -182,15 +195,14 @@ def _decode(place: Place, model: Any, cache: Any, token: Any, steps: int) -> lis
     """Seconds of each step; the first, which warms up, is left out."""
     from ..model_layers import cache_argument
 
-    seconds, given, token = [], cache_argument(model, cache), token.to(place.device)
+    given, token = cache_argument(model, cache), token.to(place.device)
+
+    def step() -> None:
+        nonlocal token
+        token = model(token, **given, use_cache=True).logits[:, -1:].argmax(-1)
+
     with torch.inference_mode():
-        for _ in range(steps + 1):
-            place.synchronize()
-            start = time.perf_counter()
-            token = model(token, **given, use_cache=True).logits[:, -1:].argmax(-1)
-            place.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+        return [place.seconds(step) for _ in range(steps + 1)][1:]
 
 
 def _models(place: Place, options: WeightsOptions, bits: int) -> dict[str, Callable[[], Any]]:

@@ -258,9 +258,14 @@ def _probabilities(scores: Tensor, positions: Tensor, softcap: float | None, sin
     """Of scores [Hkv, group, L, T] of the queries at `positions` [L]; with sink logits [Hq] rows sum to less than 1."""
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    length = scores.shape[-1]
-    scores = scores.masked_fill(torch.arange(length, device=scores.device) > positions[:, None], -math.inf)
-    if sink_logits is not None:
-        logits = sink_logits.float().reshape(*scores.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, logits], dim=-1)
-    return scores.softmax(-1)[..., :length]
+    tokens = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill(tokens > positions[:, None], -math.inf)
+    return softmax_beside(sink_logits, scores)
+
+
+def softmax_beside(sink_logits: Tensor | None, scores: Tensor) -> Tensor:
+    """Over the last dimension of [Hkv, group, L, T]; with sink logits [Hq] rows sum to less than 1."""
+    if sink_logits is None:
+        return scores.softmax(-1)
+    logits = sink_logits.float().reshape(*scores.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]

@@ -123,7 +123,7 @@ class PromptSums:
             if self._scoring.softcap is not None:
                 scores = scores.div_(self._scoring.softcap).tanh_().mul_(self._scoring.softcap)
             scores[..., position:].masked_fill_(behind[:rows, : end - position], -torch.inf)
-            p = self._softmax(scores).flatten(1, 2)
+            p = moments.softmax_beside(self._scoring.sink_logits, scores).flatten(1, 2)
             outputs.append((p @ values[:, :end]).unflatten(1, (group, rows)))
             power = p.square_()
             # columns from position - window on, of which those behind the diagonal are in some query's window
@@ -141,13 +141,6 @@ class PromptSums:
         """Queries whose probabilities are held at once, if those of one are so many."""
         limit = PROBABILITIES_ON_CPU if device.type == "cpu" else moments.PROBABILITIES
         return max(1, min(moments.QUERY_ROWS, limit // numbers))
-
-    def _softmax(self, scores: Tensor) -> Tensor:
-        """Over the last dimension of [Hkv, group, m, T]; with sink logits rows sum to less than 1."""
-        if self._scoring.sink_logits is None:
-            return scores.softmax(-1)
-        logits = self._scoring.sink_logits.float().reshape(*scores.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, logits], dim=-1).softmax(-1)[..., :-1]
 
     def read(self) -> PromptMoments | str:
         """What the sums say, or why they say nothing. Waits for a GPU, as nothing before does."""

@@ -37,12 +37,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INT4_GROUPS = (32, 64, 128, 256)  # that torch's product knows
 INT4_OUTPUTS = {"cpu": 16, "cuda": 8}  # what the number of outputs must be a multiple of
 INNER_TILES = (8, 4, 2)  # of torch's layout on a GPU: the first whose 16-fold divides the inputs
-MANY_ROWS = 256  # from which on a GPU unpacks: an H100 takes 0.64 ms for 512 packed ones, 0.09 unpacked (4096 × 4096)
+MANY_ROWS = 256  # from which on a GPU unpacks; 512 take 0.64 ms packed, 0.09 in bfloat16 (H100, 4096 × 4096)
 CPU = torch.device("cpu")
 
 
 class Int4Linear(nn.Module):
     """A linear layer on torch's int4 product: input [..., I], output [..., O] in the input's dtype."""
+
+    packed: Tensor
+    grid: Tensor
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device = CPU) -> None:
         """Stays on the device. Raises SkvqError if torch's product does not know this shape, group size or device."""
@@ -61,11 +64,6 @@ class Int4Linear(nn.Module):
         self.register_buffer("packed", _int4_codes(weight.codes))
         self.register_buffer("grid", grid.to(torch.bfloat16))  # [G, O, 2]
         self.register_buffer("bias", None if bias is None else bias.detach().to(device))
-
-    def _buffer(self, name: str) -> Tensor:
-        found = self.get_buffer(name)
-        assert found is not None
-        return found
 
     @staticmethod
     def serves(weight: QuantizedWeight, device: torch.device = CPU) -> bool:
@@ -86,8 +84,8 @@ class Int4Linear(nn.Module):
 
     def _unpacked(self) -> Tensor:
         """bfloat16 [O, I]."""
-        scale, zero = (x.mT[..., None] for x in self._buffer("grid").unbind(-1))
-        codes = unpacked_codes(self._buffer("packed")).to(torch.bfloat16)
+        scale, zero = (x.mT[..., None] for x in self.grid.unbind(-1))
+        codes = unpacked_codes(self.packed).to(torch.bfloat16)
         return codes.unflatten(1, (-1, self.group_size)).sub_(8.0).mul_(scale).add_(zero).flatten(1)
 
     def extra_repr(self) -> str:
@@ -98,26 +96,17 @@ def _int4_codes(codes: Tensor) -> Tensor:
     """Codes uint8 [O, I] in torch's layout of their device, which takes them as int32 or in pairs."""
     if codes.device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    tiles = _inner_tiles(codes.shape[1])
+    tiles = next(x for x in INNER_TILES if codes.shape[1] % (16 * x) == 0)
     pairs = codes[:, 0::2] << 4 | codes[:, 1::2]
     return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
 
 
-def _inner_tiles(inputs: int) -> int:
-    return next(x for x in INNER_TILES if inputs % (16 * x) == 0)
-
-
+@lru_cache
 def knows_layout(device: torch.device, inputs: int) -> bool:
     """Whether `unpacked_codes` is right for weights of so many inputs on a GPU: the layout is torch's own matter, and
     another version may have another one. Found out once.
     """
-    return _knows_layout(device, _inner_tiles(inputs))
-
-
-@lru_cache
-def _knows_layout(device: torch.device, tiles: int) -> bool:
-    generator = torch.Generator().manual_seed(tiles)
-    codes = torch.randint(16, (16, 32 * tiles), generator=generator, dtype=torch.uint8).to(device)
+    codes = torch.randint(16, (16, inputs), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).to(device)
     return torch.equal(unpacked_codes(_int4_codes(codes)), codes)
 
 

@@ -228,10 +228,8 @@ impl CudaLayer {
         let pays = !has_matrix || others * (pages / FEWEST_PAGES).max(1) <= 2 * multiprocessors;
         let once = self.one_launch.unwrap_or(pays) && is_packed && packed > 0 && !many && query_tiles == 1;
         let turns = (pages / even_splits(others, at_once).max(1) / LONG_SPLIT).clamp(1, MOST_TURNS);
-        let wanted_splits = match even_splits(others, turns * at_once) {
-            wanted if once => wanted.min((multiprocessors / others).max(pages / FEWEST_PAGES).max(1)),
-            wanted => wanted,
-        };
+        let most_wanted = if once { (multiprocessors / others).max(pages / FEWEST_PAGES).max(1) } else { usize::MAX };
+        let wanted_splits = even_splits(others, turns * at_once).min(most_wanted);
         let longest = pages.div_ceil(wanted_splits.max(1)).max(1);
         let block_pages = self.block_rows() / PAGE_ROWS;
         let divides = |pages: &usize| block_pages == 0 || block_pages.is_multiple_of(*pages);
