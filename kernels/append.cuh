@@ -66,11 +66,10 @@ __device__ __forceinline__ void put_row(u8* bytes, int row, const u8* codes, boo
         const int lane = index % 32, byte = index / 32;
         u8& here = bytes[lane_byte<L>(lane, byte)];
         const int old = here;
-        here = lane_byte_of<L>(lane, byte, [&](int other, int code, int drop, int size, int at) {
-            if (other > row) return 0;
+        here = lane_byte_of<L>(lane, byte, [&](int other, int code, int bits, int drop, int size, int at) {
             const int mask = (1 << size) - 1;
-            if (other == row) return finite ? codes[code] >> drop & mask : 0;
-            return L::is_ternary ? ternary_digit(old, at) : old >> at & mask;
+            if (other < row) return L::is_ternary ? ternary_digit(old, at) : old >> at & mask;
+            return page_code<L>(bits, other == row && finite ? codes[code] : 0) >> drop & mask;
         });
     }
 }

@@ -28,6 +28,7 @@ struct FoldedQueries {
     u32 kept[in_registers ? Tiles : 1][in_registers ? K::tiles : 1][2];
     ByteQueries<K> bytes[Tiles];  // for `Bytes`; NVRTC before 12.4 looks at calls that `if constexpr` leaves out of a lambda
     float unit[Tiles][2], noise[Tiles][2];
+    float middle[Tiles][2];   // for `Bytes`: what the codes' middle makes of the integers' sum, times the unit
     float shifted[Tiles][2];  // what all scores of a query have
     const float* extras[Tiles];
     int extras_step[Tiles];
@@ -47,6 +48,7 @@ struct FoldedQueries {
                 unit[n][side] = read(from);
                 shifted[n][side] = read(from + 1);
                 if constexpr (K::is_parts) noise[n][side] = read(from + 2);
+                if constexpr (Bytes) middle[n][side] = read(from + 3);
             }
             auto fragment = [&](auto tile, u32(&b)[2]) {
                 const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[n] + 64 * decltype(tile)::value);
@@ -64,6 +66,7 @@ struct FoldedQueries {
                 unit[n][side] *= log2_e * (Bytes ? p.key_levels.step : p.key_levels.correction);
                 shifted[n][side] *= log2_e;
                 if constexpr (K::is_parts) noise[n][side] *= log2_e;
+                if constexpr (Bytes) middle[n][side] *= -1.5f * unit[n][side];
             }
         });
     }
@@ -96,7 +99,7 @@ __device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const Pai
         constexpr int g = decltype(group)::value;
         float sums[Tiles][4] = {}, scales[2], zeros[2] = {};
         if constexpr (Bytes) {
-            byte_sums(codes, table.integers, queries.bytes, sums);
+            byte_sums(codes, queries.bytes, sums);
         } else {
             for_each<per_group>([&](auto inner) {
                 constexpr int tile = g * per_group + decltype(inner)::value;
@@ -117,7 +120,8 @@ __device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const Pai
             for (int i = 0; i < 4; ++i) {
                 const int side = i / 2, j = i % 2;
                 float& score = scores[n][i];
-                score = fmaf(sums[n][i] * scales[side], queries.unit[n][j], score);
+                if constexpr (Bytes) score = fmaf(fmaf(sums[n][i], queries.unit[n][j], queries.middle[n][j]), scales[side], score);
+                else score = fmaf(sums[n][i] * scales[side], queries.unit[n][j], score);
                 if constexpr (!K::symmetric) score = fmaf(zeros[side], queries.template group_sum<g>(n, j), score);
                 // Noise has one group: rows of parts.
                 if constexpr (K::is_parts) score = fmaf(scales[side] * scales[side], -queries.noise[n][j], score);
@@ -222,8 +226,9 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     // What does not depend on the lengths is asked for before they are known: a short split is all latency.
     const int first_page = first_page_of(p, split);
     const u32 first_entry = static_cast<u32>(place_of_split.sequence(p) * p.page_capacity);
-    auto key_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.key_pages) + (first_entry + page)); };
-    auto value_page = [&](int page) { return load_here(reinterpret_cast<const u64*>(p.value_pages) + (first_entry + page)); };
+    auto page_at = [](u64 table, u32 entry) { return load_here(reinterpret_cast<const u64*>(table) + entry); };
+    auto key_page = [&](int page) { return page_at(p.key_pages, first_entry + page); };
+    auto value_page = [&](int page) { return page_at(p.value_pages, first_entry + page); };
     const int guess = min(first_page, p.page_capacity - 1);
     const u64 guessed_keys = key_page(guess), guessed_values = value_page(guess);
     const int statistics = p.pages_per_key_block ? min(first_page / p.pages_per_key_block, p.key_blocks - 1) : 0;
@@ -240,13 +245,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     if (first_page * page_rows < limits.end) {
         using Rows = LaneRows<K, V>;
 
-        const LevelTable key_levels = kept_levels<K, Bytes>(p.key_levels), value_levels = kept_levels<V, false>(p.value_levels);
+        const LevelTable key_levels = Bytes ? p.key_levels : kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
 
         // Of a mean that turns, which only rows of parts have.
-        auto bias_of = [&](int n, int j) {
-            const int query = existing_query(2 * t + j, p.group, p.length, first_query_tile + n);
-            const i64 at = (static_cast<i64>(batch) * head_tiles + head_tile + n) * query_tile + query;
-            return reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
+        auto bias_of = [&](int n, int query) {
+            return BiasPlace(p.bias, static_cast<i64>(batch) * head_tiles + head_tile + n, p.bias_capacity, p.group * p.length,
+                             existing_query(query, p.group, p.length, first_query_tile + n));
         };
 
         auto queries_come = [&] {
@@ -263,44 +267,67 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
             using Ring = RowRing<K, V, Apart, Around::shared_bytes>;
             const Ring ring(shared, warp, lane);
-            const int turns = (limits.whole_end - limits.whole_begin) * Ring::page_turns;
+            // A turn is a page's place in the tables times the turns that a page takes, plus the turn over it.
+            const int first_turn = (static_cast<int>(first_entry) + limits.whole_begin) * Ring::page_turns;
+            const int end_turn = first_turn + (limits.whole_end - limits.whole_begin) * Ring::page_turns;
             // Pages whose copies begin next: their addresses are read a turn before.
             u64 next_keys = 0, next_values = 0;
             auto look_ahead = [&](int turn) {
-                const int page = limits.whole_begin + static_cast<int>(static_cast<u32>(min(turn, turns - 1)) / Ring::page_turns);
-                next_keys = key_page(page), next_values = value_page(page);
+                const u32 entry = static_cast<u32>(min(turn, end_turn - 1)) / Ring::page_turns;
+                next_keys = page_at(p.key_pages, entry), next_values = page_at(p.value_pages, entry);
             };
             if (limits.whole_begin == first_page) next_keys = guessed_keys, next_values = guessed_values;
-            else if (turns > 0) look_ahead(0);
+            else if (first_turn < end_turn) look_ahead(first_turn);
             for_each<Ring::slots - 1>([&](auto index) {
-                constexpr int turn = decltype(index)::value;
-                if (turn < turns) {
-                    ring.fetch(turn * Ring::slot_bytes, next_keys, next_values, turn & Ring::page_turns - 1);
+                constexpr int slot = decltype(index)::value;
+                const int turn = first_turn + slot;
+                if (turn < end_turn) {
+                    ring.fetch(slot * Ring::slot_bytes, next_keys, next_values, slot & Ring::page_turns - 1);
                     look_ahead(turn + 1);
                 }
                 commit_copies();
             });
             queries_come();
-            // Biases are asked for a turn before.
+            // Biases are asked for a turn before; where those of this lane's first row lie stays in registers.
             float biases[Ring::at_once][Tiles][4] = {};
+            const float* own_biases[Tiles];
+            const bool single = p.group * p.length == 1;
+            if constexpr (K::is_parts) {
+                for_each<Tiles>([&](auto index) {
+                    constexpr int n = decltype(index)::value;
+                    const BiasPlace place = bias_of(n, 2 * t);
+                    const int row = (limits.whole_begin * blocks_per_page + Ring::first_block(warp, 0)) * block_rows + g;
+                    own_biases[n] = keep_address(place.first + static_cast<i64>(row) * place.step);
+                });
+            }
             auto ask_biases = [&](int turn) {
                 if constexpr (K::is_parts) {
-                    if (!p.bias || turn >= turns) return;
-                    const int page = limits.whole_begin + static_cast<int>(static_cast<u32>(turn) / Ring::page_turns);
-                    const int row = (page * blocks_per_page + Ring::first_block(warp, turn & Ring::page_turns - 1)) * block_rows + g;
-                    for_each<Ring::at_once * Tiles>([&](auto index) {
-                        constexpr int block = decltype(index)::value / Tiles, n = decltype(index)::value % Tiles;
-                        for (int i = 0; i < 4; ++i) biases[block][n][i] = bias_of(n, i % 2)[row + block * block_rows + 8 * (i / 2)];
+                    if (!p.bias || turn >= end_turn) return;
+                    const int page = static_cast<int>(static_cast<u32>(turn - first_turn) / Ring::page_turns);
+                    const int row = (page * blocks_per_page + (turn & Ring::page_turns - 1) * Ring::at_once) * block_rows;
+                    for_each<Tiles>([&](auto index) {
+                        constexpr int n = decltype(index)::value;
+                        const float* from = own_biases[n] + static_cast<i64>(row) * (single ? 1 : 2);
+                        for_each<2 * Ring::at_once>([&](auto inner) {
+                            constexpr int block = decltype(inner)::value / 2, side = decltype(inner)::value % 2, at = block * block_rows + 8 * side;
+                            float* pair = biases[block][n] + 2 * side;
+                            if (single) {
+                                pair[0] = load_here(from + at);
+                            } else {
+                                const BiasPair both = load_here(reinterpret_cast<const BiasPair*>(from) + at);
+                                pair[0] = both.first, pair[1] = both.second;
+                            }
+                        });
                     });
                 }
             };
-            ask_biases(0);
+            ask_biases(first_turn);
             int slot_at = 0, free_at = (Ring::slots - 1) * Ring::slot_bytes;
-            for (int turn = 0; turn < turns; ++turn) {
+            for (int turn = first_turn; turn < end_turn; ++turn) {
                 wait_for_copies<Ring::slots - 2>();
                 __syncwarp();
                 // The slot of the turn before is free: all lanes have come here.
-                if (turn + Ring::slots - 1 < turns) {
+                if (turn + Ring::slots - 1 < end_turn) {
                     ring.fetch(free_at, next_keys, next_values, turn + Ring::slots - 1 & Ring::page_turns - 1);
                     look_ahead(turn + Ring::slots);
                 }
@@ -320,7 +347,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                     }
                 });
                 ask_biases(turn + 1);
-                state.soften(scores, weights, turn == 0);
+                state.soften(scores, weights, turn == first_turn);
                 for_each<Ring::at_once>([&](auto index) {
                     constexpr int i = decltype(index)::value;
                     LaneCodes<V> codes;
@@ -367,7 +394,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                             continue;
                         }
                         float biased = score * log_2;
-                        if constexpr (K::is_parts) biased += p.bias ? bias_of(n, j)[row] : 0.0f;
+                        if constexpr (K::is_parts) {
+                            if (p.bias) {
+                                const BiasPlace place = bias_of(n, 2 * t + j);
+                                biased += place.first[static_cast<i64>(row) * place.step];
+                            }
+                        }
                         score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - queries.shifted[n][j]);
                         begins = begins || (state.reference[n][j] == no_reference && score > -infinity());
                     }
@@ -388,12 +420,12 @@ template <class K, class V, int Tiles, bool Apart, class Around>
 __device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared, const Around& around) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
-    const bool integers = bytes && p.as_bytes;
+    const bool even = bytes && p.as_bytes;
     if constexpr (remainders) {
         if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false>(p, shared, around);
     }
-    integers ? attend_split<K, V, Tiles, Apart, bytes, remainders>(p, shared, around)
-             : attend_split<K, V, Tiles, Apart, false, remainders>(p, shared, around);
+    even ? attend_split<K, V, Tiles, Apart, bytes, remainders>(p, shared, around)
+         : attend_split<K, V, Tiles, Apart, false, remainders>(p, shared, around);
 }
 
 template <class K, class V, int Tiles, bool Apart>

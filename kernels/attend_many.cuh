@@ -345,21 +345,20 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             if (warp >= many_blocks || which >= end) return;
             if (!ahead) load(key_rows, p.key_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            key_rows.unpack(kept_levels<K, false>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, p.key_levels.correction);
+            key_rows.unpack(kept_levels<K>(p.key_levels), p.key_wide_levels, to.key_levels, to.key_numbers, warp, lane, p.key_levels.correction);
             if (ahead && which + 1 < end) load(key_rows, p.key_pages, which + 1);
         };
         auto unpack_values = [&](int which) {
             if (warp < many_blocks || which >= end) return;
             if (!ahead) load(value_rows, p.value_pages, which);
             const UnpackedRows<K, V> to(shared, which % many_buffers<K, V>);
-            value_rows.unpack(kept_levels<V, false>(p.value_levels), p.value_wide_levels, to.value_levels, to.value_numbers, warp - many_blocks, lane,
+            value_rows.unpack(kept_levels<V>(p.value_levels), p.value_wide_levels, to.value_levels, to.value_numbers, warp - many_blocks, lane,
                               p.weight_unit);
             if (ahead && which + 1 < end) load(value_rows, p.value_pages, which + 1);
         };
         auto bias_of = [&](int side) {
             const int query = existing_query(lane / 4, p.group, p.length, query_tile_of_warp + side);
-            const i64 at = (static_cast<i64>(batch) * p.kv_heads * p.query_tiles + head_tile + side) * query_tile + query;
-            return reinterpret_cast<const float*>(p.bias) + at * p.bias_capacity;
+            return BiasPlace(p.bias, static_cast<i64>(batch) * p.kv_heads * p.query_tiles + head_tile + side, p.bias_capacity, p.group * p.length, query);
         };
         auto multiply = [&](int which) {
             if (!has_queries) return;
@@ -375,11 +374,12 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                 if (whole) {
                     if constexpr (K::is_parts) {
                         if (p.bias) {
-                            const float* biases[2] = {bias_of(0), bias_of(1)};
+                            const BiasPlace biases[2] = {bias_of(0), bias_of(1)};
                             for_each<8 * at_once>([&](auto index) {
                                 constexpr int n = decltype(index)::value;
                                 float& score = scores[n / 8][n / 4 % 2][n % 4];
-                                score = fmaf(biases[n % 4 / 2][first_row + n / 4 * 8 + n % 2], log2_e, score);
+                                const BiasPlace& own = biases[n % 4 / 2];
+                                score = fmaf(own.first[(first_row + n / 4 * 8 + n % 2) * own.step], log2_e, score);
                             });
                         }
                     }
@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                     constexpr int side = decltype(index)::value;
                     const QueryPlace place = query_at(head, p.group, p.length, (query_tile_of_warp + side) * query_tile + lane / 4);
                     const QueryView view(p.mask, batch, place, p.length, total);
-                    const float* bias = p.bias ? bias_of(side) : nullptr;
+                    const BiasPlace bias = bias_of(side);
                     for_each<4 * at_once>([&](auto element) {
                         constexpr int n = decltype(element)::value, j = n % 2;
                         const int row = first_row + n / 2 * 8 + j;
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                             score = -infinity();
                             return;
                         }
-                        score = log2_e * view.apply(p.mask, score * log_2 + (bias ? bias[row] : 0.0f), sinks + row);
+                        score = log2_e * view.apply(p.mask, score * log_2 + (p.bias ? bias.first[row * bias.step] : 0.0f), sinks + row);
                     });
                 });
                 state.template soften<at_once>(scores);

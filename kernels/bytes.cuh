@@ -1,11 +1,16 @@
-// Keys of two bits whose levels are small integers times a step: products of bytes, four codes a register.
+// Keys of two bits whose four levels are evenly spaced: products of bytes, whose operands are the codes themselves behind a mask.
 //
-// Is: the sums Σ q'·level of a row block, of levels that the host has found such integers for (LevelTable). Is not: scales; other levels.
-// A query's elements, integers up to 32512 after fold.cuh, are two bytes: 256·high + low. So a sum is two products of bytes, and exact.
-// A word of a lane's codes makes one tile of 16 rows × 32 channels, whose columns are those of its octets 4w, 4w + 2, 4w + 1, 4w + 3:
+// Is: the sums Σ q'·code of a row block, and the queries that they are made with. Is not: scales, the middle of the levels (score_block of attend.cuh);
+// other levels, which are looked up as f16 (levels.cuh).
+// Level c is (c − 1.5)·step, so Σ q'·level = step·(Σ q'·c − 1.5·Σ q'). A query's elements, integers after fold.cuh, are two bytes: 256·high + low; a
+// sum is two products of bytes, and exact. Codes of rows g and g + 8 alternate in a lane's words; two words sorted by rows make two registers,
 //
-//   word, bytes 0, 2 and 1, 3 changed:  | rows g + 8: octets 4w + 3, 4w + 2, 4w + 1, 4w | rows g: likewise |     nibbles of two codes
-//   & 0x33333333, >> 2 & 0x33333333:    selectors of the octets 4w, 4w + 2, and 4w + 1, 4w + 3; of rows g in the low half, of rows g + 8 in the high
+//   a register of a row:  | octets 4w + 6, 4w + 7 | 4w + 4, 4w + 5 | 4w + 2, 4w + 3 | 4w, 4w + 1 |   of each byte four codes:
+//   a byte:               | channel 2t + 1: odd octet, even octet | channel 2t: odd octet, even octet |
+//
+// of which & 0x03030303 are the even octets' codes of channel 2t, & 0x0c0c0c0c four times the odd ones'; of channel 2t + 1 after a shift by four. So what
+// odd octets are multiplied with is a quarter of their query: integers up to 8128, those of even octets up to 32512. A last word without a
+// second one gives its two bytes of each row, and those of odd octets behind them.
 #pragma once
 #include "levels.cuh"
 
@@ -19,58 +24,86 @@ constexpr float integer_magic = 12582912.0f;
 /// 127·256: of two signed bytes, whichever the lower one is.
 constexpr float largest_integer = 32512.0f;
 
-/// A query as 32 lanes × 4 registers for each word: high bytes for the octets 4w, 4w + 2, then for 4w + 1, 4w + 3, then low bytes likewise. `row`:
-/// the query in 16 lanes (transform.cuh), of which 8o + 2t and 8o + 2t + 1 have a register of four bytes each: the first the low bytes of both, the
-/// other one the high bytes. `fragments`: of the query's first lane. Returns the sum of what the lane's elements are rounded to.
+/// A query as 32 lanes × 4 registers for each product of 32 channels: high bytes for channels 2t and 2t + 1 of a lane's octets, then low bytes likewise.
+/// Product 2j has the even octets of words 2j and 2j + 1, product 2j + 1 the odd ones; the last word, if alone, has a product of its own. `row`: the
+/// query in 16 lanes (transform.cuh), of which those from 8 on have the odd octets. `fragments`: of the query's first lane. Returns the
+/// sum of what the lane's elements are rounded to.
 template <int D>
 __device__ __forceinline__ float write_query_bytes(const float (&row)[D / 16], u32* fragments, int lane) {
-    const bool odd = lane % 2;
-    const u32 kept_rounding = odd ? 128 : 0, sent_rounding = 128 - kept_rounding, selector = odd ? 0x3715 : 0x6240;
-    u32* to = fragments + 4 * (lane / 2 % 4) + lane / 8 + (odd ? 0 : 2);
+    constexpr int words = D / 32;
+    const int odd = lane / 8;
+    const float part = odd ? 0.25f : 1.0f;
+    u32* to = fragments + 4 * (lane % 8 / 2) + lane % 2;
     float sum = 0.0f;
+    auto integer_of = [&](float element) {
+        const float rounded = __fadd_rn(element * part, integer_magic);
+        sum += __fsub_rn(rounded, integer_magic);
+        return __float_as_uint(rounded);
+    };
+    // High bytes count from what the low one, signed, leaves.
+    auto high_bytes = [](u32 x, u32 y) { return permute_bytes(x + 128, y + 128, 0x0051) & 0xffffu; };
+    auto low_bytes = [](u32 x, u32 y) { return permute_bytes(x, y, 0x0040) & 0xffffu; };
 #pragma unroll
-    for (int w = 0; w < D / 32; ++w) {
-        const float first = __fadd_rn(row[2 * w], integer_magic), second = __fadd_rn(row[2 * w + 1], integer_magic);
-        sum += __fsub_rn(first, integer_magic);
-        sum += __fsub_rn(second, integer_magic);
-        const u32 x = __float_as_uint(first), y = __float_as_uint(second);
-        const u32 kept = permute_bytes(x + kept_rounding, y + kept_rounding, 0x5410), sent = permute_bytes(x + sent_rounding, y + sent_rounding, 0x5410);
-        to[128 * w] = permute_bytes(kept, __shfl_xor_sync(whole_warp, sent, 1), selector);
+    for (int pair = 0; pair < words / 2; ++pair) {
+        u32 x[4];
+        for (int i = 0; i < 4; ++i) x[i] = integer_of(row[4 * pair + i]);
+        u32* product = to + 128 * (2 * pair + odd);
+        product[0] = high_bytes(x[0], x[1]) | high_bytes(x[2], x[3]) << 16;
+        product[2] = low_bytes(x[0], x[1]) | low_bytes(x[2], x[3]) << 16;
     }
-    return sum;
+    if constexpr (words % 2 != 0) {
+        const u32 x = integer_of(row[2 * words - 2]), y = integer_of(row[2 * words - 1]), high = high_bytes(x, y), low = low_bytes(x, y);
+        // Lanes of even octets write the high bytes of both, the others the low ones.
+        const u32 other = __shfl_xor_sync(whole_warp, odd ? high : low, 8);
+        to[128 * (words - 1) + 2 * odd] = odd ? other | low << 16 : high | other << 16;
+    }
+    return sum / part;
 }
 
-/// The queries of a tile as B operands: of word w registers for the octets 4w, 4w + 2 and 4w + 1, 4w + 3.
+/// The queries of a tile as B operands of the products: of high and of low bytes, for channels 2t and 2t + 1.
 template <class K>
 struct ByteQueries {
-    static constexpr int words = K::tiles / 2;
-    u32 high[words][2], low[words][2];
+    static constexpr int products = K::tiles / 2;
+    u32 high[products][2], low[products][2];
 
     template <class Read>
     __device__ __forceinline__ void load(const U32x4* from, int lane, const Read& read) {
-        for_each<words>([&](auto index) {
-            constexpr int w = decltype(index)::value;
-            const U32x4 four = read(from + 32 * w + lane);
-            high[w][0] = four.x, high[w][1] = four.y, low[w][0] = four.z, low[w][1] = four.w;
+        for_each<products>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            const U32x4 four = read(from + 32 * i + lane);
+            high[i][0] = four.x, high[i][1] = four.y, low[i][0] = four.z, low[i][1] = four.w;
         });
     }
 };
 
-/// sums[n][2·side + j] = Σ q'·level / step of row g + 8·side and query 2t + j. `levels`: the four integers.
+/// sums[n][2·side + j] = Σ q'·code of row g + 8·side and query 2t + j.
 template <class K, int Tiles>
-__device__ __forceinline__ void byte_sums(const LaneCodes<K>& codes, u32 levels, const ByteQueries<K> (&queries)[Tiles], float (&sums)[Tiles][4]) {
+__device__ __forceinline__ void byte_sums(const LaneCodes<K>& codes, const ByteQueries<K> (&queries)[Tiles], float (&sums)[Tiles][4]) {
+    constexpr u32 even = 0x03030303u, odd = 0x0c0c0c0cu;
     i32 high[Tiles][4] = {}, low[Tiles][4] = {};
-    for_each<K::tiles / 2>([&](auto index) {
-        constexpr int w = decltype(index)::value;
-        const u32 word = permute_bytes(codes.words[w], 0, 0x3120), first = word & 0x33333333u, second = word >> 2 & 0x33333333u;
-        const u32 operand[4] = {permute_bytes(levels, 0, first), permute_bytes(levels, 0, first >> 16), permute_bytes(levels, 0, second),
-                                permute_bytes(levels, 0, second >> 16)};
+    auto multiply = [&](auto index, const u32(&operand)[4]) {
         for_each<Tiles>([&](auto n) {
             const ByteQueries<K>& query = queries[decltype(n)::value];
-            multiply_bytes(high[decltype(n)::value], operand, query.high[w]);
-            multiply_bytes(low[decltype(n)::value], operand, query.low[w]);
+            multiply_bytes(high[decltype(n)::value], operand, query.high[decltype(index)::value]);
+            multiply_bytes(low[decltype(n)::value], operand, query.low[decltype(index)::value]);
         });
+    };
+    constexpr int products = ByteQueries<K>::products;
+    for_each<products / 2>([&](auto index) {
+        constexpr int w = 2 * decltype(index)::value;
+        const u32 upper = permute_bytes(codes.words[w], codes.words[w + 1], 0x6420), lower = permute_bytes(codes.words[w], codes.words[w + 1], 0x7531);
+        const u32 even_codes[4] = {upper & even, lower & even, upper >> 4 & even, lower >> 4 & even};
+        const u32 odd_codes[4] = {upper & odd, lower & odd, upper >> 4 & odd, lower >> 4 & odd};
+        multiply(Constant<w>(), even_codes);
+        multiply(Constant<w + 1>(), odd_codes);
     });
+    if constexpr (products % 2 != 0) {
+        const u32 word = permute_bytes(codes.words[products - 1], 0, 0x3120);
+        const u32 masked[4] = {word & even, word & odd, word >> 4 & even, word >> 4 & odd};
+        const u32 operand[4] = {permute_bytes(masked[0], masked[1], 0x5410), permute_bytes(masked[0], masked[1], 0x7632),
+                                permute_bytes(masked[2], masked[3], 0x5410), permute_bytes(masked[2], masked[3], 0x7632)};
+        multiply(Constant<products - 1>(), operand);
+    }
     for_each<Tiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
         for (int i = 0; i < 4; ++i) sums[n][i] = static_cast<float>(256 * high[n][i] + low[n][i]);

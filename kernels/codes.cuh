@@ -20,6 +20,15 @@ __device__ __forceinline__ int ternary_byte(const int (&digits)[5]) {
     return (256 * value + 242) / 243;
 }
 
+/// A code of `bits` bits as a page has it, and the other way round. Four and five bits of parts, whose levels are symmetric, are the number of a level's
+/// size, from the smallest on, below a bit that is set where it is positive.
+template <class L>
+__device__ __forceinline__ int page_code(int bits, int code) {
+    if (!L::is_parts || bits < 4) return code;
+    const int top = 1 << (bits - 1);
+    return code & top ? code : code ^ (top - 1);
+}
+
 /// Where octet `octet`'s code `i` lies among a lane's ternary bytes.
 template <class L>
 __device__ __forceinline__ void ternary_place(int octet, int i, int& byte, int& digit) {
@@ -50,12 +59,13 @@ __device__ __forceinline__ int read_code(const u8* block, int row, int code) {
             found |= (byte >> bit % 8 & ((1 << size) - 1)) << shift;
             shift += size;
         }
+        found = page_code<L>(L::part_bits(p), found);
     });
     return found;
 }
 
-/// Byte `byte` of a lane of a row block: field(row, code, drop, size, at) has bits drop … drop + size − 1 of a code, which lie at bit `at`
-/// of the byte; of a ternary byte a whole code, which is digit `at`.
+/// Byte `byte` of a lane of a row block: field(row, code, bits, drop, size, at) has bits drop … drop + size − 1 of a code of `bits` bits as pages have it,
+/// which lie at bit `at` of the byte; of a ternary byte a whole code, which is digit `at`.
 template <class L, class F>
 __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
     u32 bits = 0;
@@ -68,7 +78,7 @@ __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
             const int i = in_words ? byte % 4 : n;
             int row, code;
             row_and_code<L>({lane, octet, i}, row, code);
-            digits[n] = octet < L::code_octets && i < 4 ? field(row, code, 0, 2, n) : 0;
+            digits[n] = octet < L::code_octets && i < 4 ? field(row, code, 2, 0, 2, n) : 0;
         }
         bits = ternary_byte(digits);
     } else {
@@ -86,7 +96,7 @@ __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
                             plane_place(size, octets, first + at, octet, i);
                             if (octet >= octets) continue;
                             row_and_code<L>({lane, octet + L::part_first(p) / 8, i}, row, code);
-                            bits |= static_cast<u32>(field(row, code, drop, size, at)) << at;
+                            bits |= static_cast<u32>(field(row, code, L::part_bits(p), drop, size, at)) << at;
                         }
                     }
                     drop += size;
@@ -101,8 +111,9 @@ __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
 template <class L>
 __device__ void write_lane(u8* block, int lane, const u8* codes) {
     for (int byte = 0; byte < L::lane_bytes; ++byte) {
-        block[lane_byte<L>(lane, byte)] = lane_byte_of<L>(
-            lane, byte, [&](int row, int code, int drop, int size, int) { return codes[row * L::codes + code] >> drop & ((1 << size) - 1); });
+        block[lane_byte<L>(lane, byte)] = lane_byte_of<L>(lane, byte, [&](int row, int code, int bits, int drop, int size, int) {
+            return page_code<L>(bits, codes[row * L::codes + code]) >> drop & ((1 << size) - 1);
+        });
     }
 }
 

@@ -2,7 +2,7 @@
 //
 // Is: one launch before attend.cuh, or what each block of attend_once.cuh does first; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
-// by it. Where keys' levels are integers, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block
+// by it. Where keys' levels are evenly spaced, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block
 // of statistics has its own q', so a split of attention stays inside one block.
 // Grid: blocks of statistics (1 if static) × (kv heads · query tiles) × batch; block: 16 threads for each query of the fullest tile, by pairs of
 // queries. With a matrix 128 threads, which share the product, a thread a channel of all 8. What has no threads is not written, and not read: in place
@@ -106,12 +106,13 @@ __device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int he
     }
     if (!as_bytes) write_query_halves<K>(row, sums, fragments + 8 * query, lane);
     float* own_extras = extras + query * extras_width<K>;
+    const float integers = as_bytes ? add_lanes(sums[0]) : 0.0f;
 #pragma unroll
     for (int g = 0; g < K::groups; ++g) {
         const float sum = add_lanes(sums[g]) * unit;
         if (lane == 0) own_extras[extras_head + g] = sum;
     }
-    if (lane == 0) own_extras[0] = unit, own_extras[1] = shifted, own_extras[2] = noise, own_extras[3] = 0.0f;
+    if (lane == 0) own_extras[0] = unit, own_extras[1] = shifted, own_extras[2] = noise, own_extras[3] = integers;
 }
 
 template <class T, class K>

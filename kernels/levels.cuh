@@ -22,6 +22,9 @@ __device__ __forceinline__ u32 spread_pairs(u32 byte) {
 
 __device__ __forceinline__ u32 choose(u32 where_clear, u32 where_set, u32 mask) { return where_clear ^ ((where_clear ^ where_set) & mask); }
 
+/// Bit 0 of each nibble to all bits of a byte: the sign of byte 7 or of byte 6 of a permutation. Its constant is not the first operand, which would take a register.
+__device__ __forceinline__ u32 bytes_of_bits(u32 nibbles) { return permute_bytes(0, 0x80000000u, nibbles | 0xeeeeu); }
+
 /// First word of the table of a codebook of 2^bits levels.
 constexpr int table_of(int bits) { return bits == 1 ? 0 : 1 << (bits - 2); }
 static_assert(table_of(1) == 0 && table_of(2) == 1 && table_of(3) == 2 && table_of(4) == 4 && table_of(5) == 8, "as params.cuh says");
@@ -29,7 +32,7 @@ static_assert(table_of(1) == 0 && table_of(2) == 1 && table_of(3) == 2 && table_
 /// One byte of each of four levels.
 template <int Bits>
 __device__ __forceinline__ u32 look_up(const u32 (&table)[16], int first, u32 selector, u32 bit3) {
-    static_assert(Bits >= 2 && Bits <= 4, "one bit: signed_levels_of, five: mirrored_levels_of");
+    static_assert(Bits >= 2 && Bits <= 4, "one bit: signed_levels_of, five: signed_sizes_of");
     if constexpr (Bits == 2) return permute_bytes(table[first], 0, selector);
     if constexpr (Bits == 3) return permute_bytes(table[first], table[first + 1], selector);
     if constexpr (Bits == 4) {
@@ -43,7 +46,7 @@ template <int Bits>
 __device__ __forceinline__ void levels_of(const LevelTable& table, int first, u32 selector, u32& x, u32& y) {
     u32 bit3 = 0;
     if constexpr (Bits == 4) {
-        bit3 = permute_bytes(0xff00u, 0, selector >> 3 & 0x1111u);
+        bit3 = bytes_of_bits(selector >> 3);
         selector &= 0x7777u;  // a set bit 3 would ask for a sign
     }
     const u32 low_bytes = look_up<Bits>(table.low, first, selector, bit3);
@@ -60,18 +63,17 @@ __device__ __forceinline__ void signed_levels_of(const LevelTable& table, u32 se
     y = selector * (1u << 7 | 1u << 19) & 0x80008000u ^ lower;
 }
 
-/// Likewise of four or five bits, of a codebook with a level −x for each x, as those of parts are: the lower half of the levels, and signs.
-/// `signs`: the uppermost bit of each code, in its nibble; `selector`: all bits of four, or all but those.
+/// Likewise of four or five bits of parts: sizes are looked up in the upper half of their levels. `selector`: the lower four bits of each code as pages
+/// have it (page_code); `positive`: the uppermost bit at bit 0 of each nibble, whatever the others are.
 template <int Bits>
-__device__ __forceinline__ void mirrored_levels_of(const LevelTable& table, int first, u32 selector, u32 signs, u32& x, u32& y) {
+__device__ __forceinline__ void signed_sizes_of(const LevelTable& table, u32 selector, u32 positive, u32& x, u32& y) {
     static_assert(Bits == 4 || Bits == 5, "of fewer bits one permutation has all levels");
-    // Level 2^Bits − 1 − c is that of c, negative: there the other bits change.
-    selector ^= signs * (Bits == 4 ? 7u : 15u);
+    constexpr int first = table_of(Bits) + (1 << (Bits - 3));
     u32 bit3 = 0;
-    if constexpr (Bits == 5) bit3 = permute_bytes(0xff00u, 0, selector >> 3 & 0x1111u);
+    if constexpr (Bits == 5) bit3 = bytes_of_bits(selector >> 3);
     selector &= 0x7777u;  // a set bit 3 would ask for a sign
     const u32 low_bytes = look_up<Bits - 1>(table.low, first, selector, bit3);
-    const u32 high_bytes = look_up<Bits - 1>(table.high, first, selector, bit3) ^ permute_bytes(0x8000u, 0, signs);
+    const u32 high_bytes = look_up<Bits - 1>(table.high, first, selector, bit3) ^ ~bytes_of_bits(positive) & 0x80808080u;
     x = permute_bytes(low_bytes, high_bytes, 0x5140);
     y = permute_bytes(low_bytes, high_bytes, 0x7362);
 }
@@ -82,13 +84,11 @@ __device__ __forceinline__ float level_of(const LevelTable& table, int code) {
     return float_of_half(static_cast<u16>((table.low[word] >> 8 * code & 255u) | (table.high[word] >> 8 * code & 255u) << 8));
 }
 
-/// The table of a stream of codes of up to three bits, or its integers, ready for many look-ups.
-template <class L, bool Integers>
+/// The table of a stream of codes of up to three bits, ready for many look-ups.
+template <class L>
 __device__ __forceinline__ LevelTable kept_levels(const LevelTable& table) {
     LevelTable kept = table;
-    if constexpr (Integers) {
-        kept.integers = keep_in_register(table.integers);
-    } else if constexpr (!L::is_parts && L::part_bits(0) <= 3) {
+    if constexpr (!L::is_parts && L::part_bits(0) <= 3) {
         constexpr int first = table_of(L::part_bits(0)), count = L::is_pairs ? 4 : L::part_bits(0) == 3 ? 2 : 1;
         for (int word = first; word < first + count; ++word) {
             kept.low[word] = keep_in_register(table.low[word]), kept.high[word] = keep_in_register(table.high[word]);
@@ -97,32 +97,42 @@ __device__ __forceinline__ LevelTable kept_levels(const LevelTable& table) {
     return kept;
 }
 
+/// A row block of a page, read once.
+struct PageBlock {
+    const u8* from;
+    int lane;
+    template <class T, int First>
+    __device__ __forceinline__ T word() const {
+        return load_streaming(reinterpret_cast<const T*>(from + First) + lane);
+    }
+};
+
 /// The codes of one lane in one row block.
 template <class L>
 struct LaneCodes {
     u32 words[L::lane_words];
 
-    __device__ __forceinline__ void load(const u8* page, int block, int lane) { read(page + block * L::block_bytes, lane, FromPage()); }
+    __device__ __forceinline__ void load(const u8* page, int block, int lane) { read(PageBlock{page + block * L::block_bytes, lane}); }
 
-    /// From a row block's bytes, by `load` of a pointer to a word of 16, 8, 4, 2 or 1.
-    template <class Load>
-    __device__ __forceinline__ void read(const u8* from, int lane, const Load& load) {
+    /// From a row block's bytes: `block.template word<T, first>()` is this lane's word of a run of words that begins at byte `first`.
+    template <class Block>
+    __device__ __forceinline__ void read(const Block& block) {
         constexpr int wide = L::lane_bytes / 16;
         for_each<wide>([&](auto index) {
             constexpr int i = decltype(index)::value;
-            const U32x4 loaded = load(reinterpret_cast<const U32x4*>(from) + 32 * i + lane);
+            const U32x4 loaded = block.template word<U32x4, 512 * i>();
             words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y, words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
         });
         constexpr int after16 = 16 * wide, after8 = after16 + (L::lane_bytes & 8), after4 = after8 + (L::lane_bytes & 4);
         constexpr int after2 = after4 + (L::lane_bytes & 2);
         if constexpr ((L::lane_bytes & 8) != 0) {
-            const U32x2 loaded = load(reinterpret_cast<const U32x2*>(from + 32 * after16) + lane);
+            const U32x2 loaded = block.template word<U32x2, 32 * after16>();
             words[after16 / 4] = loaded.x, words[after16 / 4 + 1] = loaded.y;
         }
-        if constexpr ((L::lane_bytes & 4) != 0) words[after8 / 4] = load(reinterpret_cast<const u32*>(from + 32 * after8) + lane);
-        if constexpr ((L::lane_bytes & 2) != 0) words[after4 / 4] = load(reinterpret_cast<const u16*>(from + 32 * after4) + lane);
+        if constexpr ((L::lane_bytes & 4) != 0) words[after8 / 4] = block.template word<u32, 32 * after8>();
+        if constexpr ((L::lane_bytes & 2) != 0) words[after4 / 4] = block.template word<u16, 32 * after4>();
         if constexpr ((L::lane_bytes & 1) != 0) {
-            const u32 byte = load(from + 32 * after2 + lane);
+            const u32 byte = block.template word<u8, 32 * after2>();
             words[after2 / 4] = after2 % 4 ? words[after2 / 4] | byte << 16 : byte;
         }
     }
@@ -147,16 +157,21 @@ struct LaneCodes {
         }
         return bits_at<byte>() >> Octet % 2 * 2 & 0x3333u;
     }
-    /// Selector of a plane of one bit, at bit `At` of each nibble.
+    /// A plane of one bit at bit `At` of each nibble, whatever the others are.
     template <int First, int Octets, int Octet, int At>
-    __device__ __forceinline__ u32 one_bit() const {
+    __device__ __forceinline__ u32 among_bits() const {
         constexpr int byte = First + Octet / 4 * 2, inner = Octet % 4;
         if constexpr (Octets - Octet / 4 * 4 < 3) {
             return spread_bits(bits_at<byte>() >> 4 * inner & 15u) << At;
         } else {
             const u32 bits = bits_at<byte>();
-            return (inner > At ? bits >> (inner > At ? inner - At : 0) : bits << (inner > At ? 0 : At - inner)) & (0x1111u << At);
+            return inner > At ? bits >> (inner > At ? inner - At : 0) : bits << (inner > At ? 0 : At - inner);
         }
+    }
+    /// A selector of it.
+    template <int First, int Octets, int Octet, int At>
+    __device__ __forceinline__ u32 one_bit() const {
+        return among_bits<First, Octets, Octet, At>() & (0x1111u << At);
     }
 };
 
@@ -197,10 +212,9 @@ struct LaneDecoder {
             } else {
                 const u32 selector = codes.template bits_at<L::plane_offset(part, 4) + 2 * inner>();
                 if constexpr (bits == 5) {
-                    const u32 signs = codes.template one_bit<L::plane_offset(part, 1), octets, inner, 0>();
-                    mirrored_levels_of<5>(table, table_of(5), selector, signs, x, y);
+                    signed_sizes_of<5>(table, selector, codes.template among_bits<L::plane_offset(part, 1), octets, inner, 0>(), x, y);
                 } else if constexpr (L::is_parts) {
-                    mirrored_levels_of<4>(table, table_of(4), selector, selector >> 3 & 0x1111u, x, y);
+                    signed_sizes_of<4>(table, selector, selector >> 3, x, y);
                 } else {
                     levels_of<4>(table, table_of(4), selector & 0xffffu, x, y);
                 }

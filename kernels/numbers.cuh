@@ -47,6 +47,14 @@ __device__ __forceinline__ void write_number(u8* to, float value) {
     else *reinterpret_cast<u16*>(to) = saturated_half(value);
 }
 
+struct PagePair {
+    const u8* from;
+    template <class T, int First>
+    __device__ __forceinline__ T word() const {
+        return load_streaming(reinterpret_cast<const T*>(from + First));
+    }
+};
+
 /// The numbers of the rows g and g + 8 of one row block, still packed.
 template <class L>
 struct PairNumbers {
@@ -56,25 +64,24 @@ struct PairNumbers {
     u32 words[(bytes + 3) / 4];
 
     __device__ __forceinline__ void load(const u8* page, int block, int g) {
-        read(page + L::page_code_bytes + block * 8 * bytes, g, FromPage());
+        read(PagePair{page + L::page_code_bytes + (block * 8 + g) * bytes});
     }
 
-    /// From a row block's numbers, by `load` of a pointer to a word.
-    template <class Load>
-    __device__ __forceinline__ void read(const u8* of_block, int g, const Load& load) {
-        const u8* from = of_block + g * bytes;
+    /// `pair.template word<T, first>()`: the word that begins at byte `first` of the pair.
+    template <class Pair>
+    __device__ __forceinline__ void read(const Pair& pair) {
         for_each<bytes / step>([&](auto index) {
             constexpr int i = decltype(index)::value;
             if constexpr (step == 16) {
-                const U32x4 loaded = load(reinterpret_cast<const U32x4*>(from) + i);
+                const U32x4 loaded = pair.template word<U32x4, 16 * i>();
                 words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y, words[4 * i + 2] = loaded.z, words[4 * i + 3] = loaded.w;
             } else if constexpr (step == 8) {
-                const U32x2 loaded = load(reinterpret_cast<const U32x2*>(from) + i);
+                const U32x2 loaded = pair.template word<U32x2, 8 * i>();
                 words[2 * i] = loaded.x, words[2 * i + 1] = loaded.y;
             } else if constexpr (step == 4) {
-                words[i] = load(reinterpret_cast<const u32*>(from) + i);
+                words[i] = pair.template word<u32, 4 * i>();
             } else {
-                const u32 loaded = load(reinterpret_cast<const u16*>(from) + i);
+                const u32 loaded = pair.template word<u16, 2 * i>();
                 words[i / 2] = i % 2 ? words[i / 2] | loaded << 16 : loaded;
             }
         });

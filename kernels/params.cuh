@@ -10,16 +10,14 @@
 namespace skvq {
 
 /// The levels of a stream as f16, bytes apart, as byte permutations look them up: `low` has their low, `high` their high bytes, four to a word.
-/// Four levels that are near integers of a byte, times a step, are in `integers` too, and `step` is not 0 (bytes.cuh). Sums of f16 levels are to be
-/// multiplied by `correction`: what rounding to f16 has done to all of three or four levels, it would do to every output.
+/// Of four levels that are evenly spaced around 0 `step` is the distance, else 0 (bytes.cuh). Sums of f16 levels are to be multiplied by `correction`:
+/// what rounding to f16 has done to all of three or four levels, it would do to every output.
 /// The table of a codebook of 2^b levels begins at word {b = 1: 0, 2: 1, 3: 2, 4: 4, 5: 8}; three levels have the place of four; the second
 /// coordinates of codewords of pairs follow the first ones, at word 4.
 struct LevelTable {
     u32 low[16];
     u32 high[16];
-    u32 integers;
     float step, correction;
-    i32 padding;
 };
 
 /// repack.cuh. rows: code rows `[pages · 128, row_code_bytes]` and number rows `[pages · 128, row_number_bytes]`.
@@ -51,7 +49,7 @@ struct FoldParams {
     u64 query;  // [batch, heads, length, D]
     i64 query_batch_stride, query_head_stride, query_position_stride;
     u64 folded;  // f16 [batch, kv heads, blocks, query tiles, D / 16, 32 lanes, 2 registers of 2], as fragments; or bytes, see as_bytes
-    u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, 0, sums over groups
+    u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, Σ of integers (bytes), sums over groups
     u64 noise;   // f32 [D] or 0
     u64 lengths;
     TransformParams transform;
@@ -66,7 +64,7 @@ struct FoldParams {
 struct TurningParams {
     u64 query;
     i64 query_batch_stride, query_head_stride, query_position_stride;
-    u64 bias;     // f32 [batch, kv heads, query tiles, 8, capacity]
+    u64 bias;     // f32 [batch, kv heads, query tiles, 4 pairs of queries, capacity, 2]; of one query of a kv head [batch, kv heads, 8, capacity] (BiasPlace)
     u64 origins;  // i32 [batch]: position of the first packed row
     u64 lengths;
     TransformParams transform;
@@ -255,7 +253,7 @@ struct DecodeParams {
 };
 
 // Rust has the same sizes; none of the structs has room between its fields.
-static_assert(sizeof(LevelTable) == 144, "LevelTable");
+static_assert(sizeof(LevelTable) == 136, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
 static_assert(sizeof(FoldParams) == 168, "FoldParams");
@@ -302,10 +300,10 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 480, "AttendParams");
+static_assert(sizeof(AttendParams) == 464, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
-static_assert(sizeof(OnceParams) == 1288, "OnceParams");
+static_assert(sizeof(OnceParams) == 1272, "OnceParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

@@ -23,6 +23,11 @@ struct alignas(8) U32x2 { u32 x, y; };
 struct alignas(16) U32x4 { u32 x, y, z, w; };
 // clang-format on
 
+/// What two queries' scores of a row have added (BiasPlace of state.cuh).
+struct alignas(8) BiasPair {
+    float first, second;
+};
+
 /// Element types of the model.
 struct Half {
     u16 bits;
@@ -64,6 +69,7 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
     return result;
 }
 __device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
+__device__ __forceinline__ const float* keep_address(const float* address) { return address; }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     low = float_of_half(pair & 0xffff), high = float_of_half(pair >> 16);
 }
@@ -86,9 +92,13 @@ __device__ __forceinline__ T load_streaming(const T* from) {
     if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
     return *from;
 }
-/// A place in shared memory as copies take it.
+/// A place in shared memory as copies and `load_shared` take it.
 using SharedPlace = u64;
 __device__ __forceinline__ SharedPlace shared_place(const void* at) { return reinterpret_cast<u64>(at); }
+template <int Offset, class T>
+__device__ __forceinline__ T load_shared(SharedPlace at) {
+    return load_streaming(reinterpret_cast<const T*>(at + Offset));
+}
 template <int Offset, int FromOffset>
 __device__ __forceinline__ void copy_to_shared(SharedPlace to, u64 from) {
     emulator::copy_in_background(to + Offset, from + FromOffset);
@@ -136,6 +146,12 @@ __device__ __forceinline__ u32 keep_in_register(u32 value) {
         : "=r"(kept)
         : "r"(value));
     return kept;
+}
+/// An address in registers: the compiler would compute it anew in a loop that is short of them.
+__device__ __forceinline__ const float* keep_address(const float* address) {
+    u64 kept;
+    asm volatile("mov.u64 %0, %1;" : "=l"(kept) : "l"(address));
+    return reinterpret_cast<const float*>(kept);
 }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(pair));
@@ -217,6 +233,11 @@ __device__ __forceinline__ float load_here(const float* from) {
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(from));
     return r;
 }
+__device__ __forceinline__ BiasPair load_here(const BiasPair* from) {
+    BiasPair r;
+    asm volatile("ld.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.first), "=f"(r.second) : "l"(from));
+    return r;
+}
 __device__ __forceinline__ U32x4 load_here(const U32x4* from) {
     U32x4 r;
     asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(from));
@@ -227,12 +248,28 @@ __device__ __forceinline__ u64 load_here(const u64* from) {
     asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(r) : "l"(from));
     return r;
 }
-/// A place in shared memory as copies take it.
+/// A place in shared memory as copies and `load_shared` take it.
 using SharedPlace = u32;
-__device__ __forceinline__ SharedPlace shared_place(const void* at) {
-    u32 place;
-    asm("{\n.reg .u64 p;\ncvta.to.shared.u64 p, %1;\ncvt.u32.u64 %0, p;\n}" : "=r"(place) : "l"(at));
-    return place;
+/// Not as assembly, which the compiler would repeat in a loop that is short of registers.
+__device__ __forceinline__ SharedPlace shared_place(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
+/// A word at a place in shared memory and a distance in bytes that needs no instruction.
+template <int Offset, class T>
+__device__ __forceinline__ T load_shared(SharedPlace at) {
+    T r;
+    if constexpr (sizeof(T) == 16) {
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(at), "n"(Offset) : "memory");
+    } else if constexpr (sizeof(T) == 8) {
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2 + %3];" : "=r"(r.x), "=r"(r.y) : "r"(at), "n"(Offset) : "memory");
+    } else if constexpr (sizeof(T) == 4) {
+        asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(r) : "r"(at), "n"(Offset) : "memory");
+    } else if constexpr (sizeof(T) == 2) {
+        asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=h"(r) : "r"(at), "n"(Offset) : "memory");
+    } else {
+        u32 byte;
+        asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(byte) : "r"(at), "n"(Offset) : "memory");
+        r = static_cast<T>(byte);
+    }
+    return r;
 }
 /// Sixteen bytes of global memory, past registers and the first-level cache, in the background: there when the group that they are
 /// committed with has been waited for. Offsets are in bytes.
@@ -268,17 +305,11 @@ alignas(16) extern __shared__ unsigned char skvq_dynamic_shared[];
 
 constexpr u32 whole_warp = 0xffffffffu;
 
-/// How words are read: of pages, which are read once, of what a launch before this one writes, or of shared memory.
+/// How words are read: of what a launch before this one writes, or of shared memory.
 struct FromLaunch {
     template <class T>
     __device__ __forceinline__ T operator()(const T* from) const {
         return load_here(from);
-    }
-};
-struct FromPage {
-    template <class T>
-    __device__ __forceinline__ T operator()(const T* from) const {
-        return load_streaming(from);
     }
 };
 struct FromShared {

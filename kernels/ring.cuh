@@ -45,15 +45,13 @@ struct RowRing {
         return -1;
     }
 
-    const u8* own;
-    SharedPlace place;
-    int lane;
+    SharedPlace own;  // slots of this warp
+    u32 lane;
     u32 warp_bytes[2];               // of keys and values: where this lane's copies of codes begin in a page
     u32 mixed[chunks], steps[chunks];  // of chunks that lie in more than one segment: place in the page, and of the next row block
     bool of_values[chunks];
 
-    __device__ __forceinline__ RowRing(u8* shared, int warp, int lane)
-        : own(shared + warp * slots * slot_bytes), place(shared_place(own) + 16 * lane), lane(lane) {
+    __device__ __forceinline__ RowRing(u8* shared, int warp, int lane) : own(shared_place(shared) + warp * slots * slot_bytes), lane(lane) {
         const int first = first_block(warp, 0);
         warp_bytes[0] = first * K::block_bytes + 16 * lane;
         warp_bytes[1] = first * V::block_bytes + 16 * lane;
@@ -77,29 +75,47 @@ struct RowRing {
 
     /// Starts the copy of the row blocks of turn `inner` of a page to the slot at `slot_at`.
     __device__ __forceinline__ void fetch(int slot_at, u64 key_page, u64 value_page, int inner) const {
-        const SharedPlace to = place + slot_at;
+        const SharedPlace to = own + slot_at + 16 * lane;
         for_each<chunks>([&](auto index) {
             constexpr int c = decltype(index)::value, which = segment_of(c);
             if constexpr (which == 0 || which == 1) {
                 const u64 from = (which == 0 ? key_page : value_page) + warp_bytes[which] + (page_turns > 1 ? inner * at_once * segment(which).stride : 0);
                 copy_to_shared<chunk * c, chunk * c - segment(which).begin>(to, from);
-            } else if (chunk * (c + 1) <= slot_bytes || chunk * c + 16 * lane < slot_bytes) {
+            } else if (chunk * (c + 1) <= slot_bytes || 16 * lane < slot_bytes - chunk * c) {
                 copy_to_shared<chunk * c, 0>(to, (of_values[c] ? value_page : key_page) + mixed[c] + (page_turns > 1 ? inner * steps[c] : 0));
             }
         });
     }
     template <int Block>
     __device__ __forceinline__ void read_keys(int slot_at, LaneCodes<K>& codes, PairNumbers<K>& numbers) const {
-        const u8* from = own + slot_at;
-        codes.read(from + key_codes + Block * K::block_bytes, lane, FromShared());
-        numbers.read(from + key_numbers + Block * 8 * K::pair_bytes, lane / 4, FromShared());
+        codes.read(SlotBlock<key_codes + Block * K::block_bytes>{own + slot_at, lane});
+        numbers.read(SlotPair<key_numbers + Block * 8 * K::pair_bytes>{own + slot_at + lane / 4 * K::pair_bytes});
     }
     template <int Block>
     __device__ __forceinline__ void read_values(int slot_at, LaneCodes<V>& codes, PairNumbers<V>& numbers) const {
-        const u8* from = own + slot_at;
-        codes.read(from + value_codes + Block * V::block_bytes, lane, FromShared());
-        numbers.read(from + value_numbers + Block * 8 * V::pair_bytes, lane / 4, FromShared());
+        codes.read(SlotBlock<value_codes + Block * V::block_bytes>{own + slot_at, lane});
+        numbers.read(SlotPair<value_numbers + Block * 8 * V::pair_bytes>{own + slot_at + lane / 4 * V::pair_bytes});
     }
+
+   private:
+    /// Bytes of a slot from `First` on, as LaneCodes and PairNumbers read them.
+    template <int First>
+    struct SlotBlock {
+        SharedPlace slot;
+        u32 lane;
+        template <class T, int Run>
+        __device__ __forceinline__ T word() const {
+            return load_shared<First + Run, T>(slot + static_cast<u32>(sizeof(T)) * lane);
+        }
+    };
+    template <int First>
+    struct SlotPair {
+        SharedPlace pair;
+        template <class T, int At>
+        __device__ __forceinline__ T word() const {
+            return load_shared<First + At, T>(pair);
+        }
+    };
 };
 
 }  // namespace skvq

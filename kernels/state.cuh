@@ -35,6 +35,17 @@ __device__ __forceinline__ int existing_query(int query, int group, int length, 
     return min(query, max(0, min(query_tile, group * length - tile * query_tile) - 1));
 }
 
+/// Where q·m(t) of a tile's query lies for row 0, and the step from row to row: two queries lie together, unless there is but one.
+struct BiasPlace {
+    float* first;
+    int step;
+
+    /// `head_tile`: of all sequences' kv heads and tiles. `query`: one of an even number has the next one behind it.
+    __device__ __forceinline__ BiasPlace(u64 bias, i64 head_tile, i64 capacity, int all_queries, int query) : step(all_queries > 1 ? 2 : 1) {
+        first = reinterpret_cast<float*>(bias) + (head_tile * query_tile + query / step * step) * capacity + query % step;
+    }
+};
+
 /// softcap·tanh(score / softcap), tanh x being 1 − 2 / (1 + exp 2x): right to a few 1e-7 of the cap.
 __device__ __forceinline__ float soft_cap(float score, float softcap) {
     return softcap - 2.0f * softcap * reciprocal_fast(1.0f + exp2_fast(score * reciprocal_fast(softcap) * (2.0f * log2_e)));

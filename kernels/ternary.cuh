@@ -2,16 +2,16 @@
 //
 // Is: the A operands of values of format 1.6 in one group, and a channel's sum made from theirs. Is not: other levels, groups or
 // keys, whose digits select levels (levels.cuh).
-// A word's bytes 0, 2 and 1, 3 lie in the halves of two registers. With r what is left of a byte, t = 3·r has the next digit above its low
-// byte, which is what is left then. As an f16, t is the subnormal t·2^-24, an operand as it is. Let W(t) be Σ weight·t over rows. Then
+// A word's bytes 0, 2 and 1, 3 lie in the halves of two registers. With r what is left of a byte, 3·r has the next digit above its low
+// byte r', which is what is left then. As an f16, r is the subnormal r·2^-24, an operand as it is. Let W(r) be Σ weight·r over rows. Then
 //
-//   256·Σ weight·digit = W(t) − W(t mod 256) = W(t) − W(t') / 3,   t' being the t of the next digit.
+//   256·Σ weight·digit = 3·W(r) − W(r').
 //
 // So an octet costs two masks and two multiplications, and a word one octet of sums more. Sums of so many positive numbers would lose what is
-// small beside them (tensor cores cut off what f32 cannot hold), so odd rows have complements and negative weights: with r̄ = 255 − r the same steps
-// are u = 3·r̄ + 2 = 767 − t, whose low byte is the next r̄. Then, sums of weights of even and odd rows being E and O,
+// small beside them (tensor cores cut off what f32 cannot hold), so odd rows have complements and negative weights: with r̄ = 255 − r the next one
+// is the low byte of 3·r̄ + 2. Then, sums of weights of even and odd rows being E and O,
 //
-//   256·Σ weight·(digit − 1) = W − W' / 3 − (256·E − 255⅓·O),   and 256·E − 255⅓·O is ⅔ of what the operands 384 and 383 sum up.
+//   256·Σ weight·(digit − 1) = 3·W − W' − (256·E − 254·O),   and 256·E − 254·O is what the operands 256 and 254 sum up.
 #pragma once
 #include "levels.cuh"
 
@@ -29,7 +29,7 @@ template <class V>
 struct TernarySums {
     static constexpr int octets = V::code_octets, words = V::ternary_words;
     static constexpr int in_words = octets < 5 * words ? octets : 5 * words;
-    /// Octets of sums: of every word its digits and one step more, then octets that fill no word, then the weights themselves.
+    /// Octets of sums: of every word what is left before each digit and behind the last, then octets that fill no word, then the weights themselves.
     static constexpr int count = octets + words + 1, tiles = (count + 1) / 2;
 
     /// The octet of sums that belongs to an octet of channels.
@@ -42,10 +42,10 @@ struct TernarySums {
         for_each<words>([&](auto index) {
             constexpr int w = decltype(index)::value, digits = in_words - 5 * w < 5 ? in_words - 5 * w : 5;
             u32 even = codes.words[w] & 0x00ff00ffu, odd = ~(codes.words[w] >> 8) & 0x00ff00ffu;
-            for_each<digits + 1>([&](auto digit) {
-                const CodePairs t = {even * 3u, odd * 3u + 0x00020002u};
-                all[6 * w + decltype(digit)::value] = t;
-                even = t.even & 0x00ff00ffu, odd = t.odd & 0x00ff00ffu;
+            all[6 * w] = {even, odd};
+            for_each<digits>([&](auto digit) {
+                even = even * 3u & 0x00ff00ffu, odd = odd * 3u + 0x00020002u & 0x00ff00ffu;
+                all[6 * w + 1 + decltype(digit)::value] = {even, odd};
             });
         });
         for_each<octets - in_words>([&](auto index) {
@@ -56,7 +56,7 @@ struct TernarySums {
             // Digits less 1, of the odd rows 1 less digits, as bits 8 and above have them.
             all[place(octet)] = {add_halves(even & 0x03000300u, 0x81008100u), add_halves(odd & 0x03000300u ^ 0x80008000u, 0x01000100u)};
         });
-        all[count - 1] = {384u << 16 | 384u, 383u << 16 | 383u};
+        all[count - 1] = {256u << 16 | 256u, 254u << 16 | 254u};
         if constexpr (count % 2 != 0) all[count] = all[count - 1];
         for_each<tiles>([&](auto index) {
             constexpr int tile = decltype(index)::value;
@@ -70,7 +70,7 @@ struct TernarySums {
     static __device__ __forceinline__ float channel(const float (&sums)[tiles][4], int j, float step) {
         auto at = [&](int octet) { return sums[octet / 2][2 * (octet % 2) + j]; };
         float digits = at(place(Octet));
-        if constexpr (Octet < in_words) digits -= at(place(Octet) + 1) * (1.0f / 3.0f) + at(count - 1) * (2.0f / 3.0f);
+        if constexpr (Octet < in_words) digits = 3.0f * digits - at(place(Octet) + 1) - at(count - 1);
         return step * (digits * 65536.0f);
     }
 };

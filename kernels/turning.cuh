@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
             factors[index].cosine *= scale;
             factors[index].sine *= scale;
         }
-        // Of the columns that this lane has of a product: unit, its first row and that row's address, and how many rows there are to write.
+        // Of the columns that this lane has of a product: unit, its first row and that row's address, and how many rows there are to write. Of more than one
+        // query both columns are of one span, and written together, also where the second one does not exist.
         float units[2];
         int rows[2];
         float* to[2];
@@ -172,10 +173,10 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int own = 2 * t + j, query = own % width;
-            const i64 place = (static_cast<i64>(batch) * head_tiles + head * p.query_tiles + tile) * query_tile + query;
+            const BiasPlace place(p.bias, static_cast<i64>(batch) * head_tiles + head * p.query_tiles + tile, p.capacity, all_queries, query);
             units[j] = unit_of_query(query);
             rows[j] = (first_span + first * spans + (own >> width_bits)) * span_rows - origin + 16 * warp + g;
-            to[j] = reinterpret_cast<float*>(p.bias) + place * p.capacity + rows[j];
+            to[j] = place.first + static_cast<i64>(rows[j]) * place.step;
             ends[j] = tile * query_tile + query < all_queries ? packed : 0;
         }
 
@@ -236,14 +237,23 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
                 }
             }
             if (!early) prepare();
+            auto product = [&](int i) { return (highs[i] + (low_steps[i] + low_amplitudes[i])) * units[i % 2]; };
+            if (all_queries > 1) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int j = i % 2, further = i / 2 * 8;
-                if (static_cast<u32>(rows[j] + further) >= ends[j]) continue;
-                to[j][further] = (highs[i] + (low_steps[i] + low_amplitudes[i])) * units[j];
+                for (int side = 0; side < 2; ++side) {
+                    if (static_cast<u32>(rows[0] + 8 * side) >= ends[0]) continue;
+                    reinterpret_cast<BiasPair*>(to[0])[8 * side] = {product(2 * side), product(2 * side + 1)};
+                }
+                rows[0] += spans * span_rows, to[0] += 2 * spans * span_rows;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int j = i % 2, further = i / 2 * 8;
+                    if (static_cast<u32>(rows[j] + further) < ends[j]) to[j][further] = product(i);
+                }
+#pragma unroll
+                for (int j = 0; j < 2; ++j) rows[j] += spans * span_rows, to[j] += spans * span_rows;
             }
-#pragma unroll
-            for (int j = 0; j < 2; ++j) rows[j] += spans * span_rows, to[j] += spans * span_rows;
             buffer = 1 - buffer;
             __syncthreads();
         }

@@ -127,7 +127,7 @@ def test_bytes_and_rows_equal_the_twin(options: dict[str, Any], seed: int, permu
 def test_sizes_and_levels_equal_the_twin(head_dim: int, name: str, metadata: str) -> None:
     for symmetric in (True, False):
         options: dict[str, Any] = {"format": name, "head_dim": head_dim, "metadata": metadata, "symmetric": symmetric}
-        codebook = "uniform" if name == "8" else "lloyd-max"
+        codebook = "uniform" if name in ("8", "2") else "lloyd-max"
         native, twin = _native.Codec(**options), ReferenceCodec(**options, codebook=codebook)
         assert (native.row_bytes, native.code_bytes, native.metadata_bytes) == (
             twin.row_bytes,

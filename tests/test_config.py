@@ -109,14 +109,17 @@ def test_pairs_need_eight_codewords() -> None:
 
 
 def test_codebook_and_rule_follow_the_width() -> None:
-    chosen = {bits: StreamOptions(bits=bits).resolved() for bits in (8, 4, 1.6, 1.5)}
+    chosen = {bits: StreamOptions(bits=bits).resolved() for bits in (8, 4, 2, 1.6, 1.5)}
     assert {bits: (x.codebook, x.rule) for bits, x in chosen.items()} == {
         8: ("uniform", "range"),
         4: ("lloyd-max", "norm"),
+        2: ("uniform", "norm"),
         1.6: ("lloyd-max", "norm"),
         1.5: ("lloyd-max", "norm"),
     }
     assert StreamOptions(bits=4, codebook="uniform").resolved().rule == "range"
+    assert StreamOptions(bits=2, codebook="uniform").resolved().rule == "range"
+    assert StreamOptions(bits=2, codebook="lloyd-max").resolved().rule == "norm"
     assert StreamOptions(bits=4, codebook="uniform", rule="norm").resolved().rule == "norm"
     assert StreamOptions(bits=16).resolved() == StreamOptions(bits=16)
     with refused("bits=8: codebook='lloyd-max'", "'uniform'"):

@@ -30,6 +30,9 @@ CALLS = [
     Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning, 128"),
     Call(parts(64, 1, turning=False), parts(96, 0, turning=False, noise=False), group=3, name="parts, 64 and 96"),
     Call(parts(256, 1, turning=False), parts(80, 0, turning=False, noise=False), packed=40, name="parts, 256 and 80"),
+    Call(codec(codebook="lloyd-max"), TWO, group=4, packed=300, name="2, levels looked up"),
+    Call(codec(head_dim=96), codec("1.6", 96), group=4, packed=300, name="2 and ternary, a word alone"),
+    Call(codec(head_dim=32), codec(head_dim=32), group=2, packed=300, name="2, one word"),
     Call(TWO, TWO, dtype=torch.bfloat16, batch=2, group=8, packed=333, pages_per_split=2, name="2, batch, bfloat16"),
     Call(
         codec(**statics(64)), codec(**statics(64)), dtype=torch.float32, group=2, length=2, name="2, statics, float32"

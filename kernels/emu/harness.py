@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -113,7 +112,7 @@ def level_table(codec: Any) -> Structure:
     elif codec.format != "8":
         put({"4": 4, "3": 2, "2": 1, "1.6": 1}[codec.format], coder.levels)
     if codec.format == "2":
-        table.integers, table.step = integers(coder.levels.double().tolist())
+        table.step = even_step(coder.levels.double().tolist())
     table.correction = 1.0
     if codec.format in ("1.6", "2"):
         levels = coder.levels.double().flatten()
@@ -122,18 +121,13 @@ def level_table(codec: Any) -> Structure:
     return table
 
 
-def integers(levels: list[float]) -> tuple[int, float]:
-    """Four levels as bytes times a step, or step 0, as `integers` of src/cuda/pages.rs."""
-    largest = max(map(abs, levels))
-    best = (math.inf, [0] * 4, 0.0)
-    for top in range(1, 128):
-        found = [round(level / largest * top) for level in levels]
-        step = sum(a * b for a, b in zip(found, levels, strict=True)) / sum(a * a for a in found)
-        error = max(abs(a * step - b) for a, b in zip(found, levels, strict=True))
-        best = min(best, (error, found, step), key=lambda candidate: candidate[0])
-    if best[0] > largest / 2048:
-        return 0, 0.0
-    return int.from_bytes(bytes(a & 255 for a in best[1]), "little"), best[2]
+def even_step(levels: list[float]) -> float:
+    """The distance of four levels that are evenly spaced around 0, else 0, as `even_step` of src/cuda/pages.rs."""
+    step = (levels[-1] - levels[0]) / 3
+    even = all(
+        abs(level - place * step) <= 5e-7 * step for level, place in zip(levels, (-1.5, -0.5, 0.5, 1.5), strict=True)
+    )
+    return step if even else 0.0
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

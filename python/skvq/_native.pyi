@@ -61,7 +61,7 @@ class Codec:
         metadata: dtype of scales and zero points, ``"e4m3"`` or ``"fp16"``.
         symmetric: a scale only; False adds a zero point.
         codebook: ``"uniform"``, ``"lloyd-max"``, ascending levels, or eight pairs for format ``"1.5"``.
-            None: ``"uniform"`` for format ``"8"``, else ``"lloyd-max"``.
+            None: ``"uniform"`` for formats ``"8"`` and ``"2"``, else ``"lloyd-max"``.
         rule: the scale follows the group's ``"norm"`` or its ``"range"``.
         clip: factor on the scale (SKVQ's alpha).
         refinements: least-squares steps that refit the scale to the codes.

@@ -159,9 +159,10 @@ class StreamOptions:
             rounds by up to 6 % would cost a quarter more error, "e4m3" for fewer.
         symmetric: a scale only; otherwise a scale and a zero point.
         codebook: "lloyd-max" (optimal for a normal variable), "uniform", or the levels themselves, ascending (for
-            1.5 bits: eight pairs). None: "uniform" for 8 bits, which has no other, "lloyd-max" for fewer.
+            1.5 bits: eight pairs). None: "uniform" for 8 bits, which has no other, and for 2, where it has 1 % more
+            error and attention on a GPU needs no look-up; "lloyd-max" for other bits.
         rule: "norm" (scale from the root mean square) or "range" (from the largest magnitude, or minimum and maximum).
-            None: "range" with the uniform codebook, "norm" with the others.
+            None: "range" with the uniform codebook if it is named or has 8 bits, else "norm".
         clip: factor on the scale, SKVQ's alpha.
         refinements: least-squares steps on the scale after the first codes.
         unbiased: whether the stored scale keeps inner products with a decoded row right on average, instead of its
@@ -246,8 +247,10 @@ class StreamOptions:
         """The same options with codebook, rule and metadata chosen where they are None; every part has its codebook."""
         if self.parts is not None:
             return dataclasses.replace(self, rule="norm", metadata=self.metadata or "e4m3")
-        codebook = self.codebook or ("uniform" if self.bits == 8 else "lloyd-max")
-        rule = self.rule or ("range" if codebook == "uniform" else "norm")
+        codebook = self.codebook or ("uniform" if self.bits in (2, 8) else "lloyd-max")
+        # Four levels a unit apart are, to 0.4 %, those that a normal variable of that deviation has least error with.
+        by_norm = codebook != "uniform" or (self.codebook is None and self.bits == 2)
+        rule = self.rule or ("norm" if by_norm else "range")
         metadata = self.metadata or ("fp16" if self.bits == 8 else "e4m3")
         return dataclasses.replace(self, codebook=codebook, rule=rule, metadata=metadata) if self.is_packed else self
 

@@ -167,7 +167,7 @@ class LevelCodes:
         self, code_format: str, codebook: str | Sequence[float] | Sequence[tuple[float, float]] | None = None
     ) -> None:
         if codebook is None:
-            codebook = "uniform" if code_format == "8" else "lloyd-max"
+            codebook = "uniform" if code_format in ("8", "2") else "lloyd-max"
         self.format = code_format
         self.uniform = isinstance(codebook, str) and codebook == "uniform"
         self.levels = _codebook(codebook, code_format)

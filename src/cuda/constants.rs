@@ -126,7 +126,7 @@ impl CodecConstants {
         Ok(Self { transform, levels, noise, table, weight_unit, uneven, waves, _block: block })
     }
 
-    /// Whether `tiles` query tiles of a warp meet these keys as bytes: `by_bytes` of `kernels/bytes.cuh`, and levels that are integers.
+    /// Whether `tiles` query tiles of a warp meet these keys as bytes: `by_bytes` of `kernels/bytes.cuh`, and levels that are evenly spaced.
     pub fn takes_bytes(&self, layout: &RowLayout, tiles: usize) -> bool {
         let fits = layout.head_dim.is_multiple_of(32) && layout.head_dim * tiles <= 256;
         layout.format == Format::Int2 && layout.groups() == 1 && fits && self.table.step != 0.0

@@ -155,8 +155,8 @@ pub fn level_table(codec: &Codec) -> LevelTable {
         (Format::Int4 | Format::Int3 | Format::Int2, _) => put(TABLE_WORDS[all.len().ilog2() as usize], &all),
         _ => {}
     }
-    if let (Format::Int2, Some((integers, step))) = (codec.layout.format, integers(&all)) {
-        (table.integers, table.step) = (u32::from_le_bytes(integers.map(|integer| integer as u8)), step);
+    if codec.layout.format == Format::Int2 {
+        table.step = even_step(&all).unwrap_or(0.0);
     }
     let few = matches!(codec.layout.format, Format::Ternary | Format::Int2);
     table.correction = if few { correction(&all) } else { 1.0 };
@@ -173,21 +173,14 @@ fn correction(levels: &[f32]) -> f32 {
     if squares > 0.0 { (products / squares) as f32 } else { 1.0 }
 }
 
-/// Four levels as integers of a byte, times a step: those with the least error, where it is no larger than that of f16 may be, 2⁻¹¹ of the largest
-/// level. Lloyd and Max's are near 3 and 10, uniform ones 1 and 3; other levels that are symmetric nearly always have some.
-fn integers(levels: &[f32]) -> Option<([i8; 4], f32)> {
-    let levels: [f64; 4] = <[f32; 4]>::try_from(levels).ok()?.map(f64::from);
-    let largest = levels.iter().fold(0.0, |largest: f64, level| largest.max(level.abs()));
-    let candidate = |top: i32| {
-        let integers = levels.map(|level| (level / largest * f64::from(top)).round());
-        let dot = |other: &[f64; 4]| integers.iter().zip(other).map(|(a, b)| a * b).sum::<f64>();
-        let step = dot(&levels) / dot(&integers);
-        let error =
-            integers.iter().zip(levels).map(|(integer, level)| (integer * step - level).abs()).fold(0.0, f64::max);
-        (error, integers.map(|integer| integer as i8), step as f32)
-    };
-    let best = (1..=127).map(candidate).min_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 <= largest / 2048.0).then_some((best.1, best.2))
+/// The distance of four levels that are evenly spaced around 0, as those of "uniform" codebooks are.
+fn even_step(levels: &[f32]) -> Option<f32> {
+    let &[lowest, low, high, highest] = levels else { return None };
+    let step = (highest - lowest) / 3.0;
+    let is_even = [(lowest, -1.5), (low, -0.5), (high, 0.5), (highest, 1.5)]
+        .iter()
+        .all(|(level, place)| (level - place * step).abs() <= step * f32::EPSILON * 4.0);
+    is_even.then_some(step)
 }
 
 /// A power of two by which weights times value scales are multiplied before they become f16: large, so that little weights are not lost,
@@ -238,17 +231,15 @@ mod tests {
     }
 
     #[test]
-    fn levels_near_integers_are_bytes_times_a_step() {
-        let (lloyd_max, step) = integers(&levels(&codec(Format::Int2, 64))).unwrap();
-        assert_eq!(lloyd_max, [-10, -3, 3, 10]);
-        assert!((step * 10.0 - 1.5104).abs() < 2e-4, "{step}");
-        assert_eq!(integers(&[-1.5, -0.5, 0.5, 1.5]), Some(([-3, -1, 1, 3], 0.5)));
-        // Three levels, and four that no byte has within 2⁻¹¹ of the largest.
-        assert_eq!(integers(&[-1.0, 0.0, 1.0]), None);
-        assert_eq!(integers(&[-0.9, -0.211, 0.347, 1.0]), None);
-        let table = level_table(&codec(Format::Int2, 64));
-        assert_eq!((table.integers, table.step), (0x0a03_fdf6, step));
-        assert!(level_table(&codec(Format::Int3, 64)).step == 0.0);
+    fn four_levels_that_are_evenly_spaced_have_a_step() {
+        assert_eq!(even_step(&[-1.5, -0.5, 0.5, 1.5]), Some(1.0));
+        let step = even_step(&[-1.494, -0.498, 0.498, 1.494]).unwrap();
+        assert!((step - 0.996).abs() < 1e-6, "{step}");
+        // Lloyd and Max's, a middle that is not 0, three levels.
+        assert_eq!(even_step(&levels(&codec(Format::Int2, 64))), None);
+        assert_eq!(even_step(&[-1.0, 0.0, 1.0, 2.0]), None);
+        assert_eq!(even_step(&[-1.0, 0.0, 1.0]), None);
+        assert!(level_table(&codec(Format::Int2, 64)).step == 0.0);
     }
 
     #[test]

@@ -47,7 +47,7 @@ macro_rules! parameters {
 }
 
 parameters! {
-    LevelTable: 144 { low: [u32; 16], high: [u32; 16], integers: u32, step: f32, correction: f32, padding: i32 }
+    LevelTable: 136 { low: [u32; 16], high: [u32; 16], step: f32, correction: f32 }
 
     TransformParams: 80 {
         shift: u64, scale: u64, permutation: u64, matrix: u64, inverse: u64, shift_sine: u64, spans: u64, steps: u64,
@@ -71,7 +71,7 @@ parameters! {
         kind: i32, causal: i32, softcap: f32, total_from_lengths_plus: i32,
     }
 
-    AttendParams: 480 {
+    AttendParams: 464 {
         key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64,
         key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64,
         mask: MaskParams, key_levels: LevelTable, value_levels: LevelTable,
@@ -94,7 +94,7 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    OnceParams: 1288 {
+    OnceParams: 1272 {
         fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, first_state: i32, padding: i32,
     }
 

@@ -251,7 +251,8 @@ impl PyCodec {
             let layout = RowLayout::new(format, head_dim, group_size.unwrap_or(default_group), precision, symmetric)?;
             let codebook = match codebook {
                 Some(codebook) => parse_codebook(&codebook, format)?,
-                None => Codebook::named(if format == Format::Int8 { "uniform" } else { "lloyd-max" }, format)?,
+                None if matches!(format, Format::Int8 | Format::Int2) => Codebook::named("uniform", format)?,
+                None => Codebook::named("lloyd-max", format)?,
             };
             (layout, codebook, Vec::new())
         };
