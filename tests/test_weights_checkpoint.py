@@ -360,10 +360,13 @@ def test_bench_weights_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["bench", "weights", *sizes, "--json", str(figures)]) == 0
     found = json.loads(figures.read_text())
     assert found["rows"] == []
+    assert found["device"] is None
+    assert found["machine"]["processor"]
+    title = f"{found['machine']['processor']}, torch {torch.__version__}, threads: {torch.get_num_threads()}\n"
+    assert capsys.readouterr().out.startswith(title)
     shapes = [(row["outputs"], row["inputs"], row["rows"]) for row in found["products"]]
     assert shapes == [(256, 128, 1), (256, 128, 3), (48, 256, 1), (48, 256, 3)]
     assert all(row["packed_float32_ms"] > 0.0 < row["int4pack_bfloat16_ms"] for row in found["products"])
-    capsys.readouterr()
     for arguments, message in (
         (["--shapes", "256"], "shapes='256': expected OUTPUTSxINPUTS"),
         (["--model", "somewhere"], "checkpoint='': expected a model directory beside model='somewhere'"),
@@ -384,6 +387,7 @@ def test_bench_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         == 0
     )
     found = json.loads(figures.read_text())
+    assert found["device"] is None
     assert len(found["rows"]) == 24
     assert len(found["products"]) >= 3
     plain, small = found["rows"][0], found["rows"][-1]

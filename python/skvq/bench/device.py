@@ -1,4 +1,5 @@
-"""The GPU of a benchmark: what it is, how fast it copies, how much is free, and a clock of its own.
+"""The GPU of a benchmark: what it is, how fast it copies, how much is free, and a clock of its own. A place that may
+be the CPU instead.
 
 Is: CUDA events around replays of captured graphs, with a second-level cache that holds nothing of the contestants, and
 the times of single kernels by torch's profiler. Is not: contestants, nor tables. Where tests have put the emulated
@@ -19,6 +20,8 @@ import torch
 from .. import cuda_store
 from .._native import SkvqError, cuda_nvrtc, cuda_status
 from ..cuda_runtime import find_nvrtc
+from .machine import describe_machine
+from .timing import CacheFlush, Timing, host_seconds, time_in_turns
 
 GIB = 1 << 30
 _LARGEST_COPY = 4 * GIB
@@ -75,6 +78,10 @@ class BenchDevice:
             found["memory_bytes"] = torch.cuda.get_device_properties(self.place).total_memory
         found |= {"nvrtc": nvrtc, "nvrtc_version": cuda_nvrtc(nvrtc)[0]}
         return found | {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
+
+    def title(self) -> str:
+        """Of these the card, driver and torch, in a line."""
+        return f"{self.status['name']}, driver for CUDA {'.'.join(map(str, self.driver))}, torch {torch.__version__}"
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -199,6 +206,54 @@ class Clock:
         if not found:
             return "torch's profiler saw no kernels (it needs CUPTI and the right to use it)"
         return {name: seconds / count for name, seconds in found.items()}
+
+
+class Place:
+    """Where a benchmark runs that knows the CPU too, and how calls and steps are timed there."""
+
+    def __init__(self, name: str) -> None:
+        """Raises SkvqError if it is neither "cpu" nor a GPU that can be used."""
+        self.device, self._clock = torch.device("cpu"), None
+        if name != "cpu":
+            found = BenchDevice(name)
+            self.device, self._clock = found.place, Clock(found)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is the CPU; not so where tests have put the emulated driver in place of a GPU."""
+        return self._clock is None
+
+    def compare(self, contestants: dict[str, Callable[[], object]], cold: bool) -> dict[str, Timing]:
+        """Times in turns; `cold`: nothing of the weights is in the processor's caches, which is always so on a GPU."""
+        if self._clock is not None:
+            return time_in_turns(contestants, rounds=25, seconds=6.0, once=self._clock.once)
+        return time_in_turns(contestants, rounds=7, seconds=6.0, flush=CacheFlush() if cold else None)
+
+    def synchronize(self) -> None:
+        """Waits for what was started."""
+        if self._clock is not None:
+            self._clock.device.synchronize()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Of one run that is launched and waited for by the host."""
+
+        def whole() -> None:
+            work()
+            self.synchronize()
+
+        self.synchronize()
+        return host_seconds(whole)
+
+    def describe(self) -> dict[str, Any] | None:
+        """Of the GPU."""
+        return None if self._clock is None else self._clock.device.describe()
+
+    def title(self) -> str:
+        """What a table's reader needs of it, in a line."""
+        if self._clock is not None:
+            return self._clock.device.title()
+        found = describe_machine()
+        return f"{found['processor']}, torch {torch.__version__}, threads: {found['torch_threads']}"
 
 
 def kernel_seconds(events: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -18,8 +18,8 @@ import torch
 
 from ..model_layers import cache_argument
 from .capacity import CapacityOptions, model_config, random_model
+from .device import Place
 from .machine import make_report
-from .weights import Place
 
 WARM_STEPS = 3
 KINDS: dict[str, Callable[[list[float]], float]] = {"median": statistics.median, "fastest": min, "slowest": max}
@@ -68,6 +68,7 @@ def run_prompt(options: PromptOptions) -> dict[str, Any]:
         SkvqError: the device cannot be used, or sizes that do not fit together.
     """
     place = Place(options.device)
+    print(place.title(), flush=True)
     sizes = ("layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "dtype")
     config = model_config(CapacityOptions(**{name: getattr(options, name) for name in sizes}))
     model = random_model(config, options.dtype, place.device)

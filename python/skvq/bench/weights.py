@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import BenchDevice, Clock
+from .device import Place
 from .machine import make_report
-from .timing import CacheFlush, Timing, host_seconds, time_in_turns
 
 LAYER = "layers.1."  # whose products are timed; the first one may differ
 GROUP = 128  # inputs that share a scale in random weights
@@ -56,47 +55,6 @@ class WeightsOptions:
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     shapes: tuple[str, ...] = ("4096x4096", "11008x4096", "4096x11008")  # those of Llama 2 7B
     device: str = "cpu"
-
-
-class Place:
-    """Where a benchmark runs, and how products and steps are timed there."""
-
-    def __init__(self, name: str) -> None:
-        """Raises SkvqError if it is neither "cpu" nor a GPU that can be used."""
-        self.device, self._clock = torch.device("cpu"), None
-        if name != "cpu":
-            found = BenchDevice(name)
-            self.device, self._clock = found.place, Clock(found)
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether our own product runs there."""
-        return self._clock is None
-
-    def compare(self, contestants: dict[str, Callable[[], object]], cold: bool) -> dict[str, Timing]:
-        """Times in turns; `cold`: nothing of the weights is in the processor's caches, which is always so on a GPU."""
-        if self._clock is not None:
-            return time_in_turns(contestants, rounds=25, seconds=6.0, once=self._clock.once)
-        return time_in_turns(contestants, rounds=7, seconds=6.0, flush=CacheFlush() if cold else None)
-
-    def synchronize(self) -> None:
-        """Waits for what was started."""
-        if self._clock is not None:
-            self._clock.device.synchronize()
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Of one run that is launched and waited for by the host."""
-
-        def whole() -> None:
-            work()
-            self.synchronize()
-
-        self.synchronize()
-        return host_seconds(whole)
-
-    def describe(self) -> dict[str, Any] | None:
-        """Of the GPU."""
-        return None if self._clock is None else self._clock.device.describe()
 
 
 def held_bytes(model: Any) -> int:
@@ -285,7 +243,9 @@ def _print_decoding(rows: list[dict[str, Any]]) -> None:
 
 
 def run_weights(options: WeightsOptions) -> dict[str, Any]:
-    """Times products and decoding, and prints both tables. Ratios are to the first dtype with DynamicCache."""
+    """Times products and decoding, and prints both tables behind the device. Ratios are to the first dtype with
+    DynamicCache. The report's "device" is None on the CPU, which is in "machine" in any case.
+    """
     from transformers.utils import logging as transformers_logging
 
     from ..weights.running import read_linears
@@ -296,12 +256,14 @@ def run_weights(options: WeightsOptions) -> dict[str, Any]:
         if given[other] and not given[name]:
             raise ValueError(f"{name}={given[name]!r}: expected a model directory beside {other}={given[other]!r}")
     place = Place(options.device)
+    print(place.title(), flush=True)
     if not options.checkpoint:
         products = _products(place, options, _random_linears(options.shapes), 4)
-        return make_report("weights", asdict(options), [], products=products)
+        return make_report("weights", asdict(options), [], device=place.describe(), products=products)
     linears, bits = read_linears(Path(options.checkpoint), LAYER)
     products = _products(place, options, linears, bits)
     del linears
     rows = _decoding(place, options, bits)
     _print_decoding(rows)
-    return make_report("weights", asdict(options), rows, model=Path(options.model).name, products=products)
+    more = {"model": Path(options.model).name, "device": place.describe(), "products": products}
+    return make_report("weights", asdict(options), rows, **more)
