@@ -6,6 +6,7 @@ arithmetic of others' layouts. Is not: a word on speed, nor on graphs and events
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -20,7 +21,7 @@ import torch
 from cuda_kernel_driver import build_driver, harness
 from cuda_stand_ins import build_nvrtc, run
 from skvq import SkvqError, cli
-from skvq.bench import attend_cuda, capacity, device, layers, peers, plot, step_cuda
+from skvq.bench import attend_cuda, capacity, contestants, device, layers, plot, step_cuda
 from skvq.bench.attend_cuda import CudaAttendOptions, Packed
 from skvq.bench.capacity import CapacityOptions
 from skvq.bench.layers import Shape
@@ -80,7 +81,7 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
     assert "sdpa math" in f16
     fastest = min(f16, key=lambda name: f16[name])
     for name, row in packed.items():
-        assert 0.0 < row["error"] < attend_cuda.ERROR
+        assert 0.0 < row["error"] < contestants.ERROR
         assert row["passed"]
         assert row["graph"] is False  # nothing is captured without a GPU
         assert row["fastest_f16"] == fastest
@@ -99,6 +100,22 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
     # Two sequences, two heads, 17 + 14 bytes of a token that is neither sink nor in the window.
     for name in ("K2V1.6", "K2V1.6 static"):
         assert packed[name]["packed_bytes"] == 2 * 2 * (600 - 5 - 128) * (17 + 14)
+    for name in packed:
+        assert rows[name]["error_over"] == "own rows"
+    assert rows["sdpa math"]["error_over"] == "given rows"
+    for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
+        row = rows[f"QuantizedCache {backend} 2 bits"]
+        if importlib.util.find_spec(package.partition(".")[0]) is None:
+            assert "You need to install" in row["skipped"]
+            continue
+        assert row["kind"] == "low-bit"
+        assert row["error_over"] == "own rows"
+        assert 0.0 < row["error"] < contestants.ERROR
+        assert row["passed"]
+        assert row["milliseconds"] > 0.0
+        # 600 tokens, of which 63 are not packed yet and one is new; 2 bits and a scale and a zero point in 64 elements.
+        assert row["packed_bytes"] == 2 * 2 * 2 * (600 - 64) * HEAD_DIM * (2 + 32 / 64) / 8
+        assert row["bytes"] == row["packed_bytes"] + 2 * 2 * 2 * 63 * HEAD_DIM * 2
     for name in ("flash-attn with_kvcache", "flashinfer", "bitdecoding 2 bits", "kivi 2 bits"):
         assert "ModuleNotFoundError" in rows[name]["skipped"]
         assert printed.count(f"  {name:<26} left out") == 1
@@ -118,8 +135,10 @@ def test_a_chunk_of_queries_is_compared_too(stand_ins: tuple[Path, str], tmp_pat
     assert {row["contestant"] for row in packed} == {"K2V1.6", "K2V1.6 static", "fitted", "plan"}
     for row in packed:
         assert row["queries"] == 40
-        assert 0.0 < row["error"] < attend_cuda.ERROR
+        assert 0.0 < row["error"] < contestants.ERROR
         assert "step" not in row
+    skipped = {row["contestant"]: row["skipped"] for row in report["rows"] if "skipped" in row}
+    assert skipped["QuantizedCache hqq 2 bits"] == "ValueError: 40 queries: expected one, for a decode step"
 
 
 @emulated
@@ -148,13 +167,13 @@ def test_an_output_is_compared_with_float64(length: int) -> None:
     query, keys, values = (
         torch.randn(1, heads, n, 16, generator=generator) for heads, n in ((4, length), (2, 50), (2, 50))
     )
-    exact = {0: attend_cuda.exact_output(query[0], keys[0], values[0])}
+    exact = {0: contestants.exact_output(query[0], keys[0], values[0])}
     grouped = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-    assert attend_cuda.error_of(grouped, exact) < 1e-6
+    assert contestants.error_of(grouped, exact) < 1e-6
     # Another group's head, and a number that nobody wrote.
-    assert attend_cuda.error_of(grouped.flip(1), exact) > 0.1
+    assert contestants.error_of(grouped.flip(1), exact) > 0.1
     grouped[0, 3, 0, 5] = math.nan
-    assert attend_cuda.error_of(grouped, exact) == math.inf
+    assert contestants.error_of(grouped, exact) == math.inf
     packed = Packed("one", "K2V1.6", None, True, 0, errors={4: 5e-3}, sdpa_errors={4: 1e-3})  # type: ignore[arg-type]
     assert not packed.passed(4)
     packed.sdpa_errors[4] = 3e-3
@@ -254,43 +273,6 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<unsigned char>>", 9.0),
     ]
     assert device.kernel_seconds(events) == pytest.approx({"attend": 70e-6, "encode": 5e-6})
-
-
-def test_rows_lie_in_the_pages_of_flashinfer() -> None:
-    rows = torch.randn(2, 3, 50, 8)
-    pages = peers.flashinfer_pages(rows)
-    assert pages.shape == (2 * 4, 3, 16, 8)
-    assert pages.is_contiguous()
-    for batch, head, row in ((0, 0, 0), (1, 2, 49), (0, 1, 17)):
-        assert torch.equal(pages[batch * 4 + row // 16, head, row % 16], rows[batch, head, row])
-    assert not pages[3, :, 2:].any()
-
-
-def test_bits_of_bitdecoding() -> None:
-    for bits, group in ((2, 32), (4, 128)):
-        codes, scales, value_codes, value_scales = peers.bitdecoding_shapes(2, 256, 8, 128, bits, group)
-        elements = 2 * 256 * 8 * 128
-        for shape in (codes, value_codes):
-            assert math.prod(shape) * 16 == elements * bits
-        for shape in (scales, value_scales):
-            assert math.prod(shape) == elements // group
-
-
-def test_torch_attends_alike_in_all_its_ways() -> None:
-    query, keys, values = (torch.randn(2, heads, n, 64) for heads, n in ((4, 1), (2, 40), (2, 40)))
-    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-    compared = 0
-    for peer in peers.peers(2):
-        if not peer.name.startswith("sdpa"):
-            continue
-        try:
-            found = peer.prepare(query, keys, values)()
-        except RuntimeError:  # a backend that a CPU does not have
-            continue
-        assert torch.allclose(found, expected, atol=1e-5)
-        compared += 1
-    assert compared
-    assert {peer.bits for peer in peers.peers(1)} == {16, 2, 4}
 
 
 def test_a_device_is_cuda_or_refused() -> None:
@@ -462,12 +444,32 @@ def test_capacity_on_the_store_of_a_device(stand_ins: tuple[Path, str], tmp_path
     assert report["device"]["card"]["name"].startswith("Emulated")
 
 
+@emulated
+def test_products_of_weights_name_their_device(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
+    found = tmp_path / "weights.json"
+    printed = bench(
+        stand_ins, "weights", "--device", "cuda", "--shapes", "256x128", "--rows", "1", "--json", str(found)
+    )
+    report = json.loads(found.read_text())
+    device = report["device"]
+    assert device["card"]["name"].startswith("Emulated")
+    assert device["torch"] == torch.__version__
+    driver = ".".join(map(str, device["driver"]))
+    assert printed.startswith(f"{device['card']['name']}, driver for CUDA {driver}, torch {torch.__version__}\n")
+    assert len(report["products"]) == 1
+    assert report["products"][0]["int4pack_bfloat16_ms"] > 0.0
+    assert "packed_float32_ms" not in report["products"][0]  # our own product is for the CPU
+
+
 def test_prompts_are_timed_with_every_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--layers 2 --heads 4 --kv-heads 2 --head-dim 32 --intermediate 64 --vocabulary 50 --dtype float32"
     line = f"bench prompt {sizes} --tokens 100 300 --rounds 1 --steps 2 --json {tmp_path / 'prompt.json'}"
     assert cli.main(line.split()) == 0
-    assert capsys.readouterr().out.count("step ") == 6
     report = json.loads((tmp_path / "prompt.json").read_text())
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{report['machine']['processor']}, torch {torch.__version__}, threads: ")
+    assert printed.count("step ") == 6
+    assert report["device"] is None
     rows = {(row["tokens"], row["cache"]): row for row in report["rows"]}
     assert set(rows) == {(tokens, cache) for tokens in (100, 300) for cache in ("DynamicCache", "blocks", "fitted")}
     for row in rows.values():

@@ -33,10 +33,19 @@ from ..evaluate.progress import progress_bar
 from ..plan import LayerPlan
 from ..warmup import QUERY_TILE, AttentionShape, kernel_instances
 from . import layers
+from .contestants import (
+    ERROR,
+    TIMES_SDPA,
+    Contestant,
+    compared_sequences,
+    error_of,
+    exact_output,
+    exact_outputs,
+    others,
+)
 from .device import GIB, BenchDevice, Clock, first_line, is_out_of_memory
 from .layers import APART, Shape
 from .machine import make_report
-from .peers import Call, Uncaptured, peers
 from .step_cuda import measure_step
 from .timing import Timing, time_in_turns
 
@@ -44,11 +53,8 @@ FORMATS = ("K2V1.6", "fitted", "plan")
 HEADS = ((8, 8), (8, 32), (8, 64))
 BATCHES = (1, 8)
 TOKENS = (32768, 131072, 524288)
-ERROR = 2e-3  # of the largest output, where torch's own error is no larger than half of it
-TIMES_SDPA = 2.0  # what an error is to stay within, of torch's in f16
 SHARE_GOAL = 0.8  # of copy bandwidth, by packed bytes
 APPEND_GOAL = 0.03  # of a step, by what packs the row that leaves the window
-EXACT_QUERIES = 128  # at a time in float64
 DECODING = {"append.cuh", "decode.cuh", "encode.cuh", "queries.cuh", "rows.cuh", "statistics.cuh"}
 FULL_CHIP_TOKENS = 32 << 10  # from here on the goals of bandwidth hold
 
@@ -135,20 +141,6 @@ class Packed:
         return error is None or error <= max(ERROR, TIMES_SDPA * (other or 0.0))
 
 
-@dataclass
-class Contestant:
-    """What takes turns: a call that writes or returns its output [B, Hq, L, D]."""
-
-    name: str
-    kind: str  # "packed", "f16" or "low-bit"
-    call: Callable[[], object]
-    nbytes: int
-    packed_bytes: int
-    error: float | None
-    passed: bool
-    graph: bool
-
-
 def _names(options: CudaAttendOptions) -> Iterator[tuple[str, str, bool]]:
     """Contestant, format, static: as `skvq bench attend` on the CPU has them."""
     for name in options.formats:
@@ -213,40 +205,13 @@ def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list
 # ---- correctness -----------------------------------------------------------------------------------------------------
 
 
-def exact_output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention [Hq, L, D] of one sequence's query [Hq, L, D] over rows [Hkv, T, D] in float64."""
-    group, found = query.shape[0] // keys.shape[0], []
-    for head, (k, v) in enumerate(zip(keys, values, strict=True)):
-        rows = query[head * group : (head + 1) * group].double().flatten(0, 1)
-        k, v, scale = k.double().T, v.double(), keys.shape[2] ** -0.5
-        found += [(some @ k * scale).softmax(-1) @ v for some in rows.split(EXACT_QUERIES)]
-    return torch.cat(found).view(query.shape)
-
-
-def error_of(output: Tensor, exact: dict[int, Tensor]) -> float:
-    """The largest difference in some sequences, of the largest output; infinite where a number is missing."""
-    largest = max(float(one.abs().max()) for one in exact.values())
-    errors = ((output[index].double() - one).abs().max().nan_to_num(math.inf) for index, one in exact.items())
-    return max(float(error) for error in errors) / max(largest, 1e-30)
-
-
-def _compared(batch: int) -> list[int]:
-    """The sequences whose outputs are compared: the first and the last one."""
-    return sorted({0, batch - 1})
-
-
-def _exact(query: Tensor, keys: Tensor, values: Tensor) -> dict[int, Tensor]:
-    """Of those sequences, from rows of all of them."""
-    return {index: exact_output(query[index], keys[index], values[index]) for index in _compared(query.shape[0])}
-
-
 def _decoded_rows(device: BenchDevice, options: CudaAttendOptions, shape: Shape, packed: Packed) -> list[Tensor]:
     """Keys and values [compared sequences, Hkv, T, D] of what a layer holds, in float32.
 
     A layer in f16 would round what it decodes, and be charged with it. Codes are made from float32 in either, so one in
     float32 has the same.
     """
-    sequences = _compared(shape.batch)
+    sequences = compared_sequences(shape.batch)
     few, place = replace(shape, batch=len(sequences)), device.place
     layer = layers.cuda_layer(few, _plan(shape, packed.form, packed.static), dtype="float32", device=place)
     for pair in layers.random_rows(shape, getattr(torch, options.dtype), device=place):
@@ -269,7 +234,7 @@ def _compare(
         packed.layer.decode_keys(keys)
         packed.layer.decode_values(values)
     for heads, query in queries.items():
-        exact, output = _exact(query, keys, values), torch.full_like(query, math.nan)
+        exact, output = exact_outputs(query, keys, values), torch.full_like(query, math.nan)
         own = {index: exact_output(query[index], *rows) for index, *rows in zip(exact, *decoded, strict=True)}
         packed.attend(query, output)
         packed.errors[heads] = error_of(output, own)
@@ -286,31 +251,7 @@ def _packed_contestant(clock: Clock, packed: Packed, query: Tensor) -> Contestan
     call, graph = clock.recorded(work)
     held, error = int(packed.layer.nbytes), packed.errors.get(heads)
     size = packed.packed_bytes
-    return Contestant(packed.name, "packed", call, held, size, error, packed.passed(heads), graph)
-
-
-def _peer_contestants(
-    clock: Clock, shape: Shape, query: Tensor, keys: Tensor, values: Tensor
-) -> Iterator[Contestant | tuple[str, str]]:
-    """Those that run here; of the others their name and why not."""
-    exact = _exact(query, keys, values)
-    sdpa = error_of(F.scaled_dot_product_attention(query, keys, values, enable_gqa=True), exact)
-    for peer in peers(shape.num_attention_heads // shape.num_key_value_heads):
-        call: Call | None = None
-        try:
-            call = peer.prepare(query, keys, values)
-            error = error_of(call(), exact)
-            recorded, graph = (call, False) if isinstance(call, Uncaptured) else clock.recorded(call)
-        except Exception as why:  # whatever a package raises that cannot serve this is why it is left out
-            del call
-            clock.device.synchronize()
-            clock.device.free_bytes()
-            yield peer.name, f"{type(why).__name__}: {first_line(why)}"
-            continue
-        kind, size = "f16" if peer.bits == 16 else "low-bit", peer.bits * 2 * shape.elements // 8
-        # What few bits of others do to random rows is theirs; it only shows that the work was done.
-        passed = error <= max(ERROR, TIMES_SDPA * sdpa) if kind == "f16" else math.isfinite(error)
-        yield Contestant(peer.name, kind, recorded, size, size, error, passed, graph)
+    return Contestant(packed.name, "packed", call, held, size, error, True, packed.passed(heads), graph)
 
 
 def _row(
@@ -334,6 +275,7 @@ def _row(
         "fastest_f16": fastest,
         "times_faster_than_f16": None if fastest is None else times[fastest].median / timing.median,
         "error": contestant.error,
+        "error_over": "own rows" if contestant.own_rows else "given rows",
         "passed": contestant.passed,
     }
 
@@ -344,13 +286,9 @@ def _measure_attention(
     generator = torch.Generator(clock.device.place).manual_seed(1)
     query = _query(clock.device, options, shape, generator)
     contestants = [_packed_contestant(clock, packed, query) for packed in found]
-    skipped: list[dict[str, Any]] = []
-    if options.peers and rows is not None:
-        for peer in _peer_contestants(clock, shape, query, *rows):
-            if isinstance(peer, Contestant):
-                contestants.append(peer)
-            else:
-                skipped.append(asdict(shape) | {"contestant": peer[0], "skipped": peer[1]})
+    running, left_out = others(clock, query, *rows) if options.peers and rows is not None else ([], [])
+    contestants += running
+    skipped = [asdict(shape) | {"contestant": x.name, "skipped": x.reason} for x in left_out]
     times = time_in_turns({x.name: x.call for x in contestants}, rounds=options.rounds, once=clock.once)
     right = [x.name for x in contestants if x.kind == "f16" and x.passed]
     fastest = min(right, key=lambda name: times[name].median, default=None)
@@ -427,7 +365,7 @@ def misses(rows: list[dict[str, Any]]) -> list[str]:
 
 def _f16_rows(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> tuple[Tensor, Tensor] | str:
     """Room for keys and values that are not packed, or why there is none."""
-    decoded = 8 * shape.elements // shape.batch * len(_compared(shape.batch))
+    decoded = 8 * shape.elements // shape.batch * len(compared_sequences(shape.batch))
     need = int(4 * shape.elements * 1.3) + decoded + (GIB if device.is_cuda else 0)
     free = device.free_bytes()
     if free is not None and need > free:
@@ -481,7 +419,7 @@ def run_attend_cuda(
     start = time.perf_counter()
     device = BenchDevice(options.device)
     described = device.describe()
-    print(f"{described['card']['name']}, driver {described['driver']}, torch {described['torch']}", flush=True)
+    print(device.title(), flush=True)
     compiled = compile_ahead(device, options)
     print(f"{compiled} kernels compiled in {time.perf_counter() - start:.1f} s", flush=True)
     clock, rows, told = Clock(device), list[dict[str, Any]](), set[tuple[str, str]]()

@@ -49,6 +49,7 @@ def _contestants(model: Any, options: GenerateOptions) -> dict[str, MakeCache]:
     from transformers import DynamicCache, QuantizedCache
 
     from ..cache import QuantizedDynamicCache
+    from ..evaluate.methods.stock import STOCK_OPTIONS
 
     config = model.config
 
@@ -58,7 +59,7 @@ def _contestants(model: Any, options: GenerateOptions) -> dict[str, MakeCache]:
         )
 
     def stock(backend: str, **settings: Any) -> MakeCache:
-        return lambda: QuantizedCache(backend, config, **settings)
+        return lambda: QuantizedCache(backend, config, **(STOCK_OPTIONS[backend] | settings))
 
     found: dict[str, MakeCache] = {"DynamicCache": lambda: DynamicCache(config=config)}
     for key_bits, value_bits in options.formats:
@@ -67,7 +68,7 @@ def _contestants(model: Any, options: GenerateOptions) -> dict[str, MakeCache]:
         found["QuantizedDynamicCache plan"] = lambda: QuantizedDynamicCache.from_plan(model, plan)
     for bits in (4, 2):
         found[f"QuantizedCache quanto {bits} bits"] = stock("quanto", nbits=bits)
-        found[f"QuantizedCache hqq {bits} bits"] = stock("hqq", nbits=bits, axis_key=1, axis_value=1)
+        found[f"QuantizedCache hqq {bits} bits"] = stock("hqq", nbits=bits)
     found["QuantizedCache fp8"] = stock("fp8")
     unknown = [part for part in options.caches if not any(part in name for name in found)]
     if unknown:

@@ -19,18 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..models import ExtraNotInstalledError
+from .methods.stock import STOCK_OPTIONS
 from .shared_prefill import MakeCache
 from .spec_options import parse_options
 
 if TYPE_CHECKING:
     from .texts import Text
 
-STOCK_OPTIONS: dict[str, dict[str, Any]] = {
-    "quanto": {"nbits": 4},
-    # hqq supports only this axis for both in transformers' layer
-    "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},
-    "fp8": {},
-}
 KINDS = ("dynamic", "packed", "plan", "method", *STOCK_OPTIONS)
 
 

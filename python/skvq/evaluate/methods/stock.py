@@ -25,7 +25,28 @@ if TYPE_CHECKING:
     from ..calibration_rows import CalibrationRows
 
 METADATA_BITS = 32  # a scale and a zero point of a group, in the dtype of a half-precision model
+# What QuantizedCache is given for each of its backends, unless something else is asked for.
+STOCK_OPTIONS: dict[str, dict[str, Any]] = {
+    "quanto": {"nbits": 4},
+    # hqq supports only this axis for both in transformers' layer
+    "hqq": {"nbits": 4, "axis_key": 1, "axis_value": 1},
+    "fp8": {},
+}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def quantized_layer(backend: str, bits: int, **options: Any) -> Any:
+    """An empty layer of transformers' QuantizedCache: "quanto" or "hqq" at `bits` bits, with `STOCK_OPTIONS` but for
+    `options`.
+
+    Raises ImportError if the backend's package is missing, and transformers' ValueError for bits that it has not.
+    """
+    from transformers import cache_utils
+
+    kinds = {"quanto": "QuantoQuantizedLayer", "hqq": "HQQQuantizedLayer"}
+    if backend not in kinds:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(map(repr, kinds))}")
+    return getattr(cache_utils, kinds[backend])(**(STOCK_OPTIONS[backend] | {"nbits": bits} | options))
 
 
 @dataclass(eq=False)
@@ -97,9 +118,7 @@ class Quanto(_Grouped):
         self.name += " keys per channel" if self.key_axis else ""
 
     def _make(self, bits: int) -> Any:
-        from transformers.cache_utils import QuantoQuantizedLayer
-
-        return QuantoQuantizedLayer(nbits=bits, q_group_size=self.group, axis_key=self.key_axis)
+        return quantized_layer("quanto", bits, q_group_size=self.group, axis_key=self.key_axis)
 
 
 @dataclass(eq=False)
@@ -116,9 +135,7 @@ class Hqq(_Grouped):
         self._check("HQQ")
 
     def _make(self, bits: int) -> Any:
-        from transformers.cache_utils import HQQQuantizedLayer
-
-        return HQQQuantizedLayer(nbits=bits, axis_key=1, axis_value=1, q_group_size=self.group)
+        return quantized_layer("hqq", bits, q_group_size=self.group)
 
 
 @dataclass(eq=False)
