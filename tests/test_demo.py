@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 import tiny_directory
 from demo_model import skip_without_the_demo_model
 from skvq import QuantizedDynamicCache, demo, evaluate, models
 from skvq.demo import PACKED, STOCK, DemoOptions, print_report, run_demo
-from skvq.model_layers import cache_argument
+from skvq.model_layers import cache_argument, layers_for_progress
 from skvq.models import ExtraNotInstalledError, ModelFileError, PackagedModel
-from tiny_models import build, prompts
+from tiny_models import SEEING, build, build_seeing, prompts
 
 PARTS = (b"GGUF first part ", b"and the second")
 FAKE = PackagedModel(
@@ -186,6 +187,21 @@ def test_compare_measures_divergence_from_the_first_cache() -> None:
     )
     expected = (reference.exp() * (reference - torch.cat(packed_scores))).sum(-1).mean().item()
     assert found["packed"].kl_divergence == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_progress_of_a_prompt_counts_the_layers_of_the_text_decoder(family: str) -> None:
+    model, seen = build_seeing(family), list[str]()
+    assert len(layers_for_progress(model)) == 3
+    cache = DynamicCache(config=model.config)
+    evaluate.generate(model, prompts(1, 40), 2, cache, report=lambda stage, count: seen.append(stage))
+    assert seen == ["prefill"] * 3 + ["decode"] * 2
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_progress_without_known_layers_is_none() -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=99))
+    assert layers_for_progress(model) == []
 
 
 @pytest.mark.parametrize(("context", "chunk", "message"), [(0, 1, "context is 0"), (9, 1, "context"), (4, 0, "chunk")])

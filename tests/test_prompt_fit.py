@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import DynamicCache
 
 import tiny_models
 from demo_model import skip_without_the_demo_model
@@ -552,10 +552,7 @@ def test_generation_with_a_fit_is_packed_all_the_way(family: str, way: str) -> N
 
 
 def test_the_decoder_of_a_model_that_sees_images_is_found() -> None:
-    text = dict(tiny_models.CONFIGS["gemma3"]().to_dict(), head_dim=DIM)
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
-    model = Gemma3ForConditionalGeneration(config).eval()
+    model = tiny_models.build_seeing("gemma3")
     cache, tokens = QuantizedDynamicCache(model, **OPTIONS), tiny_models.prompts(1, 300)
     with torch.inference_mode():
         model(tokens, **cache_argument(model, cache))

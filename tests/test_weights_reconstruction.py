@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from skvq import SkvqError
 from skvq.evaluate.methods.ours import reference_codec
-from skvq.weights import ChannelOptions, ReconstructOptions, WeightOptions, reconstruct
+from skvq.model_layers import decoder_of
+from skvq.weights import ChannelOptions, ReconstructOptions, WeightOptions, load, reconstruct
 from skvq.weights.blocks import BlockWindow, capture, decoder_layers
 from skvq.weights.channels import ChannelScales, LayerChannels
+from skvq.weights.checkpoint import write_checkpoint
 from skvq.weights.packing import unpacked_weight
-from tiny_models import build, prompts
+from tiny_models import SEEING, build, build_seeing, prompts
 
 WEIGHTS = WeightOptions(3, 32)
 FAMILIES = ("llama", "qwen3", "mistral", "mistral-window", "phi3", "gemma3")
@@ -33,6 +36,35 @@ def test_layers_outside_the_model_do_what_they_do_inside(family: str) -> None:
     for index in range(3):
         stream = window.advance(index, stream, 2)
     torch.testing.assert_close(model.base_model.norm(stream), model.base_model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_layers_of_models_that_see_images_are_those_of_the_text(family: str, tmp_path: Path) -> None:
+    """They do outside what they do inside; only they are quantized, and the checkpoint runs as the model does."""
+    model, ids = build_seeing(family), prompts(3, 48)
+    layers = decoder_layers(model)
+    captured = capture(model, ids, batch=2)
+    stream, window = captured.stream, BlockWindow(layers, captured.calls, torch.device("cpu"))
+    for index in range(3):
+        stream = window.advance(index, stream, 2)
+    torch.testing.assert_close(decoder_of(model).norm(stream), model.base_model(ids).last_hidden_state)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    found = reconstruct(model, ids, WEIGHTS, ReconstructOptions(epochs=0))
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    linears = {name for name, x in model.named_modules() if name.startswith(prefix) and isinstance(x, torch.nn.Linear)}
+    assert {name.rpartition(".")[0] for name in found.tensors} == linears
+    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    assert changed == {f"{name}.weight" for name in linears}
+    write_checkpoint(model, found.tensors, WEIGHTS, tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path, dtype=torch.float32, backend="dequantized")
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+
+
+def test_a_model_whose_layers_are_elsewhere_is_refused() -> None:
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=99)
+    with pytest.raises(SkvqError, match="GPT2LMHeadModel: no layers found, expected a decoder of transformers"):
+        decoder_layers(transformers.GPT2LMHeadModel(config))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -107,6 +107,37 @@ def build(family: str, attention: str | None = None, seed: int = 0, **changes: A
     return model.eval()
 
 
+def _seeing_text() -> dict[str, Any]:
+    """A Llama's options, for a text model of another name."""
+    return {name: value for name, value in CONFIGS["llama"]().to_dict().items() if name != "model_type"}
+
+
+_VISION: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+_VISION |= {"image_size": 28, "patch_size": 14}
+# Models that see images, whose text decoder lies deeper, and not in all of them by the same name.
+SEEING: dict[str, Callable[[], Any]] = {
+    "gemma3": lambda: transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=CONFIGS["gemma3"]().to_dict() | {"head_dim": 32}, vision_config=_VISION)
+    ),
+    "idefics3": lambda: transformers.Idefics3ForConditionalGeneration(
+        transformers.Idefics3Config(text_config=CONFIGS["llama"]().to_dict(), vision_config=_VISION)
+    ),
+    "qwen2-vl": lambda: transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(
+            text_config=_seeing_text()
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+            vision_config={"embed_dim": 32, "hidden_size": 64, "depth": 1, "num_heads": 2, "patch_size": 14},
+        )
+    ),
+}
+
+
+def build_seeing(family: str, seed: int = 0) -> Any:
+    """A model that sees images, with random weights."""
+    torch.manual_seed(seed)
+    return SEEING[family]().eval()
+
+
 def prompts(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token numbers [batch, length], none of them padding."""
     generator = torch.Generator().manual_seed(seed)

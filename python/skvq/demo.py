@@ -99,11 +99,12 @@ def _cache_makers(model: Any, options: DemoOptions) -> dict[str, Callable[[], An
 def _generate(loaded: Any, options: DemoOptions, make_cache: Callable[[], Any], name: str) -> dict[str, Any]:
     """One run over the prompt: text, speed, bytes."""
     from .evaluate import bytes_of_cache, generate
+    from .model_layers import layers_for_progress
     from .models import packaged_tokens
 
     prompt = packaged_tokens(loaded.tokenizer, PROMPT_TEXT, options.prompt_tokens)
     cache, config = make_cache(), loaded.model.config
-    layers = len(getattr(loaded.model.base_model, "layers", []))
+    layers = len(layers_for_progress(loaded.model))
     stages = {
         "prefill": (f"{name}: prompt", layers, "layers"),
         "decode": (f"{name}: new", options.new_tokens, "tokens"),

@@ -1,7 +1,7 @@
 """Which layers of a model a cache packs: full attention, one after another, from the model's configuration.
 
-Is: the refusal of models whose cache cannot be packed, what the configuration says of each layer's heads, and the
-argument by which a model takes a cache. Is not: anything about packing itself.
+Is: the refusal of models whose cache cannot be packed, what the configuration says of each layer's heads, the module
+that has the layers, and the argument by which a model takes a cache. Is not: anything about packing itself.
 """
 
 from __future__ import annotations
@@ -48,6 +48,28 @@ def decoder_config(config: Any) -> Any:
                 f"{', '.join(map(repr, SERVED_LAYER_TYPES))}"
             )
     return decoder
+
+
+def decoder_of(model: Any) -> Any:
+    """The module of a model that has its decoder's `layers`, also of one that sees images, whose decoder lies deeper.
+
+    Raises:
+        SkvqError: there is none where transformers puts it.
+    """
+    found: Any = getattr(model, "base_model", None)
+    if not hasattr(found, "layers") and hasattr(found, "get_decoder"):
+        found = found.get_decoder()
+    if not hasattr(found, "layers"):
+        raise SkvqError(f"{type(model).__name__}: no layers found, expected a decoder of transformers")
+    return found
+
+
+def layers_for_progress(model: Any) -> list[Any]:
+    """The modules of the decoder's layers, whose calls tell how far a prompt is; none where they are not found."""
+    try:
+        return list(decoder_of(model).layers)
+    except SkvqError:
+        return []
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:

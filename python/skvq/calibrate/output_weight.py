@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluate.rope import decoder_of
+from ..model_layers import decoder_of
 
 
 def output_weight(model: Any, layer: int, heads: int, head_dim: int) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .._native import SkvqError
 from ..config import StreamOptions
-from ..evaluate.rope import Rotary, decoder_of
+from ..evaluate.rope import Rotary
+from ..model_layers import decoder_of
 from ..plan import LayerPlan, StreamPlan
 from ..sinks import sink_order
 from ..waiting import SeenQueries, WaitingRows

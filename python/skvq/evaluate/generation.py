@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..model_layers import cache_argument
+from ..model_layers import cache_argument, layers_for_progress
 
 ReportStep = Callable[[str, int], object]
 
@@ -74,7 +74,7 @@ def _report_layers(model: Any, report: ReportStep) -> Iterator[None]:
     def report_layer(*_: Any) -> None:  # returns None: a hook's return value would replace the layer's output
         report("prefill", 1)
 
-    layers = list(getattr(model.base_model, "layers", []))
+    layers = layers_for_progress(model)
     for layer in layers:
         hooks.append(layer.register_forward_hook(report_layer))
     if layers:

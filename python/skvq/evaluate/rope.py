@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model_layers import decoder_of
+
 Tables = tuple[Tensor, Tensor]
 
 
@@ -57,17 +59,6 @@ class Rope:
         turned = self._apply(rows, rows[:, :, :, :], cos, sin)[1] if self._two else self._apply(rows, cos, sin)
         result: Tensor = turned
         return result
-
-
-def decoder_of(model: Any) -> Any:
-    """The part of a model that has its decoder's layers, also of one that sees images. Raises ValueError for modules
-    that have none where transformers puts them.
-    """
-    base = getattr(model, "base_model", None)
-    found = base if hasattr(base, "layers") else getattr(base, "language_model", None)
-    if not hasattr(found, "layers"):
-        raise ValueError(f"{type(model).__name__}: no layers found, expected a decoder of transformers")
-    return found
 
 
 class Rotary:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._native import SkvqError
+from ..model_layers import decoder_of
 from .grid import WeightOptions
 
 # Arguments of a layer that belong to generation, or that would keep a graph of the whole model alive.
@@ -60,14 +61,14 @@ class _StopError(Exception):
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The layers of a causal language model of transformers.
+    """The layers of a causal language model of transformers, also of one that sees images.
 
     Raises:
         SkvqError: its decoder does not have them as `layers`.
     """
-    layers = getattr(model.base_model, "layers", None)
+    layers = decoder_of(model).layers
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise SkvqError(f"model: a {type(model).__name__} without base_model.layers, expected a Llama-like decoder")
+        raise SkvqError(f"model: the layers of a {type(model).__name__} are no list, expected a Llama-like decoder")
     return layers
 
 
