@@ -65,7 +65,7 @@ __device__ __forceinline__ void put_row(u8* bytes, int row, const u8* codes, boo
     for (int index = threadIdx.x; index < L::block_bytes; index += append_threads) {
         const int lane = index % 32, byte = index / 32;
         u8& here = bytes[lane_byte<L>(lane, byte)];
-        const int old = here;
+        const int old = L::is_ternary ? page_byte<L>(byte, here) : here;
         here = lane_byte_of<L>(lane, byte, [&](int other, int code, int bits, int drop, int size, int at) {
             const int mask = (1 << size) - 1;
             if (other < row) return L::is_ternary ? ternary_digit(old, at) : old >> at & mask;

@@ -288,16 +288,19 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                 commit_copies();
             });
             queries_come();
-            // Biases are asked for a turn before; where those of this lane's first row lie stays in registers.
-            float biases[Ring::at_once][Tiles][4] = {};
-            const float* own_biases[Tiles];
+            // Biases are asked for a turn before; where those of this lane's first row lie stays in registers. Without any, their range is 0.
+            u32 biases[Ring::at_once][Tiles][2] = {}, exponent = 0;
+            float ranges[Tiles][2] = {};
+            const u16* own_biases[Tiles];
             const bool single = p.group * p.length == 1;
             if constexpr (K::is_parts) {
+                exponent = keep_in_register(bias_exponent);
                 for_each<Tiles>([&](auto index) {
                     constexpr int n = decltype(index)::value;
                     const BiasPlace place = bias_of(n, 2 * t);
                     const int row = (limits.whole_begin * blocks_per_page + Ring::first_block(warp, 0)) * block_rows + g;
                     own_biases[n] = keep_address(place.first + static_cast<i64>(row) * place.step);
+                    for (int j = 0; j < 2; ++j) ranges[n][j] = p.bias ? log2_e * load_here(bias_of(n, 2 * t + j).range) : 0.0f;
                 });
             }
             auto ask_biases = [&](int turn) {
@@ -307,16 +310,10 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                     const int row = (page * blocks_per_page + (turn & Ring::page_turns - 1) * Ring::at_once) * block_rows;
                     for_each<Tiles>([&](auto index) {
                         constexpr int n = decltype(index)::value;
-                        const float* from = own_biases[n] + static_cast<i64>(row) * (single ? 1 : 2);
+                        const u16* from = own_biases[n] + static_cast<i64>(row) * (single ? 1 : 2);
                         for_each<2 * Ring::at_once>([&](auto inner) {
                             constexpr int block = decltype(inner)::value / 2, side = decltype(inner)::value % 2, at = block * block_rows + 8 * side;
-                            float* pair = biases[block][n] + 2 * side;
-                            if (single) {
-                                pair[0] = load_here(from + at);
-                            } else {
-                                const BiasPair both = load_here(reinterpret_cast<const BiasPair*>(from) + at);
-                                pair[0] = both.first, pair[1] = both.second;
-                            }
+                            biases[block][n][side] = single ? load_here(from + at) : load_here(reinterpret_cast<const u32*>(from) + at);
                         });
                     });
                 }
@@ -332,17 +329,21 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                     look_ahead(turn + Ring::slots);
                 }
                 commit_copies();
-                float scores[Ring::at_once][Tiles][4], weights[Ring::at_once][Tiles][4];
+                float scores[Ring::at_once][Tiles][4], weights[Ring::at_once][Tiles][4], base[Tiles][2];
+                for_each<2 * Tiles>([&](auto index) {
+                    constexpr int n = decltype(index)::value / 2, j = decltype(index)::value % 2;
+                    base[n][j] = K::is_parts ? fmaf(ranges[n][j], -bias_middle, state.offset[n][j]) : state.offset[n][j];
+                });
                 for_each<Ring::at_once>([&](auto index) {
                     constexpr int i = decltype(index)::value;
                     LaneCodes<K> codes;
                     PairNumbers<K> numbers;
                     ring.template read_keys<i>(slot_at, codes, numbers);
-                    score_block<K, Tiles, Bytes>(codes, numbers, queries, key_levels, p.key_wide_levels, state.offset, scores[i]);
+                    score_block<K, Tiles, Bytes>(codes, numbers, queries, key_levels, p.key_wide_levels, base, scores[i]);
                     if constexpr (K::is_parts) {
                         for_each<4 * Tiles>([&](auto element) {
                             constexpr int n = decltype(element)::value / 4, e = decltype(element)::value % 4;
-                            scores[i][n][e] = fmaf(biases[i][n][e], log2_e, scores[i][n][e]);
+                            scores[i][n][e] = fmaf(bias_place<e % 2>(biases[i][n][e / 2], exponent), ranges[n][e % 2], scores[i][n][e]);
                         });
                     }
                 });
@@ -394,12 +395,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                             continue;
                         }
                         float biased = score * log_2;
-                        if constexpr (K::is_parts) {
-                            if (p.bias) {
-                                const BiasPlace place = bias_of(n, 2 * t + j);
-                                biased += place.first[static_cast<i64>(row) * place.step];
-                            }
-                        }
+                        if constexpr (K::is_parts) biased += p.bias ? bias_of(n, 2 * t + j).at(row) : 0.0f;
                         score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - queries.shifted[n][j]);
                         begins = begins || (state.reference[n][j] == no_reference && score > -infinity());
                     }

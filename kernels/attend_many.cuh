@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                                 constexpr int n = decltype(index)::value;
                                 float& score = scores[n / 8][n / 4 % 2][n % 4];
                                 const BiasPlace& own = biases[n % 4 / 2];
-                                score = fmaf(own.first[(first_row + n / 4 * 8 + n % 2) * own.step], log2_e, score);
+                                score = fmaf(own.at(first_row + n / 4 * 8 + n % 2), log2_e, score);
                             });
                         }
                     }
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                             score = -infinity();
                             return;
                         }
-                        score = log2_e * view.apply(p.mask, score * log_2 + (p.bias ? bias.first[row * bias.step] : 0.0f), sinks + row);
+                        score = log2_e * view.apply(p.mask, score * log_2 + (p.bias ? bias.at(row) : 0.0f), sinks + row);
                     });
                 });
                 state.template soften<at_once>(scores);

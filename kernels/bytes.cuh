@@ -3,14 +3,14 @@
 // Is: the sums Σ q'·code of a row block, and the queries that they are made with. Is not: scales, the middle of the levels (score_block of attend.cuh);
 // other levels, which are looked up as f16 (levels.cuh).
 // Level c is (c − 1.5)·step, so Σ q'·level = step·(Σ q'·c − 1.5·Σ q'). A query's elements, integers after fold.cuh, are two bytes: 256·high + low; a
-// sum is two products of bytes, and exact. Codes of rows g and g + 8 alternate in a lane's words; two words sorted by rows make two registers,
+// sum is two products of bytes, and exact. Words 2j and 2j + 1 of a lane have rows g and g + 8 of eight octets (Layout::sorts_rows),
 //
-//   a register of a row:  | octets 4w + 6, 4w + 7 | 4w + 4, 4w + 5 | 4w + 2, 4w + 3 | 4w, 4w + 1 |   of each byte four codes:
+//   a word:  | octets 4w + 6, 4w + 7 | 4w + 4, 4w + 5 | 4w + 2, 4w + 3 | 4w, 4w + 1 |   of each byte four codes:
 //   a byte:               | channel 2t + 1: odd octet, even octet | channel 2t: odd octet, even octet |
 //
 // of which & 0x03030303 are the even octets' codes of channel 2t, & 0x0c0c0c0c four times the odd ones'; of channel 2t + 1 after a shift by four. So what
-// odd octets are multiplied with is a quarter of their query: integers up to 8128, those of even octets up to 32512. A last word without a
-// second one gives its two bytes of each row, and those of odd octets behind them.
+// odd octets are multiplied with is a quarter of their query: integers up to 8128, those of even octets up to 32512. Heads that are no multiples of 64 have
+// both rows in each word (PAGES.md), which are sorted first; a last word alone gives its two bytes of each row, and those of odd octets behind them.
 #pragma once
 #include "levels.cuh"
 
@@ -91,7 +91,8 @@ __device__ __forceinline__ void byte_sums(const LaneCodes<K>& codes, const ByteQ
     constexpr int products = ByteQueries<K>::products;
     for_each<products / 2>([&](auto index) {
         constexpr int w = 2 * decltype(index)::value;
-        const u32 upper = permute_bytes(codes.words[w], codes.words[w + 1], 0x6420), lower = permute_bytes(codes.words[w], codes.words[w + 1], 0x7531);
+        u32 upper = codes.words[w], lower = codes.words[w + 1];
+        if constexpr (!K::sorts_rows) upper = permute_bytes(codes.words[w], lower, 0x6420), lower = permute_bytes(codes.words[w], lower, 0x7531);
         const u32 even_codes[4] = {upper & even, lower & even, upper >> 4 & even, lower >> 4 & even};
         const u32 odd_codes[4] = {upper & odd, lower & odd, upper >> 4 & odd, lower >> 4 & odd};
         multiply(Constant<w>(), even_codes);

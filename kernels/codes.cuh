@@ -29,6 +29,12 @@ __device__ __forceinline__ int page_code(int bits, int code) {
     return code & top ? code : code ^ (top - 1);
 }
 
+/// A ternary byte as a page has it, and the other way round: every second one of a word is the complement, as products want it (ternary.cuh).
+template <class L>
+__device__ __forceinline__ int page_byte(int byte, int value) {
+    return byte < 4 * L::ternary_words && byte % 2 ? value ^ 255 : value;
+}
+
 /// Where octet `octet`'s code `i` lies among a lane's ternary bytes.
 template <class L>
 __device__ __forceinline__ void ternary_place(int octet, int i, int& byte, int& digit) {
@@ -44,7 +50,7 @@ __device__ __forceinline__ int read_code(const u8* block, int row, int code) {
     if constexpr (L::is_ternary) {
         int byte, digit;
         ternary_place<L>(place.octet, place.i, byte, digit);
-        return ternary_digit(block[lane_byte<L>(place.lane, byte)], digit);
+        return ternary_digit(page_byte<L>(byte, block[lane_byte<L>(place.lane, byte)]), digit);
     }
     int found = 0;
     for_each<L::parts>([&](auto part) {
@@ -54,7 +60,7 @@ __device__ __forceinline__ int read_code(const u8* block, int row, int code) {
         int shift = 0;
         for (int size = 8; size >= 1; size /= 2) {  // from wide to narrow: the wide plane has the low bits
             if (!L::has_plane(p, size)) continue;
-            const int bit = plane_bit(size, L::part_width(p) / 8, octet, place.i);
+            const int bit = L::sorts_rows ? sorted_bit(octet, place.i) : plane_bit(size, L::part_width(p) / 8, octet, place.i);
             const int byte = block[lane_byte<L>(place.lane, L::plane_offset(p, size) + bit / 8)];
             found |= (byte >> bit % 8 & ((1 << size) - 1)) << shift;
             shift += size;
@@ -80,7 +86,7 @@ __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
             row_and_code<L>({lane, octet, i}, row, code);
             digits[n] = octet < L::code_octets && i < 4 ? field(row, code, 2, 0, 2, n) : 0;
         }
-        bits = ternary_byte(digits);
+        bits = page_byte<L>(byte, ternary_byte(digits));
     } else {
         for_each<L::parts>([&](auto part) {
             constexpr int p = decltype(part)::value, octets = L::part_width(p) / 8;
@@ -93,7 +99,8 @@ __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
 #pragma unroll
                         for (int at = 0; at < 8; at += size) {
                             int octet, i, row, code;
-                            plane_place(size, octets, first + at, octet, i);
+                            if constexpr (L::sorts_rows) sorted_place(first + at, octet, i);
+                            else plane_place(size, octets, first + at, octet, i);
                             if (octet >= octets) continue;
                             row_and_code<L>({lane, octet + L::part_first(p) / 8, i}, row, code);
                             bits |= static_cast<u32>(field(row, code, L::part_bits(p), drop, size, at)) << at;

@@ -49,6 +49,13 @@ __device__ constexpr int plane_bit(int bits, int octets, int octet, int i) {
     return 16 * (octet / 4) + (spread ? 4 * i + octet % 4 : 4 * (octet % 4) + i);
 }
 
+/// The same where words have rows of their own (Layout::sorts_rows).
+__device__ constexpr int sorted_bit(int octet, int i) { return 64 * (octet / 8) + 32 * (i / 2) + 8 * (octet % 8 / 2) + 4 * (i % 2) + 2 * (octet % 2); }
+__device__ __forceinline__ void sorted_place(int bit, int& octet, int& i) {
+    octet = bit / 64 * 8 + bit / 8 % 4 * 2 + bit / 2 % 2;
+    i = bit / 32 % 2 * 2 + bit / 4 % 2;
+}
+
 /// The other way round: which code bit `bit` is of. Behind the last octet there is padding.
 __device__ __forceinline__ void plane_place(int bits, int octets, int bit, int& octet, int& i) {
     if (bits == 8) {
@@ -95,6 +102,8 @@ struct Layout {
         return is_pairs ? HeadDim / 2 : HeadDim;
     }
     static constexpr int parts = part_count();
+    /// Keys of two bits have the rows g and g + 8 of eight octets in a word each, as products of bytes want them (bytes.cuh).
+    static constexpr bool sorts_rows = Stream == keys && Format == 2 && HeadDim % 64 == 0;
 
     /// First code of a part.
     static constexpr int part_first(int part) {

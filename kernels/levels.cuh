@@ -148,6 +148,10 @@ struct LaneCodes {
     /// Selector of a plane of two bits.
     template <int First, int Octets, int Octet>
     __device__ __forceinline__ u32 two_bits() const {
+        if constexpr (L::sorts_rows) {
+            constexpr int pair = Octet / 8 * 2, at = Octet % 8 / 2;
+            return permute_bytes(words[pair], words[pair + 1], 0x4400 + 16 * (at + 4) + at) >> Octet % 2 * 2 & 0x3333u;
+        }
         if constexpr (Octet + 1 == Octets && Octet % 2 == 0) return spread_pairs(bits_at<First + Octet>() & 255u);
         constexpr int byte = First + Octet / 2 * 2;
         // Masked as a word first: the two octets of its upper half share that. A permutation, lest the compiler puts the shift first again.
@@ -245,7 +249,7 @@ struct LaneDecoder {
     __device__ __forceinline__ u32 ternary() {
         if constexpr (Octet < 5 * L::ternary_words) {
             if constexpr (Octet % 5 == 0) {
-                const u32 word = codes.words[Octet / 5];
+                const u32 word = codes.words[Octet / 5] ^ 0xff00ff00u;
                 even = word & 0x00ff00ffu;
                 odd = word >> 8 & 0x00ff00ffu;
             }

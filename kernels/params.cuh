@@ -64,7 +64,7 @@ struct FoldParams {
 struct TurningParams {
     u64 query;
     i64 query_batch_stride, query_head_stride, query_position_stride;
-    u64 bias;     // f32 [batch, kv heads, query tiles, 4 pairs of queries, capacity, 2]; of one query of a kv head [batch, kv heads, 8, capacity] (BiasPlace)
+    u64 bias;     // of each (batch, kv head, query tile): f32 [8] ranges, u16 [4 pairs of queries, capacity, 2]; of one query of a kv head u16 [8, capacity] (BiasPlace)
     u64 origins;  // i32 [batch]: position of the first packed row
     u64 lengths;
     TransformParams transform;

@@ -23,11 +23,6 @@ struct alignas(8) U32x2 { u32 x, y; };
 struct alignas(16) U32x4 { u32 x, y, z, w; };
 // clang-format on
 
-/// What two queries' scores of a row have added (BiasPlace of state.cuh).
-struct alignas(8) BiasPair {
-    float first, second;
-};
-
 /// Element types of the model.
 struct Half {
     u16 bits;
@@ -69,7 +64,7 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
     return result;
 }
 __device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
-__device__ __forceinline__ const float* keep_address(const float* address) { return address; }
+__device__ __forceinline__ const u16* keep_address(const u16* address) { return address; }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     low = float_of_half(pair & 0xffff), high = float_of_half(pair >> 16);
 }
@@ -148,10 +143,10 @@ __device__ __forceinline__ u32 keep_in_register(u32 value) {
     return kept;
 }
 /// An address in registers: the compiler would compute it anew in a loop that is short of them.
-__device__ __forceinline__ const float* keep_address(const float* address) {
+__device__ __forceinline__ const u16* keep_address(const u16* address) {
     u64 kept;
     asm volatile("mov.u64 %0, %1;" : "=l"(kept) : "l"(address));
-    return reinterpret_cast<const float*>(kept);
+    return reinterpret_cast<const u16*>(kept);
 }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(pair));
@@ -233,9 +228,14 @@ __device__ __forceinline__ float load_here(const float* from) {
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(from));
     return r;
 }
-__device__ __forceinline__ BiasPair load_here(const BiasPair* from) {
-    BiasPair r;
-    asm volatile("ld.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.first), "=f"(r.second) : "l"(from));
+__device__ __forceinline__ u32 load_here(const u32* from) {
+    u32 r;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(r) : "l"(from));
+    return r;
+}
+__device__ __forceinline__ u16 load_here(const u16* from) {
+    u16 r;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(r) : "l"(from));
     return r;
 }
 __device__ __forceinline__ U32x4 load_here(const U32x4* from) {

@@ -60,12 +60,12 @@ struct RunningState {
     __device__ __forceinline__ void weights_of(const float (&scores)[Blocks][Tiles][4], float (&weights)[Blocks][Tiles][4], float (&partial)[Tiles][2]) {
         for_each<Tiles>([&](auto index) {
             constexpr int n = decltype(index)::value;
-            for (int j = 0; j < 2; ++j) partial[n][j] = 0.0f;
             for_each<Blocks>([&](auto inner) {
                 constexpr int block = decltype(inner)::value;
                 for (int i = 0; i < 4; ++i) {
-                    weights[block][n][i] = exp2_fast(scores[block][n][i]);
-                    partial[n][i % 2] += weights[block][n][i];
+                    const float weight = exp2_fast(scores[block][n][i]);
+                    partial[n][i % 2] = block == 0 && i < 2 ? weight : partial[n][i % 2] + weight;
+                    weights[block][n][i] = weight;
                 }
             });
         });

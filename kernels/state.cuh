@@ -35,14 +35,29 @@ __device__ __forceinline__ int existing_query(int query, int group, int length, 
     return min(query, max(0, min(query_tile, group * length - tile * query_tile) - 1));
 }
 
+/// q·m(t) of a row is range·(x − 1.5), x in [1, 2) having the last 15 of these 16 bits behind its point; the first of them is set.
+constexpr float bias_middle = 1.5f, bias_reach = 0.499f;  // of x, which rounding must not take out of [1, 2)
+/// x of the lower (`Second` 0) or the upper half of a word. A byte of `exponent`, 0x3f, is the float's first one.
+template <int Second>
+__device__ __forceinline__ float bias_place(u32 word, u32 exponent) {
+    return __uint_as_float(permute_bytes(word, exponent, Second ? 0x4325 : 0x4105));
+}
+constexpr u32 bias_exponent = 0x3f;
+
 /// Where q·m(t) of a tile's query lies for row 0, and the step from row to row: two queries lie together, unless there is but one.
 struct BiasPlace {
-    float* first;
+    u16* first;
     int step;
+    float* range;
 
     /// `head_tile`: of all sequences' kv heads and tiles. `query`: one of an even number has the next one behind it.
     __device__ __forceinline__ BiasPlace(u64 bias, i64 head_tile, i64 capacity, int all_queries, int query) : step(all_queries > 1 ? 2 : 1) {
-        first = reinterpret_cast<float*>(bias) + (head_tile * query_tile + query / step * step) * capacity + query % step;
+        u8* tile = reinterpret_cast<u8*>(bias) + head_tile * (query_tile * (4 + 2 * capacity));
+        range = reinterpret_cast<float*>(tile) + query;
+        first = reinterpret_cast<u16*>(tile + 4 * query_tile) + query / step * step * capacity + query % step;
+    }
+    __device__ __forceinline__ float at(int row) const {
+        return *range * (bias_place<0>(first[static_cast<i64>(row) * step], bias_exponent) - bias_middle);
     }
 };
 

@@ -8,8 +8,8 @@
 //   256·Σ weight·digit = 3·W(r) − W(r').
 //
 // So an octet costs two masks and two multiplications, and a word one octet of sums more. Sums of so many positive numbers would lose what is
-// small beside them (tensor cores cut off what f32 cannot hold), so odd rows have complements and negative weights: with r̄ = 255 − r the next one
-// is the low byte of 3·r̄ + 2. Then, sums of weights of even and odd rows being E and O,
+// small beside them (tensor cores cut off what f32 cannot hold), so odd rows have complements, as pages have their bytes, and negative weights: with r̄ = 255 − r the
+// next one is the low byte of 3·r̄ + 2. Then, sums of weights of even and odd rows being E and O,
 //
 //   256·Σ weight·(digit − 1) = 3·W − W' − (256·E − 254·O),   and 256·E − 254·O is what the operands 256 and 254 sum up.
 #pragma once
@@ -41,7 +41,7 @@ struct TernarySums {
         CodePairs all[2 * tiles];
         for_each<words>([&](auto index) {
             constexpr int w = decltype(index)::value, digits = in_words - 5 * w < 5 ? in_words - 5 * w : 5;
-            u32 even = codes.words[w] & 0x00ff00ffu, odd = ~(codes.words[w] >> 8) & 0x00ff00ffu;
+            u32 even = codes.words[w] & 0x00ff00ffu, odd = permute_bytes(codes.words[w], 0, 0x4341);
             all[6 * w] = {even, odd};
             for_each<digits>([&](auto digit) {
                 even = even * 3u & 0x00ff00ffu, odd = odd * 3u + 0x00020002u & 0x00ff00ffu;

@@ -1,6 +1,7 @@
 // q·m(t) of packed keys whose mean turns with the position (FORMAT.md §6), for attend.cuh's bias.
 //
-// Is: one number a query and packed row, in f32. Is not: fused: it writes and attend reads 4 bytes a query and row.
+// Is: one number a query and packed row, 15 bits of what is a query's largest possible one (BiasPlace). Is not: fused: it writes and attend reads 2
+// bytes a query and row.
 // With μ at position 0 turned by t, and A = Σ q_c·μ_c, B = Σ q_c·ν_c over the channels of a frequency θ, q·m(256·i + j) is the sum over the frequencies of
 // (A·cos + B·sin)·cos(jθ) + (B·cos − A·sin)·sin(jθ), with cos and sin of 256·i·θ: for the 256 rows of a span a product of
 //     cosines and sines of the steps [256, waves] · amplitudes [waves, 8],   two waves a frequency, a column for each (span, query).
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
         item += last + 1 - first;
 
         // Factors of the tile's queries, and bounds of what they make, in the amplitudes' second half, which is not in use yet.
-        float* bounds = reinterpret_cast<float*>(amplitudes[1]);
+        float *bounds = reinterpret_cast<float*>(amplitudes[1]), *reaches = bounds + steps * query_tile;
         const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
         for (int index = threadIdx.x; index < pairs; index += turning_threads) {
             const int frequency = index / step_pairs * step_frequencies + index % step_frequencies;
@@ -147,17 +148,26 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
                 }
             }
             factors[index] = sum;
-            float bound = fabsf(sum.cosine) + fabsf(sum.sine);
+            const float a = fabsf(sum.cosine), b = fabsf(sum.sine);
+            // No smaller than the root of both squares, nor 9 % larger.
+            float bound = a + b, reach = fmaxf(a, b) + 0.41421357f * fminf(a, b) + 0.0f * bound;
             for (int distance = step_frequencies / 2; distance >= 1; distance /= 2) {
                 bound = fmaxf(bound, __shfl_xor_sync(whole_warp, bound, distance));
+                reach += __shfl_xor_sync(whole_warp, reach, distance);
             }
-            if (index % step_frequencies == 0) bounds[index / step_frequencies] = bound;
+            if (index % step_frequencies == 0) bounds[index / step_frequencies] = bound, reaches[index / step_frequencies] = reach;
         }
         __syncthreads();
         auto unit_of_query = [&](int query) {
             float largest = 0.0f;
             for (int s = 0; s < steps; ++s) largest = fmaxf(largest, bounds[s * query_tile + query]);
             return unit_of(largest);
+        };
+        // What all frequencies can make together: f32 [0, 1e30], or not a number.
+        auto reach_of_query = [&](int query) {
+            float sum = 0.0f;
+            for (int s = 0; s < steps; ++s) sum += reaches[s * query_tile + query];
+            return sum < 1e30f ? sum : not_a_number();
         };
         const float scale = 1.0f / unit_of_query(column);
         for (int index = threadIdx.x; index < pairs; index += turning_threads) {
@@ -168,13 +178,16 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
         // query both columns are of one span, and written together, also where the second one does not exist.
         float units[2];
         int rows[2];
-        float* to[2];
+        u16* to[2];
         u32 ends[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int own = 2 * t + j, query = own % width;
             const BiasPlace place(p.bias, static_cast<i64>(batch) * head_tiles + head * p.query_tiles + tile, p.capacity, all_queries, query);
-            units[j] = unit_of_query(query);
+            // A query without a mean has no range, and its rows are in the middle of it.
+            const float reach = reach_of_query(query), range = reach * (1.0f / bias_reach);
+            units[j] = reach < 1e-30f ? 0.0f : unit_of_query(query) * (bias_reach / reach);
+            if (first == 0 && warp == 0 && g == 0 && own == query) *place.range = reach < 1e-30f ? 0.0f : range;
             rows[j] = (first_span + first * spans + (own >> width_bits)) * span_rows - origin + 16 * warp + g;
             to[j] = place.first + static_cast<i64>(rows[j]) * place.step;
             ends[j] = tile * query_tile + query < all_queries ? packed : 0;
@@ -237,19 +250,22 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
                 }
             }
             if (!early) prepare();
-            auto product = [&](int i) { return (highs[i] + (low_steps[i] + low_amplitudes[i])) * units[i % 2]; };
+            auto bits = [&](int i) {
+                const float x = fmaf(highs[i] + (low_steps[i] + low_amplitudes[i]), units[i % 2], bias_middle);
+                return __float_as_uint(x) + 128 >> 8 & 0xffffu;
+            };
             if (all_queries > 1) {
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     if (static_cast<u32>(rows[0] + 8 * side) >= ends[0]) continue;
-                    reinterpret_cast<BiasPair*>(to[0])[8 * side] = {product(2 * side), product(2 * side + 1)};
+                    reinterpret_cast<u32*>(to[0])[8 * side] = bits(2 * side) | bits(2 * side + 1) << 16;
                 }
                 rows[0] += spans * span_rows, to[0] += 2 * spans * span_rows;
             } else {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int j = i % 2, further = i / 2 * 8;
-                    if (static_cast<u32>(rows[j] + further) < ends[j]) to[j][further] = product(i);
+                    if (static_cast<u32>(rows[j] + further) < ends[j]) to[j][further] = static_cast<u16>(bits(i));
                 }
 #pragma unroll
                 for (int j = 0; j < 2; ++j) rows[j] += spans * span_rows, to[j] += spans * span_rows;

@@ -365,7 +365,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     bias, capacity = None, call.packed + 3
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
     if call.turns:
-        bias = aligned(batch, heads * tiles * 8, capacity, dtype=torch.float32)
+        bias = aligned(batch, heads * tiles * 8, 4 + 2 * capacity)
         origins = torch.tensor(
             [call.sinks - (call.paddings or [0] * batch)[b] for b in range(batch)], dtype=torch.int32
         )

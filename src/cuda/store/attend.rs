@@ -300,7 +300,8 @@ impl CudaLayer {
         };
         let folded = place(between * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
         let extras = place(between * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
-        let bias = place(packed * turns * queries * shape.regions.packed * 4);
+        // `BiasPlace` of kernels/state.cuh: a range of each query, two bytes a row.
+        let bias = place(packed * turns * queries * (4 + 2 * shape.regions.packed));
         let packed = place(between * queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
         let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
         let lengths = place(16);
