@@ -21,10 +21,12 @@
 namespace skvq {
 
 /// The queries of a warp: q' as fragments (in registers where there is room) or bytes, and the extras of queries 2t, 2t + 1, for scores in units of log 2.
-template <class K, int Tiles, bool Bytes>
+/// `Turned`: beside a mean that turns there are no registers for fragments, which lie in shared memory.
+template <class K, int Tiles, bool Bytes, bool Turned>
 struct FoldedQueries {
-    static constexpr bool in_registers = K::tiles * Tiles <= 8 && !Bytes;
+    static constexpr bool in_registers = K::tiles * Tiles <= 8 && !Bytes && !Turned;
     const u32* fragments[Tiles];
+    SharedPlace place = 0;  // of them, for `Turned`
     u32 kept[in_registers ? Tiles : 1][in_registers ? K::tiles : 1][2];
     ByteQueries<K> bytes[Tiles];  // for `Bytes`; NVRTC before 12.4 looks at calls that `if constexpr` leaves out of a lambda
     float unit[Tiles][2], noise[Tiles][2];
@@ -57,6 +59,7 @@ struct FoldedQueries {
             if constexpr (Bytes) bytes[n].load(reinterpret_cast<const U32x4*>(folded + n * folded_words<K>), own, read);
             if constexpr (in_registers) for_each<K::tiles>([&](auto tile) { fragment(tile, kept[n][decltype(tile)::value]); });
         });
+        if constexpr (Turned) place = shared_place(fragments[0]);
     }
     /// Once what `load` has asked for must be there.
     __device__ __forceinline__ void prepare(const AttendParams& p) {
@@ -74,6 +77,9 @@ struct FoldedQueries {
     __device__ __forceinline__ void fragment(u32 (&b)[2]) const {
         if constexpr (in_registers) {
             b[0] = kept[N][Tile][0], b[1] = kept[N][Tile][1];
+        } else if constexpr (Turned) {
+            const U32x2 pair = load_shared<256 * Tile, U32x2>(place);
+            b[0] = pair.x, b[1] = pair.y;
         } else {
             const U32x2 pair = *reinterpret_cast<const U32x2*>(fragments[N] + 64 * Tile);
             b[0] = pair.x, b[1] = pair.y;
@@ -86,8 +92,8 @@ struct FoldedQueries {
 };
 
 /// scores[n][2·side + j] of row g + 8·side and query 2t + j, before softcap and masks, in units of log 2, on top of base[n][j].
-template <class K, int Tiles, bool Bytes>
-__device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const PairNumbers<K>& numbers, const FoldedQueries<K, Tiles, Bytes>& queries,
+template <class K, int Tiles, bool Bytes, bool Turned>
+__device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const PairNumbers<K>& numbers, const FoldedQueries<K, Tiles, Bytes, Turned>& queries,
                                             const LevelTable& table, u64 wide_levels, const float (&base)[Tiles][2], float (&scores)[Tiles][4]) {
     LaneDecoder<K> decoder(codes, table, wide_levels);
     for_each<Tiles>([&](auto index) {
@@ -193,10 +199,12 @@ struct SplitPlace {
 template <class K, class V, int Tiles, bool Apart>
 struct AmongLaunches {
     static constexpr int shared_bytes = 0;  // beside rows on their way and states
+    static constexpr bool turns = false;    // a launch before has made biases where the mean turns
+    u8* turned = nullptr;
     /// Queries for rows of this block of statistics. That launch may be at it until here.
-    template <bool Bytes>
-    __device__ __forceinline__ void bring(FoldedQueries<K, Tiles, Bytes>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
-                                          int lane) const {
+    template <bool Bytes, bool Turned>
+    __device__ __forceinline__ void bring(FoldedQueries<K, Tiles, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
+                                          int lane, void*) const {
         wait_for_earlier_launches();
         const int first = place.first_tile(p);
         const i64 tile = (place.sequence(p) * p.key_blocks + statistics) * p.query_tiles + first;
@@ -214,8 +222,9 @@ struct AmongLaunches {
     }
 };
 
-/// A split of the past: all that a block does, or that a warp does where each has its own (`Apart`). `around`: as AmongLaunches.
-template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders, class Around>
+/// A split of the past: all that a block does, or that a warp does where each has its own (`Apart`). `around`: as AmongLaunches. `Turned`: the keys'
+/// mean turns here.
+template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders, bool Turned, class Around>
 __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, const Around& around) {
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = Apart ? blockIdx.z * attend_warps + warp : blockIdx.z, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
@@ -232,13 +241,18 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     const int guess = min(first_page, p.page_capacity - 1);
     const u64 guessed_keys = key_page(guess), guessed_values = value_page(guess);
     const int statistics = p.pages_per_key_block ? min(first_page / p.pages_per_key_block, p.key_blocks - 1) : 0;
-    FoldedQueries<K, Tiles, Bytes> queries;
+    FoldedQueries<K, Tiles, Bytes, Turned> queries;
 
     const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
     const int sinks = lengths[1], total = total_tokens(p.mask, lengths);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
     constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
     const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths[0], sinks, total, wholes, K::is_parts);
+
+    using TurnedTile = TurnedShared<Turned ? K::head_dim : 16>;
+    TurnedTile& turned_shared = *reinterpret_cast<TurnedTile*>(around.turned);
+    TurnedRows<Turned ? K::head_dim : 16> turned_rows(p.turned, turned_shared, Turned ? batch : -1);
+    void* waves = Turned ? around.turned : nullptr;
 
     RunningState<V, Tiles, Remainders> state;
     state.clear(p.weight_unit);
@@ -254,7 +268,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
         };
 
         auto queries_come = [&] {
-            around.bring(queries, p, place_of_split, statistics, lane);
+            around.bring(queries, p, place_of_split, statistics, lane, waves);
             queries.prepare(p);
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -291,26 +305,30 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             // Biases are asked for a turn before; where those of this lane's first row lie stays in registers. Without any, their range is 0.
             u32 biases[Ring::at_once][Tiles][2] = {}, exponent = 0;
             float ranges[Tiles][2] = {};
-            const u16* own_biases[Tiles];
+            u64 own_biases[Tiles];
             const bool single = p.group * p.length == 1;
-            if constexpr (K::is_parts) {
+            if constexpr (Turned) {
+                turned_rows.begin(limits.whole_begin);
+                __syncthreads();
+                turned_rows.make(0);
+            } else if constexpr (K::is_parts) {
                 exponent = keep_in_register(bias_exponent);
                 for_each<Tiles>([&](auto index) {
                     constexpr int n = decltype(index)::value;
                     const BiasPlace place = bias_of(n, 2 * t);
                     const int row = (limits.whole_begin * blocks_per_page + Ring::first_block(warp, 0)) * block_rows + g;
-                    own_biases[n] = keep_address(place.first + static_cast<i64>(row) * place.step);
+                    own_biases[n] = keep_address(reinterpret_cast<u64>(place.first + static_cast<i64>(row) * place.step));
                     for (int j = 0; j < 2; ++j) ranges[n][j] = p.bias ? log2_e * load_here(bias_of(n, 2 * t + j).range) : 0.0f;
                 });
             }
             auto ask_biases = [&](int turn) {
-                if constexpr (K::is_parts) {
+                if constexpr (K::is_parts && !Turned) {
                     if (!p.bias || turn >= end_turn) return;
                     const int page = static_cast<int>(static_cast<u32>(turn - first_turn) / Ring::page_turns);
                     const int row = (page * blocks_per_page + (turn & Ring::page_turns - 1) * Ring::at_once) * block_rows;
                     for_each<Tiles>([&](auto index) {
                         constexpr int n = decltype(index)::value;
-                        const u16* from = own_biases[n] + static_cast<i64>(row) * (single ? 1 : 2);
+                        const u16* from = reinterpret_cast<const u16*>(own_biases[n]) + static_cast<i64>(row) * (single ? 1 : 2);
                         for_each<2 * Ring::at_once>([&](auto inner) {
                             constexpr int block = decltype(inner)::value / 2, side = decltype(inner)::value % 2, at = block * block_rows + 8 * side;
                             biases[block][n][side] = single ? load_here(from + at) : load_here(reinterpret_cast<const u32*>(from) + at);
@@ -320,27 +338,36 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             };
             ask_biases(first_turn);
             int slot_at = 0, free_at = (Ring::slots - 1) * Ring::slot_bytes;
+            int amplitudes = 0;  // which buffer has this page's
             for (int turn = first_turn; turn < end_turn; ++turn) {
+                const int inner = turn & Ring::page_turns - 1;
                 wait_for_copies<Ring::slots - 2>();
-                __syncwarp();
+                // All warps have made this page's amplitudes, and read those of the page before.
+                if (Turned && inner == 0) __syncthreads();
+                else __syncwarp();
                 // The slot of the turn before is free: all lanes have come here.
                 if (turn + Ring::slots - 1 < end_turn) {
                     ring.fetch(free_at, next_keys, next_values, turn + Ring::slots - 1 & Ring::page_turns - 1);
                     look_ahead(turn + Ring::slots);
                 }
                 commit_copies();
+                float products[Ring::at_once][4];
+                if constexpr (Turned) turned_rows.multiply(amplitudes, Ring::first_block(warp, inner), lane, products);
                 float scores[Ring::at_once][Tiles][4], weights[Ring::at_once][Tiles][4], base[Tiles][2];
                 for_each<2 * Tiles>([&](auto index) {
                     constexpr int n = decltype(index)::value / 2, j = decltype(index)::value % 2;
-                    base[n][j] = K::is_parts ? fmaf(ranges[n][j], -bias_middle, state.offset[n][j]) : state.offset[n][j];
+                    base[n][j] = K::is_parts && !Turned ? fmaf(ranges[n][j], -bias_middle, state.offset[n][j]) : state.offset[n][j];
                 });
                 for_each<Ring::at_once>([&](auto index) {
                     constexpr int i = decltype(index)::value;
                     LaneCodes<K> codes;
                     PairNumbers<K> numbers;
                     ring.template read_keys<i>(slot_at, codes, numbers);
-                    score_block<K, Tiles, Bytes>(codes, numbers, queries, key_levels, p.key_wide_levels, base, scores[i]);
-                    if constexpr (K::is_parts) {
+                    score_block<K, Tiles, Bytes, Turned>(codes, numbers, queries, key_levels, p.key_wide_levels, base, scores[i]);
+                    if constexpr (Turned) {
+                        const float units[2] = {turned_rows.unit(2 * t), turned_rows.unit(2 * t + 1)};
+                        for (int e = 0; e < 4; ++e) scores[i][0][e] = fmaf(products[i][e], log2_e * units[e % 2], scores[i][0][e]);
+                    } else if constexpr (K::is_parts) {
                         for_each<4 * Tiles>([&](auto element) {
                             constexpr int n = decltype(element)::value / 4, e = decltype(element)::value % 4;
                             scores[i][n][e] = fmaf(bias_place<e % 2>(biases[i][n][e / 2], exponent), ranges[n][e % 2], scores[i][n][e]);
@@ -356,6 +383,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                     ring.template read_values<i>(slot_at, codes, numbers);
                     state.template weigh<false>(codes, numbers, value_levels, p.value_wide_levels, weights[i]);
                 });
+                if constexpr (Turned) {
+                    if (inner == Ring::page_turns - 1) {
+                        amplitudes = 1 - amplitudes;
+                        if (turn + 1 < end_turn) turned_rows.make(amplitudes);
+                    }
+                }
                 free_at = slot_at;
                 slot_at = slot_at + Ring::slot_bytes == Ring::bytes / attend_warps ? 0 : slot_at + Ring::slot_bytes;
             }
@@ -379,7 +412,9 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             // Where each warp has its split registers are short.
             if (!Apart && next_block <= last_block) load_block(next_block, next);
             float scores[1][Tiles][4], weights[1][Tiles][4];
-            score_block<K, Tiles, Bytes>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, queries.shifted, scores[0]);
+            score_block<K, Tiles, Bytes, Turned>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, queries.shifted, scores[0]);
+            float products[4];
+            if constexpr (Turned) turned_rows.multiply_alone(block, lane, products);
             bool begins = false;
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -395,7 +430,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                             continue;
                         }
                         float biased = score * log_2;
-                        if constexpr (K::is_parts) biased += p.bias ? bias_of(n, 2 * t + j).at(row) : 0.0f;
+                        if constexpr (Turned) biased += products[2 * side + j] * turned_rows.unit(query);
+                        else if constexpr (K::is_parts) biased += p.bias ? bias_of(n, 2 * t + j).at(row) : 0.0f;
                         score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - queries.shifted[n][j]);
                         begins = begins || (state.reference[n][j] == no_reference && score > -infinity());
                     }
@@ -417,11 +453,19 @@ __device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared,
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
     const bool even = bytes && p.as_bytes;
-    if constexpr (remainders) {
-        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false>(p, shared, around);
+    if constexpr (Around::turns) {
+        if (p.turned.waves) {
+            if constexpr (remainders) {
+                if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false, true>(p, shared, around);
+            }
+            return attend_split<K, V, Tiles, Apart, false, remainders, true>(p, shared, around);
+        }
     }
-    even ? attend_split<K, V, Tiles, Apart, bytes, remainders>(p, shared, around)
-         : attend_split<K, V, Tiles, Apart, false, remainders>(p, shared, around);
+    if constexpr (remainders) {
+        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false, false>(p, shared, around);
+    }
+    even ? attend_split<K, V, Tiles, Apart, bytes, remainders, false>(p, shared, around)
+         : attend_split<K, V, Tiles, Apart, false, remainders, false>(p, shared, around);
 }
 
 template <class K, class V, int Tiles, bool Apart>

@@ -22,16 +22,19 @@ struct AloneInLaunch {
         float buffer[floats];
         u32 fragments[folded_words<K>];
         float extras[extras_floats<K>];
+        alignas(16) u8 turned[turned_bytes<K> + 16];
     };
     static constexpr int shared_bytes = sizeof(Shared);
+    static constexpr bool turns = turns_inside<K>;
     const OnceParams& once;
     Shared& own;
+    u8* turned;
 
-    template <bool Bytes>
-    __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
-                                          int lane) const {
+    template <bool Bytes, bool Turned>
+    __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics, int lane,
+                                          void* waves) const {
         wait_for_earlier_launches();
-        fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras);
+        fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras, waves);
         __syncthreads();
         queries.load(p, place.first_tile(p), own.fragments, own.extras, FromShared(), lane);
     }
@@ -94,7 +97,7 @@ __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_o
     __shared__ typename Alone::Shared own;
     let_next_launch_begin();
     const int which = static_cast<int>(blockIdx.z) - p.attend.splits;
-    if (which < 0) attend_levels<K, V, 1, false>(p.attend, shared, Alone{p, own});
+    if (which < 0) attend_levels<K, V, 1, false>(p.attend, shared, Alone{p, own, own.turned});
     else plain_split<T, K::head_dim, V::head_dim, 2>(p.plain, which, blockIdx.x, blockIdx.y, reinterpret_cast<U32x4*>(shared));
     wait_for_earlier_launches();  // splits without rows have not yet
 }

@@ -44,6 +44,13 @@ struct TransformParams {
     i32 first_span;
 };
 
+/// Of a mean that turns, for turned.cuh: `waves`, `channels` and `frequencies` as TurningParams has them, `origins` i32 [batch], the position of the first
+/// packed row, `spans` and `steps` as TransformParams.
+struct WaveParams {
+    u64 waves, channels, spans, steps, origins;
+    i32 first_span, frequencies;
+};
+
 /// fold.cuh. Queries of one kv head: query q is head kv_head · group + q / length at position q % length.
 struct FoldParams {
     u64 query;  // [batch, heads, length, D]
@@ -52,10 +59,13 @@ struct FoldParams {
     u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, Σ of integers (bytes), sums over groups
     u64 noise;   // f32 [D] or 0
     u64 lengths;
+    u64 channels;  // of a mean that turns in the same launch, as WaveParams has them
     TransformParams transform;
     float scale;  // softmax scale
     i32 kv_heads, group, length;
     i32 query_tiles;
+    i32 frequencies;
+    i32 padding;
     i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh);
                    // not with ternary values of uneven levels
 };
@@ -99,6 +109,7 @@ struct AttendParams {
     u64 lengths;
     u64 key_wide_levels, value_wide_levels;  // f16 [256] of 8-bit codes, or 0: c − 127.5
     i64 bias_capacity;
+    WaveParams turned;  // of a mean that turns in the same launch; otherwise without `waves`
     MaskParams mask;
     LevelTable key_levels, value_levels;
     float weight_unit;  // a power of two by which weights times scales are multiplied before they become f16
@@ -256,7 +267,8 @@ struct DecodeParams {
 static_assert(sizeof(LevelTable) == 136, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
-static_assert(sizeof(FoldParams) == 168, "FoldParams");
+static_assert(sizeof(WaveParams) == 48, "WaveParams");
+static_assert(sizeof(FoldParams) == 184, "FoldParams");
 /// rows.cuh, copy_rows. Row r of the target is row r + source_shift + shifts[batch] of the source, where the source has it. Strides in bytes.
 /// Where there is a table, rows lie in its pages: row r in page r / 128.
 struct CopyParams {
@@ -300,10 +312,10 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 464, "AttendParams");
+static_assert(sizeof(AttendParams) == 512, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
-static_assert(sizeof(OnceParams) == 1272, "OnceParams");
+static_assert(sizeof(OnceParams) == 1336, "OnceParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

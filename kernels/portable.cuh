@@ -64,7 +64,7 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
     return result;
 }
 __device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
-__device__ __forceinline__ const u16* keep_address(const u16* address) { return address; }
+__device__ __forceinline__ u64 keep_address(u64 address) { return address; }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     low = float_of_half(pair & 0xffff), high = float_of_half(pair >> 16);
 }
@@ -86,6 +86,10 @@ template <class T>
 __device__ __forceinline__ T load_streaming(const T* from) {
     if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
     return *from;
+}
+template <int Offset>
+__device__ __forceinline__ U32x4 load_table(u64 from) {
+    return load_streaming(reinterpret_cast<const U32x4*>(from + Offset));
 }
 /// A place in shared memory as copies and `load_shared` take it.
 using SharedPlace = u64;
@@ -143,10 +147,10 @@ __device__ __forceinline__ u32 keep_in_register(u32 value) {
     return kept;
 }
 /// An address in registers: the compiler would compute it anew in a loop that is short of them.
-__device__ __forceinline__ const u16* keep_address(const u16* address) {
+__device__ __forceinline__ u64 keep_address(u64 address) {
     u64 kept;
     asm volatile("mov.u64 %0, %1;" : "=l"(kept) : "l"(address));
-    return reinterpret_cast<const u16*>(kept);
+    return kept;
 }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}" : "=f"(low), "=f"(high) : "r"(pair));
@@ -215,6 +219,13 @@ __device__ __forceinline__ u8 load_streaming(const u8* from) {
     u32 r;
     asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(r) : "l"(from));
     return static_cast<u8>(r);
+}
+/// Of a table that all blocks read again and again: the first-level cache keeps it. `Offset`: in bytes.
+template <int Offset>
+__device__ __forceinline__ U32x4 load_table(u64 from) {
+    U32x4 r;
+    asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4 + %5];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(from), "n"(Offset));
+    return r;
 }
 /// Where it is written, not before the loop around it, whose registers it would take; from the first-level cache.
 /// Not as what no launch writes meanwhile (.nc): the one before may be at it until this one waits for it.

@@ -18,8 +18,7 @@
 // Grid: as many blocks as run at once, one a multiprocessor, or fewer; each takes a run of the items, which are (batch, kv head, query tile) by as many
 // spans as fill 8 columns. Block: 512 threads. Where a pass of the waves is not all of them, its part of the table is read anew for each item.
 #pragma once
-#include "state.cuh"
-#include "transform.cuh"
+#include "turned.cuh"
 
 namespace skvq {
 
@@ -36,12 +35,7 @@ constexpr int passes_of(int head_dim, int frequencies) {
 }
 /// Spans that `packed` rows from any position on touch at most.
 __device__ __forceinline__ int most_spans(int packed) { return packed > 0 ? (packed + 2 * span_rows - 2) / span_rows : 0; }
-__device__ __forceinline__ int span_of(int position) { return position >= 0 ? position / span_rows : -((span_rows - 1 - position) / span_rows); }
-
-/// Numbers of a frequency that belong to a cosine and to a sine.
-struct alignas(8) Waves {
-    float cosine, sine;
-};
+__device__ __forceinline__ int span_of(int position) { return span_of(position, span_rows); }
 
 /// A pair of f32 as f16, and what f16 has of the rest.
 __device__ __forceinline__ void split_halves(float a, float b, u32& high, u32& low) {
@@ -140,12 +134,7 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
             if (place.exists && frequency < p.frequencies) {
                 const T* query = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
                                  place.position * p.query_position_stride;
-                for (int at = starts[frequency]; at < starts[frequency + 1]; ++at) {
-                    const int channel = channels[at];
-                    const float q = widen(query[channel]) * p.scale;
-                    sum.cosine += q * transform.shift[channel];
-                    sum.sine += q * transform.shift_sine[channel];
-                }
+                sum = waves_of_query(query, p.scale, transform, starts, channels, frequency);
             }
             factors[index] = sum;
             const float a = fabsf(sum.cosine), b = fabsf(sum.sine);

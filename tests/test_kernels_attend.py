@@ -103,6 +103,33 @@ MANY_BLOCKS = codec(**BLOCKS)
 ONCE.append(
     Call(MANY_BLOCKS, MANY_BLOCKS, group=8, packed=900, paddings=(300,), once=True, name="once: many blocks, padding")
 )
+PLAIN_VALUES = {"turning": False, "noise": False}
+# The mean turns in that launch, page by page.
+ONCE += [
+    Call(parts(128, 0), codec("1.6", 128), group=4, packed=1000, pages_per_split=4, once=True, name="turned, ternary"),
+    Call(
+        parts(64, 1), parts(64, 0, **PLAIN_VALUES), packed=390, pages_per_split=2, once=True, name="turned, one query"
+    ),
+    Call(
+        parts(80, 1), codec("2", 80), dtype=torch.bfloat16, group=3, packed=450, once=True, name="turned, 80, bfloat16"
+    ),
+    Call(
+        parts(96, 0),
+        parts(96, 0, **PLAIN_VALUES),
+        batch=2,
+        paddings=(0, 270),
+        group=5,
+        packed=650,
+        pages_per_split=3,
+        once=True,
+        name="turned, 96, padding",
+    ),
+    Call(
+        parts(128, 1), TWO, group=2, length=3, causal=True, softcap=5.0, packed=290, once=True, name="turned, softcap"
+    ),
+    Call(parts(112, 0), TWO, dtype=torch.float32, group=2, packed=390, once=True, name="a launch before, float32"),
+    Call(parts(192, 0), codec("2", 192), group=2, packed=290, once=True, name="a launch before, 192"),
+]
 CALLS += APART + ONCE
 
 

@@ -105,6 +105,14 @@ class Call:
         half = self.dtype != torch.float32
         return half and not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
 
+    @property
+    def turned(self) -> bool:
+        """Whether the keys' mean turns in the one launch, as `Shape.turned` of src/cuda/store/attend.rs."""
+        if not self.turns or not self.once or self.dtype == torch.float32:
+            return False
+        width = self.keys.head_dim
+        return width <= 128 and 2 * len(set(self.keys.map.frequencies.tolist())) <= width
+
     def row_threads(self, codec: ReferenceCodec) -> int:
         """Of a block of fold or unfold, by the codec of keys or values, as `row_threads` of launches.rs."""
         queries = min(QUERY_TILE, self.group * self.length)
@@ -152,7 +160,7 @@ class Call:
         t, dk, dv = self.element, self.keys.head_dim, self.values.head_dim
         names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", self.attend, f"merge<{t}, {dv}>"]
         names += [] if self.once else [f"fold<{t}, {k}>", f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>"]
-        names += [f"turning<{t}, {dk}>"] if self.turns else []
+        names += [f"turning<{t}, {dk}>"] if self.turns and not self.turned else []
         return [f"skvq::{name}" for name in names]
 
 
@@ -357,6 +365,13 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
+    turned = params("WaveParams")
+    origins = torch.tensor([call.sinks - (call.paddings or [0] * batch)[b] for b in range(batch)], dtype=torch.int32)
+    if call.turned:
+        waves = wave_fields(call.keys.map.frequencies)
+        tables = {name: getattr(key_transform, name) for name in ("spans", "steps", "first_span")}
+        turned = params("WaveParams", **waves, **tables, origins=origins)
+        fields |= {"channels": waves["channels"], "frequencies": waves["frequencies"]}
     fold = params("FoldParams", **common, **fields, transform=key_transform)
     threads = call.row_threads(call.keys)
     if not call.once:
@@ -364,11 +379,8 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
 
     bias, capacity = None, call.packed + 3
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
-    if call.turns:
+    if call.turns and not call.turned:
         bias = aligned(batch, heads * tiles * 8, 4 + 2 * capacity)
-        origins = torch.tensor(
-            [call.sinks - (call.paddings or [0] * batch)[b] for b in range(batch)], dtype=torch.int32
-        )
         fields = {"bias": bias, "origins": origins, "transform": key_transform, "capacity": capacity, "batch": batch}
         arguments = params("TurningParams", **common, **fields, **wave_fields(call.keys.map.frequencies))
         launch(f"turning<{call.element}, {width_k}>", (TURNING_BLOCKS,), TURNING_THREADS, arguments)
@@ -400,6 +412,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         states=packed_states,
         lengths=lengths,
         bias_capacity=capacity,
+        turned=turned,
         mask=mask,
         key_levels=level_table(call.keys),
         value_levels=level_table(call.values),

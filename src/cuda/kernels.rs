@@ -45,7 +45,7 @@ pub struct Kernels {
     queries: Option<[Arc<Function>; 2]>,
     /// Of shared memory, for many queries; None where they have no kernel of their own.
     many_bytes: Option<usize>,
-    attention: Mutex<HashMap<Queries, Arc<AttentionKernels>>>,
+    attention: Mutex<HashMap<(Queries, bool), Arc<AttentionKernels>>>,
     decode: Mutex<[Option<Arc<Function>>; 2]>,
 }
 
@@ -176,15 +176,16 @@ impl Kernels {
         Ok(function)
     }
 
-    pub fn attention(&self, queries: Queries) -> Result<Arc<AttentionKernels>> {
+    /// `turned`: a mean of the keys that turns does so in the one launch.
+    pub fn attention(&self, queries: Queries, turned: bool) -> Result<Arc<AttentionKernels>> {
         let mut loaded = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = loaded.get(&queries) {
+        if let Some(kernels) = loaded.get(&(queries, turned)) {
             return Ok(Arc::clone(kernels));
         }
         let Names { element, layouts: [keys, values], widths: [key_width, value_width], .. } = &self.names;
         let packed = || -> Result<PackedKernels> {
-            let turning =
-                self.names.turning.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
+            let apart = self.names.turning && !turned;
+            let turning = apart.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
             let (attend, threads, shared_bytes) = match queries {
                 Queries::Tiles(tiles) | Queries::Apart(tiles) => {
                     let name = if matches!(queries, Queries::Apart(_)) { "attend_apart" } else { "attend" };
@@ -210,7 +211,7 @@ impl Kernels {
             plain: self.load("plain.cuh", "plain", &[element, key_width, value_width])?,
             merge: self.load("merge.cuh", "merge", &[element, value_width])?,
         });
-        loaded.insert(queries, Arc::clone(&kernels));
+        loaded.insert((queries, turned), Arc::clone(&kernels));
         Ok(kernels)
     }
 

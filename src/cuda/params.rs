@@ -54,10 +54,14 @@ parameters! {
         rotation: i32, pages_per_block: i32, block_count: i32, first_span: i32,
     }
 
-    FoldParams: 168 {
+    WaveParams: 48 {
+        waves: u64, channels: u64, spans: u64, steps: u64, origins: u64, first_span: i32, frequencies: i32,
+    }
+
+    FoldParams: 184 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
-        folded: u64, extras: u64, noise: u64, lengths: u64, transform: TransformParams,
-        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32,
+        folded: u64, extras: u64, noise: u64, lengths: u64, channels: u64, transform: TransformParams,
+        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, frequencies: i32, padding: i32, as_bytes: i32,
     }
 
     TurningParams: 192 {
@@ -71,9 +75,9 @@ parameters! {
         kind: i32, causal: i32, softcap: f32, total_from_lengths_plus: i32,
     }
 
-    AttendParams: 464 {
+    AttendParams: 512 {
         key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64,
-        key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64,
+        key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64, turned: WaveParams,
         mask: MaskParams, key_levels: LevelTable, value_levels: LevelTable,
         weight_unit: f32, page_capacity: i32, pages_per_split: i32, splits: i32, long_splits: i32, short_pages: i32,
         pages_per_key_block: i32, key_blocks: i32,
@@ -94,7 +98,7 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    OnceParams: 1272 {
+    OnceParams: 1336 {
         fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, first_state: i32, padding: i32,
     }
 

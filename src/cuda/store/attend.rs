@@ -23,6 +23,8 @@ use crate::tensor::{Dtype, MaskKind};
 const STATE_HEAD: usize = 4;
 const EXTRAS_HEAD: usize = 4;
 const MOST_TILES: usize = 2;
+/// Of heads whose mean turns in the launch of all, as `turns_inside` of `kernels/turned.cuh`.
+const TURNED_WIDTH: usize = 128;
 /// Queries of a kv head from which the packed past goes to `kernels/attend_many.cuh`, whose blocks have 128 of them.
 const MANY_QUERIES: usize = 64;
 const MANY_TILES: usize = 16;
@@ -118,6 +120,8 @@ pub(super) struct Shape {
     pub queries: Queries,
     /// Queries are folded to bytes (`kernels/bytes.cuh`).
     pub as_bytes: bool,
+    /// A mean of the keys that turns does so in the one launch (`kernels/turned.cuh`), not in one before.
+    pub turned: bool,
     pub key_blocks: usize,
     pub pages_per_split: usize,
     pub splits: usize,
@@ -226,7 +230,10 @@ impl CudaLayer {
         // Each block folds the queries for itself: where that is a product with a matrix, it pays for few blocks only.
         let has_matrix = keys.transform.inverse != 0 || values.transform.inverse != 0;
         let pays = !has_matrix || others * (pages / FEWEST_PAGES).max(1) <= 2 * multiprocessors;
-        let once = self.one_launch.unwrap_or(pays) && is_packed && packed > 0 && !many && query_tiles == 1;
+        // Where the mean of the keys turns in that launch it saves another one, and what that would write.
+        let (frequencies, width) = (keys.waves.frequencies as usize, spec.keys.layout.head_dim);
+        let can_turn = is_half && (1..=width.min(TURNED_WIDTH) / 2).contains(&frequencies);
+        let once = self.one_launch.unwrap_or(pays || can_turn) && is_packed && packed > 0 && !many && query_tiles == 1;
         let turns = (pages / even_splits(others, at_once).max(1) / LONG_SPLIT).clamp(1, MOST_TURNS);
         let most_wanted = if once { (multiprocessors / others).max(pages / FEWEST_PAGES).max(1) } else { usize::MAX };
         let wanted_splits = even_splits(others, turns * at_once).min(most_wanted);
@@ -246,6 +253,7 @@ impl CudaLayer {
             _ if once => Queries::Once,
             _ => Queries::Tiles(tiles),
         };
+        let turned = can_turn && queries == Queries::Once;
         let most_splits = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
         let unfolding = multiprocessors * if values.transform.inverse == 0 { 2 } else { 1 };
         // A launch for all unfolds each split's own.
@@ -270,6 +278,7 @@ impl CudaLayer {
             tiles,
             queries,
             as_bytes,
+            turned,
             key_blocks,
             pages_per_split,
             splits,
@@ -291,7 +300,7 @@ impl CudaLayer {
         let queries = tiles * QUERY_TILE;
         let packed = usize::from(shape.splits > 0);
         let between = if shape.queries == Queries::Once { 0 } else { packed };
-        let turns = usize::from(self.shared.constants[Side::Keys as usize].transform.shift_sine != 0);
+        let turns = self.shared.constants[Side::Keys as usize].transform.shift_sine != 0;
         let mut end = 0;
         let mut place = |bytes: usize| {
             let start = end;
@@ -301,7 +310,7 @@ impl CudaLayer {
         let folded = place(between * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
         let extras = place(between * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
         // `BiasPlace` of kernels/state.cuh: a range of each query, two bytes a row.
-        let bias = place(packed * turns * queries * (4 + 2 * shape.regions.packed));
+        let bias = place(packed * usize::from(turns && !shape.turned) * queries * (4 + 2 * shape.regions.packed));
         let packed = place(between * queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
         let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
         let lengths = place(16);
@@ -361,7 +370,7 @@ impl CudaLayer {
     /// Queries behind which the call has `later` more tokens.
     unsafe fn attend_some(&self, held: &Held, call: &AttendCall, later: usize, stream: Stream) -> Result<()> {
         let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
-        let kernels = self.shared.kernels.attention(shape.queries)?;
+        let kernels = self.shared.kernels.attention(shape.queries, shape.turned)?;
         let workspace = self.shared.memory.allocate(shape.places.bytes)?;
         let mask = self.mask(held, call, later);
         let launches = Launches {

@@ -7,7 +7,7 @@ use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
     AttendParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion, TransformParams,
-    TurningParams, UnfoldParams,
+    TurningParams, WaveParams, UnfoldParams,
 };
 use super::attend::{AttendCall, PlainSplits, Shape};
 use super::decode::Target;
@@ -255,13 +255,33 @@ impl Launches<'_> {
             extras: self.place(places.extras),
             noise: keys.noise,
             lengths: self.lengths_read(),
+            channels: keys.waves.channels,
             transform: layer.transform(held, Side::Keys),
             scale: call.scale,
             kv_heads: self.heads(),
             group: shape.group as i32,
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
+            frequencies: keys.waves.frequencies,
+            padding: 0,
             as_bytes: i32::from(shape.as_bytes),
+        }
+    }
+
+    /// What `attend` needs of a mean that turns there.
+    fn turned(&self, transform: &TransformParams) -> WaveParams {
+        if !self.shape.turned {
+            return WaveParams::default();
+        }
+        let waves = self.layer.shared.constants[Side::Keys as usize].waves;
+        WaveParams {
+            waves: waves.table,
+            channels: waves.channels,
+            spans: transform.spans,
+            steps: transform.steps,
+            origins: self.held.origins(),
+            first_span: transform.first_span,
+            frequencies: waves.frequencies,
         }
     }
 
@@ -314,6 +334,7 @@ impl Launches<'_> {
             key_wide_levels: 0,
             value_wide_levels: 0,
             bias_capacity: shape.regions.packed as i64,
+            turned: self.turned(&fold.transform),
             mask: self.mask,
             key_levels: keys.table,
             value_levels: values.table,

@@ -1,0 +1,192 @@
+// q·m(t) of packed keys whose mean turns with the position (FORMAT.md §6), by the blocks of attend_once.cuh themselves, page by page.
+//
+// Is: what turning.cuh writes for others, for up to eight queries, heads of up to 128 channels and layers of f16 and bf16, and nothing of it in memory. Is not:
+// f32, many queries, wider heads (turning.cuh); scores (attend.cuh).
+// With μ at position 0 turned by t, A = Σ q_c·μ_c and B = Σ q_c·ν_c over the channels of a frequency θ, q·m(P + r) of row r of a page whose first row has
+// position P is the sum over the frequencies of (A·cos Pθ + B·sin Pθ)·cos rθ + (B·cos Pθ − A·sin Pθ)·sin rθ: for a row block a product of
+//
+//     cosines and sines of its rows [16, waves], the same for all pages · amplitudes of the page [waves, 8 queries]  =  [16 rows, 8 queries], as scores lie
+//     fragments of a table in memory that the first-level cache keeps     in shared memory, those of the next page made by all threads meanwhile
+//
+// Both are f16 with f32 sums, amplitudes after division by a power of two a query: 2^-12 of each side, which is what keys of f16 would have lost. cos Pθ and sin
+// Pθ are read at a split's first page and turned by 128·θ from page to page.
+#pragma once
+#include "layout.cuh"
+#include "state.cuh"
+#include "transform.cuh"
+
+namespace skvq {
+
+/// Numbers of a frequency that belong to a cosine and to a sine.
+struct alignas(8) Waves {
+    float cosine, sine;
+};
+
+__device__ __forceinline__ int span_of(int position, int rows) { return position >= 0 ? position / rows : -((rows - 1 - position) / rows); }
+
+/// A and B of one query's frequency.
+template <class T>
+__device__ __forceinline__ Waves waves_of_query(const T* query, float scale, const HeadTransform& transform, const i32* starts, const i32* channels,
+                                                int frequency) {
+    Waves sum = {0.0f, 0.0f};
+    for (int at = starts[frequency]; at < starts[frequency + 1]; ++at) {
+        const int channel = channels[at];
+        const float q = widen(query[channel]) * scale;
+        sum.cosine += q * transform.shift[channel];
+        sum.sine += q * transform.shift_sine[channel];
+    }
+    return sum;
+}
+
+/// Of a tile of queries: A and B over their query's unit, and the units.
+template <int D>
+struct TileWaves {
+    static constexpr int frequencies = D / 2;
+    Waves factors[query_tile][frequencies];
+    float units[query_tile];
+};
+
+/// Writes them: 16 threads for each query, all threads of the block.
+template <class T, int D>
+__device__ __forceinline__ void fold_waves(const FoldParams& p, int batch, const QueryPlace& place, const HeadTransform& transform, int query, int lane,
+                                           TileWaves<D>& to) {
+    constexpr int most = (D / 2 + row_lanes - 1) / row_lanes;
+    const i32* starts = reinterpret_cast<const i32*>(p.channels);
+    const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
+                    place.position * p.query_position_stride;
+    Waves own[most];
+    float largest = 0.0f;
+#pragma unroll
+    for (int k = 0; k < most; ++k) {
+        const int frequency = lane + row_lanes * k;
+        own[k] = {0.0f, 0.0f};
+        if (place.exists && frequency < p.frequencies) own[k] = waves_of_query(from, p.scale, transform, starts, starts + p.frequencies + 1, frequency);
+        largest = fmaxf(largest, fabsf(own[k].cosine) + fabsf(own[k].sine));
+    }
+    const float unit = unit_of(fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); })), inverse = 1.0f / unit;
+#pragma unroll
+    for (int k = 0; k < most; ++k) {
+        const int frequency = lane + row_lanes * k;
+        if (frequency < D / 2) to.factors[query][frequency] = {own[k].cosine * inverse, own[k].sine * inverse};
+    }
+    if (lane == 0) to.units[query] = unit;
+}
+
+/// Of shared memory.
+template <int D>
+struct TurnedShared {
+    static constexpr int steps = D / 16;  // of 8 frequencies
+    TileWaves<D> tile;
+    alignas(16) U32x2 amplitudes[2][steps][32];  // as fragments of B, of two pages
+    // Of the frequencies: angles of the next page and the one behind it, by turns, and of a page's rows. In registers they would be spilled.
+    Waves turns[2][D / 2], page_turns[D / 2];
+};
+
+/// What a thread does for the pages of a split, and a warp for its row blocks.
+template <int D>
+struct TurnedRows {
+    using Shared = TurnedShared<D>;
+    static constexpr int steps = Shared::steps, frequencies = D / 2;
+    /// Threads side by side have the frequencies, those behind each other some queries each.
+    static constexpr int padded = frequencies <= 32 ? 32 : 64, columns = query_tile * padded / row_threads;
+
+    const WaveParams& waves;
+    Shared& shared;
+    int origin;  // position of the first packed row
+
+    __device__ __forceinline__ TurnedRows(const WaveParams& waves, Shared& shared, int batch)
+        : waves(waves), shared(shared), origin(batch < 0 ? 0 : reinterpret_cast<const i32*>(waves.origins)[batch]) {}
+
+    __device__ __forceinline__ Waves at(int channel, int position) const {
+        const int span = span_of(position, 256), inner = position - 256 * span;
+        const float* far = reinterpret_cast<const float*>(waves.spans) + static_cast<i64>(span - waves.first_span) * 2 * D + channel;
+        const float* near = reinterpret_cast<const float*>(waves.steps) + inner * 2 * D + channel;
+        return turned({far[0], far[D]}, {near[0], near[D]});
+    }
+    static __device__ __forceinline__ Waves turned(const Waves& a, const Waves& b) {
+        return {a.cosine * b.cosine - a.sine * b.sine, a.sine * b.cosine + a.cosine * b.sine};
+    }
+    __device__ __forceinline__ int channel_of(int frequency) const {
+        const i32* starts = reinterpret_cast<const i32*>(waves.channels);
+        return starts[waves.frequencies + 1 + starts[frequency]];
+    }
+    static __device__ __forceinline__ u32 amplitude(const Waves& factor, const Waves& angle) {
+        return narrow_to_halves(factor.cosine * angle.cosine + factor.sine * angle.sine, factor.sine * angle.cosine - factor.cosine * angle.sine);
+    }
+
+    __device__ __forceinline__ u64 wave_fragments(int row_block, int lane) const { return waves.waves + (row_block * steps * 32 + lane) * 16; }
+
+    /// Before the first page: its amplitudes will be in buffer 0. All threads of the block, which must meet before it is made.
+    __device__ __forceinline__ void begin(int page) const {
+        const int frequency = threadIdx.x;
+        if (frequency >= frequencies) return;
+        Waves turn = {0.0f, 0.0f}, of_page = turn;
+        if (frequency < waves.frequencies) {
+            const int channel = channel_of(frequency);
+            const float* from = reinterpret_cast<const float*>(waves.steps) + page_rows * 2 * D + channel;
+            turn = at(channel, origin + page * page_rows), of_page = {from[0], from[D]};
+        }
+        shared.turns[0][frequency] = turn, shared.page_turns[frequency] = of_page;
+    }
+    /// Amplitudes of the next page, by all threads of the block.
+    __device__ __forceinline__ void make(int buffer) const {
+        const int frequency = threadIdx.x % padded, first = threadIdx.x / padded * columns;
+        if (frequency < frequencies) {
+            const Waves turn = shared.turns[buffer][frequency];
+            u32* to = reinterpret_cast<u32*>(&shared.amplitudes[buffer][frequency / 8][4 * first + frequency % 4]) + frequency / 4 % 2;
+#pragma unroll
+            for (int i = 0; i < columns; ++i) to[8 * i] = amplitude(shared.tile.factors[first + i][frequency], turn);
+            if (first == 0) shared.turns[1 - buffer][frequency] = turned(turn, shared.page_turns[frequency]);
+        }
+    }
+
+    /// Of a query. Not before the loop around it, whose registers it would take.
+    __device__ __forceinline__ float unit(int query) const {
+        return __uint_as_float(load_shared<0, u32>(shared_place(shared.tile.units + query)));
+    }
+    /// products[i][2·side + j] of rows g + 8·side of row block first + i of the page, and query 2t + j, over the query's unit.
+    template <int Blocks>
+    __device__ __forceinline__ void multiply(int buffer, int first, int lane, float (&products)[Blocks][4]) const {
+        const u64 from = wave_fragments(first, lane);
+        const U32x2* amplitudes = shared.amplitudes[buffer][0] + lane;
+        for (auto& of_block : products)
+            for (float& product : of_block) product = 0.0f;
+        for_each<steps>([&](auto step) {
+            constexpr int k = decltype(step)::value;
+            const U32x2 pair = amplitudes[32 * k];
+            const u32 of_page[2] = {pair.x, pair.y};
+            for_each<Blocks>([&](auto index) {
+                constexpr int i = decltype(index)::value;
+                const U32x4 four = load_table<512 * (i * steps + k)>(from);
+                const u32 rows[4] = {four.x, four.y, four.z, four.w};
+                multiply_fragments(products[i], rows, of_page);
+            });
+        });
+    }
+    /// The same for one row block of the past, by a warp alone.
+    __device__ __forceinline__ void multiply_alone(int block, int lane, float (&products)[4]) const {
+        const int position = origin + block / blocks_per_page * page_rows, g = lane / 4, t = lane % 4;
+        for (float& product : products) product = 0.0f;
+#pragma unroll 1
+        for (int k = 0; k < steps; ++k) {
+            u32 amplitudes[2];
+            for (int half = 0; half < 2; ++half) {
+                const int frequency = 8 * k + t + 4 * half;
+                const bool exists = frequency < waves.frequencies;
+                const Waves angle = exists ? at(channel_of(frequency), position) : Waves{0.0f, 0.0f};
+                amplitudes[half] = exists ? amplitude(shared.tile.factors[g][frequency], angle) : 0;
+            }
+            const U32x4 four = load_table<0>(wave_fragments(block % blocks_per_page, lane) + 512 * k);
+            const u32 rows[4] = {four.x, four.y, four.z, four.w};
+            multiply_fragments(products, rows, amplitudes);
+        }
+    }
+};
+
+/// Whether blocks of attend_once.cuh do it, and their shared memory for it.
+template <class K>
+constexpr bool turns_inside = K::is_parts && K::head_dim <= 128;
+template <class K>
+constexpr int turned_bytes = turns_inside<K> ? sizeof(TurnedShared<K::head_dim>) : 0;
+
+}  // namespace skvq
