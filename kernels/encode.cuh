@@ -11,25 +11,33 @@ namespace skvq {
 
 constexpr int encode_threads = row_lanes * block_rows;
 
-template <class T, class L>
-__global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__ EncodeParams p) {
+/// What the threads of a block share.
+template <class L>
+struct EncodeSpace {
+    u8 codes[block_rows * L::codes];
+    float levels[Levels<L>::count];
+    alignas(16) float buffer[block_rows * L::head_dim];
+};
+
+/// Row block `block` of a head's packed past, of which the `row_count` rows from first_row on are new; row_at(r): number r of these. By all threads of a
+/// block of 256; a barrier must follow before `space` is used again.
+template <class T, class L, class RowAt>
+__device__ __forceinline__ void encode_rows(const EncodeParams& p, int batch, int head, int block, int first_row, int row_count, const RowAt& row_at,
+                                            EncodeSpace<L>& space) {
     constexpr int D = L::head_dim;
-    __shared__ u8 codes[block_rows * L::codes];
-    __shared__ float levels[Levels<L>::count];
-    __shared__ float buffer[block_rows * D];
-    const int inner = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = blockIdx.y, batch = blockIdx.z;
-    const int block = p.first_row / block_rows + static_cast<int>(blockIdx.x), row = block * block_rows + inner, index = row - p.first_row;
-    const bool is_new = index >= 0 && index < p.row_count;
+    const int inner = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const int row = block * block_rows + inner, index = row - first_row;
+    const bool is_new = index >= 0 && index < row_count;
     u8* page = reinterpret_cast<u8*>(
         reinterpret_cast<const u64*>(p.pages)[(static_cast<i64>(batch) * p.kv_heads + head) * p.page_capacity + block / blocks_per_page]);
     u8* page_block = page + block % blocks_per_page * L::block_bytes;
-    u8* own_codes = codes + inner * L::codes;
-    float* own_buffer = buffer + inner * D;
-    Levels<L>::store(levels, Levels<L>::load(p.codec));
+    u8* own_codes = space.codes + inner * L::codes;
+    float* own_buffer = space.buffer + inner * D;
+    Levels<L>::store(space.levels, Levels<L>::load(p.codec));
 
     float elements[D / 16];
     bool finite = true;
-    const T* from = reinterpret_cast<const T*>(p.rows) + batch * p.batch_stride + head * p.head_stride + index * p.row_stride;
+    const T* from = row_at(index);
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
         elements[k] = is_new ? widen(from[lane + 16 * k]) : 0.0f;
@@ -50,7 +58,7 @@ __global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__
     float scales[L::groups], zeros[L::groups];
     for_each<L::groups>([&](auto group) {
         constexpr int g = decltype(group)::value;
-        GroupEncoder<L> encoder(p.codec, levels, own_codes + g * GroupEncoder<L>::count, own_buffer, lane, elements + g * (L::group_size / 16));
+        GroupEncoder<L> encoder(p.codec, space.levels, own_codes + g * GroupEncoder<L>::count, own_buffer, lane, elements + g * (L::group_size / 16));
         encoder.run();
         finite = finite && encoder.finite();
         scales[g] = encoder.scale, zeros[g] = encoder.zero;
@@ -69,7 +77,16 @@ __global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__
         for (int code = lane; code < L::codes; code += row_lanes) own_codes[code] = is_old ? read_code<L>(page_block, inner, code) : 0;
     }
     __syncthreads();
-    if (threadIdx.x < 32) write_lane<L>(page_block, threadIdx.x, codes);
+    if (threadIdx.x < 32) write_lane<L>(page_block, threadIdx.x, space.codes);
+}
+
+template <class T, class L>
+__global__ void __launch_bounds__(encode_threads) encode(const __grid_constant__ EncodeParams p) {
+    __shared__ EncodeSpace<L> space;
+    const int head = blockIdx.y, batch = blockIdx.z;
+    const T* rows = reinterpret_cast<const T*>(p.rows) + batch * p.batch_stride + head * p.head_stride;
+    auto row_at = [&](int index) { return rows + index * p.row_stride; };
+    encode_rows<T, L>(p, batch, head, p.first_row / block_rows + static_cast<int>(blockIdx.x), p.first_row, p.row_count, row_at, space);
 }
 
 }  // namespace skvq

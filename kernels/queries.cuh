@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(row_threads) query_squares(const __grid_consta
 }
 
 /// Adds the partial sums, if there are any, and fixes the factors, if that is asked for and enough was seen. Factors of 0 are not fixed yet.
+/// By all threads of a block of 256.
 template <int D>
-__global__ void __launch_bounds__(factor_threads) query_factors(const __grid_constant__ FactorParams p) {
-    __shared__ double shared[D];
-    const int channel = threadIdx.x, head = blockIdx.y, batch = blockIdx.z;
+__device__ __forceinline__ void take_factors(const FactorParams& p, int batch, int head, double (&shared)[D]) {
+    const int channel = threadIdx.x;
     const i64 sequence = static_cast<i64>(batch) * p.kv_heads + head;
     double* own = reinterpret_cast<double*>(p.squares) + sequence * (D + 1);  // and the tokens seen
     float* factors = reinterpret_cast<float*>(p.factors) + sequence * D;
@@ -89,6 +89,12 @@ __global__ void __launch_bounds__(factor_threads) query_factors(const __grid_con
         }
     }
     if (active) factors[channel] = factor;
+}
+
+template <int D>
+__global__ void __launch_bounds__(factor_threads) query_factors(const __grid_constant__ FactorParams p) {
+    __shared__ double shared[D];
+    take_factors(p, blockIdx.z, blockIdx.y, shared);
 }
 
 }  // namespace skvq
