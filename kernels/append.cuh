@@ -1,8 +1,8 @@
 // The append of one token: the row in front of the window becomes the last packed one, and the new row takes its place in the ring.
 //
 // Is: one row of each sequence, kv head and stream, by a whole block, for its latency: everything that memory has is asked for at once, and
-// codes go into the row block's bytes as these lie. Bytes and codes are those of encode.cuh. Is not: for rows that are not packed, nor for the
-// steps at which statistics of a block come due.
+// codes go into the row block's bytes as these lie. Bytes and codes are those of encode.cuh. Is not: for rows that are not packed, nor for those
+// that leave when statistics of a block come due (append_block.cuh, in a step that is replayed).
 // Grid: 2 streams × kv heads × batch; block: 256 threads.
 #pragma once
 #include "quantize.cuh"
@@ -99,7 +99,9 @@ __device__ __forceinline__ void append_to(const AppendParams& p, const AppendStr
     const int in = first + window - 1, out = first + p.ring_rows - 1;  // modulo ring_rows
     T* entering = ring + (in < p.ring_rows ? in : in - p.ring_rows) * D;
     const T arriving = (reinterpret_cast<const T*>(stream.row) + batch * stream.batch_stride + head * stream.head_stride)[channel];
-    if (!p.leaves) {
+    // Rows that leave with a block that is complete are packed already.
+    const bool leaves = p.leaves < 0 ? lengths[4] > 0 && lengths[5] < 0 : p.leaves != 0;
+    if (!leaves) {
         if (thread < D) *entering = arriving;
         return;
     }

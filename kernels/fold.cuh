@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
     wait_for_earlier_launches();
     alignas(16) __shared__ float buffer[transform_floats<K>];
     const int block = blockIdx.x, head = blockIdx.y / p.query_tiles, tile = blockIdx.y % p.query_tiles, batch = blockIdx.z;
+    if (p.lengths && block * p.transform.pages_per_block * page_rows >= reinterpret_cast<const i32*>(p.lengths)[0]) return;
     const i64 index = ((static_cast<i64>(batch) * p.kv_heads + head) * gridDim.x + block) * p.query_tiles + tile;
     fold_tile<T, K>(p, batch, head, tile, block, buffer, reinterpret_cast<u32*>(p.folded) + index * folded_words<K>,
                     reinterpret_cast<float*>(p.extras) + index * extras_floats<K>, nullptr);

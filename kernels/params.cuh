@@ -3,7 +3,7 @@
 // Is: pointers, shapes, strides. Is not: anything a template argument says already. Strides are in elements, pointers are device addresses.
 // Lengths that a captured graph must not freeze lie in device memory: `lengths` points at {packed rows, sinks, window rows} (i32 each), rows
 // of one (sequence, kv head) counted from the first token of each region. Behind them a store that replays steps has the place in the ring
-// where the window begins.
+// where the window begins, then how many rows leave the window in the step, and which block of statistics is complete with it, or −1.
 #pragma once
 #include "portable.cuh"
 
@@ -58,7 +58,7 @@ struct FoldParams {
     u64 folded;  // f16 [batch, kv heads, blocks, query tiles, D / 16, 32 lanes, 2 registers of 2], as fragments; or bytes, see as_bytes
     u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, Σ of integers (bytes), sums over groups
     u64 noise;   // f32 [D] or 0
-    u64 lengths;
+    u64 lengths;   // where blocks of statistics may have no rows yet, and then no queries are folded for them; or 0
     u64 channels;  // of a mean that turns in the same launch, as WaveParams has them
     TransformParams transform;
     float scale;  // softmax scale
@@ -213,7 +213,8 @@ struct AppendParams {
     AppendStream keys, values;
     u64 origins, refused;  // of EncodeParams
     u64 lengths;           // those with the new token, and where the window begins with it
-    i32 leaves;            // the window was full: the row in front of it becomes the last packed one
+    i32 leaves;            // 1: the window was full, the row in front of it becomes the last packed one; 0: not so; −1: as the numbers behind the
+                           // lengths say, where no block is complete (append_block.cuh)
     i32 ring_rows, page_capacity, kv_heads;
 };
 
@@ -250,6 +251,19 @@ struct FactorParams {
     i32 first_token, length, kv_heads, parts;
     i32 starts;  // nothing was seen before: squares and factors have no values
     i32 fixes;
+};
+
+/// append_block.cuh: one stream of a new token that may complete a block.
+struct AppendBlockStream {
+    EncodeParams encode;          // rows: the ring; which of them leave is behind the lengths
+    StatisticsParams statistics;  // rows: the new one; which block is complete is behind the lengths. block 0: the stream has none
+};
+/// append_block.cuh. Grid: 2 streams × kv heads × batch.
+struct AppendBlockParams {
+    AppendBlockStream keys, values;
+    FactorParams factors;  // of the keys; squares 0: they are fixed, or queries have no say
+    u64 lengths;           // those with the new token
+    i32 ring_rows, padding;
 };
 
 /// decode.cuh. Grid: row blocks × kv heads × batch.
@@ -300,14 +314,16 @@ struct ManyWords {
 
 /// rows.cuh, advance: one more token in a store that replays steps.
 struct StepParams {
-    u64 lengths;   // and behind them where the window begins in the ring
+    u64 lengths;   // and what is behind them
     u64 overflow;  // i32: steps for which there was no room
     i32 ring_rows;
-    i32 most_packed;  // packed rows that there are pages for
+    i32 most_tokens;  // that there is room for
+    i32 window;       // rows of it at least
+    i32 block_rows;   // that share statistics, or 0
 };
 
 static_assert(sizeof(CopyParams) == 136, "CopyParams");
-static_assert(sizeof(StepParams) == 24, "StepParams");
+static_assert(sizeof(StepParams) == 32, "StepParams");
 static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
@@ -323,6 +339,8 @@ static_assert(sizeof(EncodeParams) == 184, "EncodeParams");
 static_assert(sizeof(AppendStream) == 152, "AppendStream");
 static_assert(sizeof(AppendParams) == 344, "AppendParams");
 static_assert(sizeof(StatisticsParams) == 104, "StatisticsParams");
+static_assert(sizeof(AppendBlockStream) == 288, "AppendBlockStream");
+static_assert(sizeof(AppendBlockParams) == 656, "AppendBlockParams");
 static_assert(sizeof(QueryParams) == 72, "QueryParams");
 static_assert(sizeof(FactorParams) == 64, "FactorParams");
 static_assert(sizeof(DecodeParams) == 152, "DecodeParams");

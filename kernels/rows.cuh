@@ -42,18 +42,30 @@ __global__ void __launch_bounds__(copy_threads) clear_rows(const __grid_constant
     for (int word = lane; word < p.row_words; word += 32) target[word] = 0;
 }
 
-/// The window is full: its oldest row becomes the last packed one, and the ring turns by one. Where there are no pages for it nothing moves, so
-/// that later launches write to places that exist.
+/// One more token: which rows leave the window with it, if it is full, and which block of statistics it completes. With blocks rows leave once theirs has
+/// statistics, which are taken when its last row comes. Where there is no room nothing moves, so that later launches write to places that exist.
 template <class Number>
 __global__ void __launch_bounds__(32) advance(const __grid_constant__ StepParams p) {
     if (threadIdx.x != 0) return;
     Number* lengths = reinterpret_cast<Number*>(p.lengths);
-    if (lengths[0] >= p.most_packed) {
+    const Number packed = lengths[0], sinks = lengths[1], window = lengths[2], rows = packed + window + 1;
+    Number leaving = 0, complete = -1;
+    if (sinks + rows > p.most_tokens) {
         *reinterpret_cast<Number*>(p.overflow) += 1;
-        return;
+    } else {
+        Number packable = rows - p.window;
+        if (p.block_rows) {
+            // A crop may have left packed rows of a block, which has statistics then.
+            const Number before = max((rows - 1) / p.block_rows, (packed + p.block_rows - 1) / p.block_rows), blocks = max(before, rows / p.block_rows);
+            if (blocks > before) complete = before;
+            packable = min(packable, blocks * p.block_rows);
+        }
+        leaving = max(packable - packed, 0);
+        lengths[0] = packed + leaving;
+        lengths[2] = window + 1 - leaving;
+        lengths[3] = (lengths[3] + leaving) % p.ring_rows;
     }
-    lengths[0] += 1;
-    lengths[3] = (lengths[3] + 1) % p.ring_rows;
+    lengths[4] = leaving, lengths[5] = complete;
 }
 
 template <class Words>

@@ -22,6 +22,7 @@ import harness
 HEADERS = [
     "rows.cuh",
     "append.cuh",
+    "append_block.cuh",
     "encode.cuh",
     "decode.cuh",
     "statistics.cuh",
@@ -58,6 +59,7 @@ def instances(case: cases.Case) -> list[str]:
         names += [f"append_row<{element}, {', '.join(packed)}>", f"fold<{element}, {packed[0]}>"]
         names += [*(f"attend<{', '.join(packed)}, {count}>" for count in tiles)]
         if case.keys.get("block") or case.values.get("block"):
+            names.append(f"append_block<{element}, {', '.join(packed)}>")
             names += [*(f"attend_apart<{', '.join(packed)}, {count}>" for count in tiles)]
         names += [f"attend_once<{element}, {', '.join(packed)}>"] if 1 in tiles else []
         names += [f"attend_many<{', '.join(packed)}>"] if takes_many else []

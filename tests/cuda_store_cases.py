@@ -7,6 +7,7 @@ Is not: collected by pytest.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import random
 import sys
 import weakref
@@ -58,6 +59,18 @@ class Case:
     workspace_bytes: int | None = None
     # Queries of a kv head of a call for the kernel of many, or 0: odd, and more than a block of it has.
     many: int = 0
+    # Of a step that is captured: tokens of the prompt whose queries have their say.
+    shown: int = 20
+    # Likewise: packed rows that a crop leaves of the prompt, or 0: nothing is cropped.
+    cropped: int = 0
+
+    @property
+    def limit(self) -> float:
+        """Of attention, of the largest output. Queries here look at channels that those of the prompt did not: where
+        these had their say folded ones are large where keys are small; what f16 rounds off the products does not cancel
+        as the products do.
+        """
+        return ERROR[self.dtype] * (4 if "query_exponent" in self.keys else 1)
 
 
 def parts(index: int, head_dim: int = 64, **more: Any) -> dict[str, Any]:
@@ -259,6 +272,8 @@ class Pair:
 
     def __init__(self, case: Case, nvrtc: str) -> None:
         self.case, self.memory = case, Memory()
+        # Beside replays of a captured step: a layer each of whose steps the host launches.
+        self.launched: Any = None
         codecs = {side: _native.Codec(**options) for side, options in (("keys", case.keys), ("values", case.values))}
         common = {"num_key_value_heads": case.kv_heads, "sinks": case.sinks, "window": case.window, "dtype": case.dtype}
         self.cpu = _native.Layer(**common, **codecs, nonfinite="propagate")
@@ -313,7 +328,7 @@ class Pair:
                     ratio = torch.from_dlpack(found) / torch.from_dlpack(expected)
                     assert float((ratio - 1.0).abs().max()) <= FP16_STEP, ratio
         query = self.queries(generator, self.cpu.batch_size, min(5, self.cpu.length))
-        for layer in (self.cpu, self.cuda):
+        for layer in filter(None, (self.cpu, self.cuda, self.launched)):
             layer.observe_queries(query)
 
     def check(self, generator: torch.Generator) -> None:
@@ -361,6 +376,17 @@ class Pair:
         expected, found = (layer.score_noise(query, 0.125) for layer in (self.cpu, self.cuda))
         assert abs(expected - found) <= 1e-5 * expected, (expected, found)
 
+    def check_bits(self) -> None:
+        """Replayed steps have left the rows of launched ones, to the last bit, in the same regions."""
+        for name in ("length", "sink_tokens", "packed_tokens", "window_tokens", "wants_queries"):
+            assert getattr(self.cuda, name) == getattr(self.launched, name), name
+        for side, options in (("keys", self.case.keys), ("values", self.case.values)):
+            shape = (self.cuda.batch_size, self.case.kv_heads, self.cuda.length, options["head_dim"])
+            found = [torch.full(shape, torch.nan, dtype=DTYPES[self.case.dtype]) for _ in range(2)]
+            for layer, rows in zip((self.cuda, self.launched), found, strict=True):
+                getattr(layer, f"decode_{side}")(rows)
+            assert torch.equal(*found), side
+
     def check_rows(self) -> None:
         for side, options in (("keys", self.case.keys), ("values", self.case.values)):
             shape = (self.cpu.batch_size, self.case.kv_heads, self.cpu.length, options["head_dim"])
@@ -384,16 +410,14 @@ class Pair:
         scale = width**-0.5
         self.cpu.attend(query, expected, scale=scale, **more)
         largest = max(1.0, float(expected.float().abs().max()))
-        # Queries here look at channels that those of the prompt did not: folded ones are large where keys are small;
-        # what f16 rounds off the products does not cancel as the products do.
-        limit = ERROR[self.case.dtype] * (4 if "query_exponent" in self.case.keys else 1)
         before = self.cuda.one_launch
         for one_launch in (None, False, True) if both and self.case.group * length <= QUERY_TILE else (before,):
             found = torch.full(shape, torch.nan, dtype=dtype)
             self.cuda.one_launch = one_launch
             self.cuda.attend(query, found, scale=scale, **more)
             error = float((expected.float() - found.float()).abs().max()) / largest
-            assert error <= limit, f"attention of {length}, {sorted(more)}, one launch {one_launch}: {error:.2e}"
+            told = f"attention of {length}, {sorted(more)}, one launch {one_launch}: {error:.2e}"
+            assert error <= self.case.limit, told
         self.cuda.one_launch = before
 
 
@@ -478,6 +502,7 @@ class Step:
         self.query = torch.empty(self.pair.cpu.batch_size, self.pair.query_heads, 1, case.keys["head_dim"], dtype=dtype)
         shape = (*self.query.shape[:3], case.values["head_dim"])
         self.expected, self.found = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        self.observes = self.pair.cuda.wants_queries
         self.renew()
 
     def renew(self) -> None:
@@ -489,15 +514,21 @@ class Step:
     def on_cuda(self) -> None:
         self.pair.cuda.append(self.keys, self.values)
         self.pair.cuda.attend(self.query, self.found, scale=0.125, softcap=30.0)
+        if self.observes:
+            self.pair.cuda.observe_queries(self.query)
 
-    def on_cpu(self) -> None:
-        self.pair.cpu.append(self.keys, self.values)
+    def on_others(self) -> None:
+        """On the CPU, and on the device by the host's launches."""
+        for layer in filter(None, (self.pair.cpu, self.pair.launched)):
+            layer.append(self.keys, self.values)
+            if self.observes:
+                layer.observe_queries(self.query)
         self.pair.cpu.attend(self.query, self.expected, scale=0.125, softcap=30.0)
 
     def compare(self) -> None:
         expected, found = self.expected.float(), self.found.float()
         error = float((expected - found).abs().max()) / max(1.0, float(expected.abs().max()))
-        assert error <= ERROR[self.pair.case.dtype], f"after {self.pair.cpu.length} tokens: {error:.2e}"
+        assert error <= self.pair.case.limit, f"after {self.pair.cpu.length} tokens: {error:.2e}"
 
 
 def refused(call: Callable[[], object], message: str) -> None:
@@ -511,18 +542,48 @@ def refused(call: Callable[[], object], message: str) -> None:
     assert message in found, found
 
 
-def replay_program(case: Case, nvrtc: str, replays: int = 140) -> None:
-    """Eager steps, a captured one and its replays, over ends of pages and of the ring; everything compared."""
+# Changes of the cases above whose steps are captured: one, some or none of a block's rows leave the window when the
+# block is complete, and rows of a window wait or do not.
+REPLAYED = {
+    "window of a block": dataclasses.replace(CASES["blocks"], window=128),
+    "window of more than a block": dataclasses.replace(CASES["blocks of values"], window=150, sinks=1, batch=2),
+    "one row leaves a block": dataclasses.replace(CASES["padded blocks"], window=127, sinks=0),
+    "blocks, window of one": dataclasses.replace(CASES["queried"], window=1),
+    "queries that had their say": dataclasses.replace(CASES["queried, padded"], shown=40),
+    "parts beside blocks": dataclasses.replace(CASES["parts"], values={"head_dim": 64, "format": "1.6", **BLOCKS}),
+    # The rest of a block that has statistics comes anew, and the block is not completed a second time.
+    "cropped blocks": dataclasses.replace(CASES["blocks"], cropped=80),
+}
+
+
+def give_prompt(pair: Pair, generator: torch.Generator) -> None:
+    """The tokens before a step that is captured, the same to all layers."""
+    case, layers = pair.case, (pair.cpu, pair.cuda, pair.launched)
+    rows = pair.rows(generator, max(case.padding, default=0) + case.sinks + case.window + 90)
+    query = pair.queries(generator, case.batch, case.shown) if case.keys.get("query_exponent") else None
+    for layer in layers:
+        layer.append(*rows, query)
+    if case.cropped:
+        rows = pair.rows(generator, case.window)
+        for layer in layers:
+            layer.crop(case.sinks + case.cropped)
+            layer.append(*rows)
+
+
+def replay_program(case: Case, nvrtc: str) -> None:
+    """Eager steps, a captured one, its replays, over ends of pages, of blocks and of the ring; everything compared."""
     pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
-    prompt = max(case.padding, default=0) + case.sinks + case.window + 90
-    pair.append(*pair.rows(generator, prompt))
+    pair.launched = Pair(case, nvrtc).cuda
+    give_prompt(pair, generator)
+    block = max(options.get("block", 0) for options in (case.keys, case.values))
+    prompt, replays = pair.cpu.length, block + 170 if block else 140
     capacity = prompt + replays + 6
     pair.cuda.reserve(capacity)
     assert pair.cuda.capacity == capacity
     held = pair.cuda.nbytes
     step = Step(pair, generator)
     step.on_cuda()
-    step.on_cpu()
+    step.on_others()
     step.compare()
 
     pair.cuda.begin_capture()
@@ -537,23 +598,25 @@ def replay_program(case: Case, nvrtc: str, replays: int = 140) -> None:
     for count in range(1, replays + 1):
         step.renew()
         replay()
-        step.on_cpu()
+        step.on_others()
         step.compare()
         if count in (1, 40, replays):
             if count > 1:
                 refused(pair.cuda.nonfinite_rows, "expected replayed(steps) for every replay")
             pair.cuda.replayed(count - told)
             told = count
+            pair.check_bits()
             pair.check(generator)
     assert pair.cuda.nbytes == held
     # Eager steps go on where replays end, and the other way round.
     for run in (step.on_cuda, replay, step.on_cuda):
         step.renew()
         run()
-        step.on_cpu()
+        step.on_others()
         step.compare()
         if run is replay:
             pair.cuda.replayed(1)
+    pair.check_bits()
     pair.check(generator)
     for call in (lambda: pair.cuda.crop(prompt), pair.cuda.clone, lambda: pair.cuda.gather([0]), pair.cuda.reset):
         refused(call, "expected release_capture() before")
@@ -561,6 +624,7 @@ def replay_program(case: Case, nvrtc: str, replays: int = 140) -> None:
     assert left == 2
     refused(lambda: pair.cuda.replayed(left + 1), f"steps: expected at most {left}")
     pair.cuda.release_capture()
+    pair.launched = None
     twin = pair.copy()
     assert twin.cuda.capacity is None
     if pair.cpu.packed_tokens % 128:  # otherwise the next row begins a page of its own
@@ -574,10 +638,17 @@ def replay_program(case: Case, nvrtc: str, replays: int = 140) -> None:
 
 
 def replay_too_often(case: Case, nvrtc: str) -> None:
-    """Replays beyond what is reserved write to no foreign memory, and are noticed."""
+    """Replays beyond what is reserved write to no foreign memory, and are noticed. `reserve` changes nothing if there
+    is no memory.
+    """
     pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
     prompt = case.sinks + case.window + 120
     pair.append(*pair.rows(generator, prompt))
+    for left in (1, 2, 3):
+        pair.memory.left = left
+        refused(lambda: pair.cuda.reserve(prompt + 1000), "no memory left")
+        assert pair.cuda.capacity is None
+    pair.check(generator)
     pair.cuda.reserve(prompt + 8)  # the end of a page
     step = Step(pair, generator)
     pair.cuda.begin_capture()
@@ -586,7 +657,7 @@ def replay_too_often(case: Case, nvrtc: str) -> None:
     for _ in range(8):
         step.renew()
         replay()
-        step.on_cpu()
+        step.on_others()
         step.compare()
     pair.cuda.replayed(8)
     pair.check(generator)
@@ -596,11 +667,35 @@ def replay_too_often(case: Case, nvrtc: str) -> None:
     refused(lambda: pair.cuda.replayed(1), "steps: expected at most 0")
 
 
+def replay_without_a_block(case: Case, nvrtc: str) -> None:
+    """All that is reserved waits for the rest of the first block: attention has no packed rows, at no replay."""
+    pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
+    prompt = case.sinks + case.window + 10
+    pair.append(*pair.rows(generator, prompt))
+    pair.cuda.reserve(case.sinks + case.keys["block"] - 1)
+    step = Step(pair, generator)
+    pair.cuda.begin_capture()
+    replay = capture(step.on_cuda, pair.memory)
+    pair.cuda.end_capture()
+    steps = case.keys["block"] - 1 - case.window - 10
+    for _ in range(steps):
+        step.renew()
+        replay()
+        step.on_others()
+        step.compare()
+    pair.cuda.replayed(steps)
+    pair.check(generator)
+    pair.cuda.release_capture()
+    pair.check_and_grow(generator)
+
+
 def main_replay(nvrtc: str, name: str) -> None:
     torch.set_num_threads(1)
-    replay_program(CASES[name], nvrtc)
-    if name == "static":
+    replay_program((CASES | REPLAYED)[name], nvrtc)
+    if name in ("static", "blocks"):
         replay_too_often(CASES[name], nvrtc)
+    if name == "blocks":
+        replay_without_a_block(CASES[name], nvrtc)
     print("equal")
 
 

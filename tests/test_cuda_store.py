@@ -29,7 +29,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def driver() -> Path:
     """The folder of a libcuda.so.1 with the kernels of all cases."""
-    return build_driver(name for case in cases.CASES.values() for name in MOVING + instances(case))
+    every = (cases.CASES | cases.REPLAYED).values()
+    return build_driver(name for case in every for name in MOVING + instances(case))
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,17 @@ def test_programs_leave_what_the_cpu_has(driver: Path, nvrtc: str, name: str) ->
     assert printed == "equal\n"
 
 
-@pytest.mark.parametrize("name", ["static", "parts", "padded", "other formats, two tiles", "no sinks, window of one"])
+REPLAYED = ["static", "parts", "padded", "other formats, two tiles", "no sinks, window of one"]
+REPLAYED += ["blocks", "padded blocks", "queried, padded", "queried, alone", *cases.REPLAYED]
+
+
+@pytest.mark.parametrize("name", REPLAYED)
 def test_a_captured_step_of_launches_apart_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
     printed, _ = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name, SKVQ_ONE_LAUNCH="0")
     assert printed == "equal\n"
 
 
-@pytest.mark.parametrize("name", ["static", "parts"])
+@pytest.mark.parametrize("name", ["static", "parts", "blocks", "queried"])
 def test_a_captured_step_of_one_launch_is_replayed(driver: Path, nvrtc: str, name: str) -> None:
     printed, seen = run_code("cases.main_replay(nvrtc, rest[0])", driver, nvrtc, name, FAKE_CUDA_LOG="1")
     assert printed == "equal\n"
@@ -82,14 +87,21 @@ pair.check_attention(generator, 67)
 """
 
 
-def test_a_replayed_step_waits_for_nothing(driver: Path, nvrtc: str) -> None:
-    _, seen = run_code(REPLAYS, driver, nvrtc, FAKE_CUDA_LOG="1")
+@pytest.mark.parametrize("name", ["static", "blocks", "queried"])
+def test_a_replayed_step_waits_for_nothing(driver: Path, nvrtc: str, name: str) -> None:
+    _, seen = run_code(REPLAYS, driver, nvrtc, name, FAKE_CUDA_LOG="1", SKVQ_ONE_LAUNCH="0")
     assert "synchronize" not in seen.split("prompt\n")[1]
+    recorded = seen.split("recorded\n")[1].splitlines()
+    kernels = ["advance", "append_row", "fold", "plain", "attend", "unfold", "merge"]
+    kernels += ["append_block"] if name != "static" else []
+    kernels += ["query_squares", "query_factors"] if name == "queried" else []
+    assert [len(kernel_launches(recorded, kernel)) for kernel in kernels] == [1] * len(kernels)
+    assert len(recorded) == len(kernels)
 
 
 REPLAYS = """
 import torch
-pair = cases.Pair(cases.CASES["static"], nvrtc)
+pair = cases.Pair(cases.CASES[rest[0]], nvrtc)
 generator = torch.Generator().manual_seed(0)
 pair.append(*pair.rows(generator, 60))
 print("prompt", file=sys.stderr, flush=True)
@@ -97,6 +109,7 @@ pair.cuda.reserve(200)
 step = cases.Step(pair, generator)
 step.on_cuda()
 pair.cuda.begin_capture()
+print("recorded", file=sys.stderr, flush=True)
 replay = cases.capture(step.on_cuda, pair.memory)
 pair.cuda.end_capture()
 for _ in range(5):
@@ -117,7 +130,7 @@ refused = cases.refused
 empty, _ = pair_of("static", 0)
 refused(lambda: empty.cuda.reserve(100), "reserve: expected at least one token, found 0")
 refused(empty.cuda.begin_capture, "begin_capture: expected a layer with reserve(tokens)")
-kinds = {"blocks": "statistics of blocks of keys", "raw": "raw rows of keys", "raw values": "raw rows of values"}
+kinds = {"raw": "raw rows of keys", "raw values": "raw rows of values"}
 for name, what in kinds.items():
     refused(lambda: pair_of(name, 50)[0].cuda.reserve(100), f"reserve with {what} on a GPU is not supported")
 short, generator = pair_of("static", 10)
@@ -132,7 +145,7 @@ refused(short.cuda.begin_capture, "begin_capture: expected fewer than the 40 res
 short.cuda.reserve(60)
 step = cases.Step(short, generator)
 step.on_cuda()
-step.on_cpu()
+step.on_others()
 short.cuda.begin_capture()
 refused(short.cuda.begin_capture, "begin_capture: expected end_capture() before")
 two = short.rows(generator, 2)
@@ -150,6 +163,23 @@ refused(lambda: short.cuda.attend(step.query, step.found, scale=1.0), "attend: e
 short.cuda.replayed(0)
 short.cuda.release_capture()
 short.check(generator)
+queried, generator = pair_of("queried", 60)
+queried.cuda.reserve(80)
+step = cases.Step(queried, generator)
+queried.cuda.begin_capture()
+two = queried.queries(generator, 2, 2)
+expected = "in a capture queries of one token, behind its append"
+refused(lambda: queried.cuda.observe_queries(step.query), f"{expected}, found none in front")
+def observe():
+    step.on_cuda()
+    refused(lambda: queried.cuda.observe_queries(two), f"{expected}, found 2 tokens")
+cases.capture(observe, queried.memory)
+queried.cuda.end_capture()
+refused(lambda: queried.cuda.observe_queries(step.query), "observe_queries: expected replayed(steps) before")
+refused(lambda: queried.cuda.replayed(21), "steps: expected at most 20, for 80 tokens, found 21")
+queried.cuda.replayed(0)
+queried.cuda.release_capture()
+queried.check(generator)
 print("refused")
 """
 
@@ -256,7 +286,7 @@ for _ in range(3):
 """
 
 
-def attention_launches(launches: list[str], kernel: str) -> list[str]:
+def kernel_launches(launches: list[str], kernel: str) -> list[str]:
     return [line for line in launches if f"4skvq{len(kernel)}{kernel}" in line]
 
 
@@ -279,7 +309,7 @@ def test_nothing_waits_for_the_device(driver: Path, nvrtc: str, name: str) -> No
         ("unfold", not apart),
         ("merge", True),
     ):
-        found = attention_launches(launches, kernel)
+        found = kernel_launches(launches, kernel)
         assert found or kernel == "turning"
         assert all((" early " in line) == early for line in found)
     assert not any(" early " in line for line in launches if "append" in line or "poke" in line)
@@ -291,12 +321,12 @@ def test_attention_of_few_queries_in_one_launch(driver: Path, nvrtc: str, name: 
     _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1")
     launches = seen.split("made\n")[1].splitlines()
     for kernel in ("fold", "attend", "unfold"):
-        assert not attention_launches(launches, kernel)
+        assert not kernel_launches(launches, kernel)
     # Rows in the model's type alone have no other kernel.
-    once, merges = (attention_launches(launches, kernel) for kernel in ("attend_once", "merge"))
+    once, merges = (kernel_launches(launches, kernel) for kernel in ("attend_once", "merge"))
     assert once
-    assert len(once) + len(attention_launches(launches, "plain")) == len(merges)
-    assert len(attention_launches(launches, "turning")) == (len(once) if name == "parts" else 0)
+    assert len(once) + len(kernel_launches(launches, "plain")) == len(merges)
+    assert len(kernel_launches(launches, "turning")) == (len(once) if name == "parts" else 0)
     assert not any(" early " in line for line in once)
     assert all(" early " in line for line in merges)
 
@@ -305,8 +335,8 @@ def test_attention_of_few_queries_in_one_launch(driver: Path, nvrtc: str, name: 
 def test_many_blocks_do_not_each_multiply_with_a_matrix(driver: Path, nvrtc: str, name: str, once: bool) -> None:
     _, seen = run_code(STEPS, driver, nvrtc, name, "150", FAKE_CUDA_LOG="1", FAKE_CUDA_MULTIPROCESSORS="1")
     launches = seen.split("made\n")[1].splitlines()
-    assert bool(attention_launches(launches, "attend_once")) == once
-    assert bool(attention_launches(launches, "fold")) != once
+    assert bool(kernel_launches(launches, "attend_once")) == once
+    assert bool(kernel_launches(launches, "fold")) != once
 
 
 @pytest.mark.parametrize("setting", [{"SKVQ_OVERLAP": "0"}, {"FAKE_CUDA_CAPABILITY": "80"}], ids=["asked", "sm_80"])
@@ -322,7 +352,7 @@ def test_where_there_are_many_blocks_of_statistics_launches_wait(driver: Path, n
     _, seen = run_code(STEPS, driver, nvrtc, name, "400", **options)
     launches = seen.split("made\n")[1].splitlines()
     for kernel, early in (("fold", False), ("plain", True), ("attend", False), ("unfold", False), ("merge", False)):
-        found = attention_launches(launches, kernel)
+        found = kernel_launches(launches, kernel)
         assert found
         assert all((" early " in line) == early for line in found)
 

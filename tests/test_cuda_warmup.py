@@ -59,7 +59,8 @@ def test_all_kernels_of_a_shape_compile(nvrtc: str, tmp_path: Path, turning: boo
     instances = kernel_instances(shape)
     names = ["rows_to_page", "page_to_rows", "encode", "decode"] * 2
     names += ["scale_squares"] if turning else ["block_statistics", "scale_squares", "query_squares", "query_factors"]
-    names += ["append_row", "fold", "attend_once", *["attend", *([] if turning else ["attend_apart"])] * 2]
+    names += ["append_row", *([] if turning else ["append_block"]), "fold", "attend_once"]
+    names += ["attend", *([] if turning else ["attend_apart"])] * 2
     names += ["attend_many", "unfold"]
     names += ["turning"] if turning else []
     names += ["plain", "merge"]

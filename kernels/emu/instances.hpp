@@ -3,6 +3,7 @@
 // A line each, as NVRTC's name expressions are written. What is not here is CUDA_ERROR_NOT_FOUND when a module is asked for it.
 #pragma once
 #include "append.cuh"
+#include "append_block.cuh"
 #include "attend_many.cuh"
 #include "attend_once.cuh"
 #include "decode.cuh"
@@ -39,6 +40,7 @@ SKVQ_STREAM_INSTANCES(float, ValuesParts)
 INSTANCE(skvq::append_row<float, skvq::Keys2, skvq::Values2>)
 INSTANCE(skvq::append_row<float, skvq::Keys2, skvq::ValuesTernary>)
 INSTANCE(skvq::append_row<float, skvq::KeysParts, skvq::ValuesParts>)
+INSTANCE(skvq::append_block<float, skvq::Keys2, skvq::ValuesTernary>)
 INSTANCE(skvq::attend<skvq::Keys2, skvq::Values2, 1>)
 INSTANCE(skvq::attend<skvq::Keys2, skvq::ValuesTernary, 1>)
 INSTANCE(skvq::attend<skvq::KeysParts, skvq::ValuesParts, 1>)

@@ -4,6 +4,7 @@
 // Is not: a test of the codec's bytes (tests/test_kernels_codec.py). Exit status 0: all agree.
 #define _GNU_SOURCE 1
 #include "append.cuh"
+#include "append_block.cuh"
 #include "attend_many.cuh"
 #include "attend_once.cuh"
 #include "decode.cuh"
@@ -15,6 +16,7 @@
 #include <cstdio>
 #include <memory>
 #include <random>
+#include <tuple>
 
 using namespace skvq;
 
@@ -83,22 +85,39 @@ struct Stream {
         return p;
     }
 
-    /// All but the last rows.
-    void pack() {
+    StatisticsParams statistics() const {
         StatisticsParams s{};
         s.rows = address(rows), s.head_stride = block_capacity * block * D, s.row_stride = D;
         s.shift = address(shift), s.scale = address(scale);
-        s.exponent_alone = 0.5, s.block = block, s.block_capacity = block_capacity, s.kv_heads = kv_heads, s.with_shift = 1;
-        emulator::launch({block_capacity, kv_heads, 1}, {statistics_threads, 1, 1}, 0, [&] { block_statistics<float, D>(s); });
+        s.exponent = s.exponent_alone = 0.5, s.block = block, s.block_capacity = block_capacity, s.kv_heads = kv_heads, s.with_shift = 1;
+        return s;
+    }
+    EncodeParams encoding() {
         EncodeParams e{};
-        e.rows = address(rows), e.head_stride = s.head_stride, e.row_stride = D;
+        e.rows = address(rows), e.head_stride = block_capacity * block * D, e.row_stride = D;
         e.pages = address(table), e.refused = reinterpret_cast<u64>(&refused), e.codec = codec(), e.page_capacity = pages, e.kv_heads = kv_heads;
-        for (int first = 0, count = 0; first < packed - singles; first += count) {
-            count = first == 0 ? 37 : packed - singles - first;
-            e.first_row = first, e.row_count = count;
-            e.rows = address(rows) + 4ull * first * D;
-            const unsigned blocks = (first + count - 1) / block_rows - first / block_rows + 1;
-            emulator::launch({blocks, kv_heads, 1}, {encode_threads, 1, 1}, 0, [&] { encode<float, L>(e); });
+        return e;
+    }
+    void pack_rows(int first, int count) {
+        EncodeParams e = encoding();
+        e.first_row = first, e.row_count = count;
+        e.rows += 4ull * first * D;
+        const unsigned blocks = (first + count - 1) / block_rows - first / block_rows + 1;
+        emulator::launch({blocks, kv_heads, 1}, {encode_threads, 1, 1}, 0, [&] { encode<float, L>(e); });
+    }
+    /// All but the last rows.
+    void pack(u64 factors = 0) {
+        StatisticsParams s = statistics();
+        s.factors = factors;
+        emulator::launch({block_capacity, kv_heads, 1}, {statistics_threads, 1, 1}, 0, [&] { block_statistics<float, D>(s); });
+        pack_rows(0, 37);
+        pack_rows(37, packed - singles - 37);
+    }
+    /// Of the second block nothing is left.
+    void forget_block() {
+        for (int head = 0; head < kv_heads; ++head) {
+            std::fill(memory[head * pages + 1].begin(), memory[head * pages + 1].end(), U32x4{~0u, ~0u, ~0u, ~0u});
+            for (auto* numbers : {&shift, &scale}) std::fill_n(numbers->begin() + (head * block_capacity + 1) * D, D, -1.0f);
         }
     }
     /// The rows are their own ring, in which a new one is where it came from.
@@ -133,6 +152,47 @@ void attend_exactly(const float* q, const std::vector<const float*>& key_rows, c
         for (int c = 0; c < D; ++c) out[c] += weight * value_rows[row][c];
     }
     for (int c = 0; c < D; ++c) out[c] /= sum;
+}
+
+/// A replayed step that completes the second block leaves the factors, statistics and rows of launches one by one.
+template <class K, class V>
+bool completes_block() {
+    Stream<K> keys_stream;
+    Stream<V> values_stream;
+    std::vector<double> squares;
+    std::vector<float> factors(kv_heads * D);
+    for (int head = 0; head < kv_heads; ++head) {
+        for (const float x : normal(D)) squares.push_back(x * x);
+        squares.push_back(least_query_tokens);
+    }
+    FactorParams f{};
+    f.squares = address(squares), f.factors = address(factors), f.exponent = 0.5, f.kv_heads = kv_heads, f.fixes = 1;
+    emulator::launch({1, kv_heads, 1}, {factor_threads, 1, 1}, 0, [&] { query_factors<D>(f); });
+    keys_stream.pack(f.factors), values_stream.pack();
+    keys_stream.pack_rows(packed - singles, singles), values_stream.pack_rows(packed - singles, singles);
+    keys_stream.decode_all(), values_stream.decode_all();
+    const auto expected = std::make_tuple(factors, keys_stream.shift, keys_stream.scale, keys_stream.read, values_stream.scale, values_stream.read);
+
+    std::fill(factors.begin(), factors.end(), 0.0f);
+    keys_stream.forget_block(), values_stream.forget_block();
+    // Rows are their own ring; the last one comes from elsewhere.
+    const std::vector<i32> lengths{packed, sinks, 2 * block - packed, packed, packed - block, 1};
+    AppendBlockParams p{};
+    p.keys = {keys_stream.encoding(), keys_stream.statistics()}, p.values = {values_stream.encoding(), values_stream.statistics()};
+    p.factors = f, p.keys.statistics.factors = f.factors, p.lengths = address(lengths), p.ring_rows = block_capacity * block;
+    std::vector<float> arriving[2] = {std::vector<float>(kv_heads * D), std::vector<float>(kv_heads * D)};
+    auto arrive = [&](auto& stream, std::vector<float>& row, StatisticsParams& s) {
+        for (int head = 0; head < kv_heads; ++head) {
+            float* last = &stream.rows[((head + 1) * block_capacity * block - 1) * D];
+            std::copy_n(last, D, &row[head * D]);
+            std::fill_n(last, D, 1e9f);
+        }
+        s.rows = address(row), s.head_stride = D;
+    };
+    arrive(keys_stream, arriving[0], p.keys.statistics), arrive(values_stream, arriving[1], p.values.statistics);
+    emulator::launch({2, kv_heads, 1}, {append_block_threads, 1, 1}, 0, [&] { append_block<float, K, V>(p); });
+    keys_stream.decode_all(), values_stream.decode_all();
+    return expected == std::make_tuple(factors, keys_stream.shift, keys_stream.scale, keys_stream.read, values_stream.scale, values_stream.read);
 }
 
 template <class K, class V>
@@ -256,6 +316,7 @@ int main() {
     using Ternary = Layout<values, D, format_ternary, 32, 1, 1>;
     using Parts = Layout<keys, D, format_parts, D, 1, 1, (5 | 1 << 3) | (3 | 1 << 3) << 8 | (1 | 2 << 3) << 16>;
     using ValueParts = Layout<values, D, format_parts, D, 1, 1, (4 | 1 << 3) | (2 | 3 << 3) << 8>;
+    if (!completes_block<Keys2, Ternary>()) return 1;
 #if defined(ONE_LAYOUT)  // formats differ in what a thread computes; how threads meet, in whether there is a matrix
     const double errors[1] = {run<Parts, ValueParts>()};
 #else

@@ -530,18 +530,20 @@ class CudaLayer:
     def gather(self, indices: Sequence[int]) -> None:
         """As :meth:`Layer.gather`; sinks, window and tables are copied, pages are not."""
     def reserve(self, tokens: int) -> None:
-        """Take pages for so many tokens in all, so that a step of one token can be captured and replayed.
+        """Take pages, and statistics of blocks, for so many tokens in all, so that a step of one token can be captured
+        and replayed.
 
         Raises:
-            SkvqError: an empty layer, fewer tokens than there are, statistics of blocks, or raw rows.
+            SkvqError: an empty layer, fewer tokens than there are, or raw rows.
         """
     @property
     def capacity(self) -> int | None:
         """Tokens that there are pages for; None in a layer that grows as it needs."""
     def begin_capture(self) -> None:
         """What follows is recorded by the caller's graph and does not run: one append of one token, then attention of
-        single queries without a mask. Keys, values, queries and outputs stay where they are; kernels must have run
-        before. The recorded launches read lengths on the device, and each replay adds a token.
+        single queries without a mask, then `observe_queries` of these while the layer wants them. Keys, values, queries
+        and outputs stay where they are; kernels must have run before. The recorded launches read lengths on the device,
+        and each replay adds a token.
 
         Raises:
             SkvqError: nothing is reserved or all of it is used, the window is not full, or a copy shares the last page.

@@ -116,6 +116,8 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("queries.cuh", "skvq::query_factors", (width,)))
     if len(layouts) == 2:
         found.append(KernelInstance("append.cuh", "skvq::append_row", (element, *layouts.values())))
+        if shape.keys.block or shape.values.block:
+            found.append(KernelInstance("append_block.cuh", "skvq::append_block", (element, *layouts.values())))
         least = min(_MOST_TILES, -(-shape.queries_per_head // QUERY_TILE))
         found.append(KernelInstance("attend.cuh", "skvq::fold", (element, layouts["keys"])))
         if least == 1:

@@ -225,6 +225,12 @@ impl Kernels {
         self.load("rows.cuh", "advance", &["skvq::i32"])
     }
 
+    /// The kernel of a token that may complete a block of statistics, in a step that is replayed.
+    pub fn append_block(&self) -> Result<Arc<Function>> {
+        let Names { element, layouts: [keys, values], .. } = &self.names;
+        self.load("append_block.cuh", "append_block", &[element, keys, values])
+    }
+
     /// The kernel behind an estimate of the keys' noise.
     pub fn scale_squares(&self) -> Result<Arc<Function>> {
         self.load("noise.cuh", "scale_squares", &[&self.names.layouts[Side::Keys as usize]])

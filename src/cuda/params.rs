@@ -155,7 +155,13 @@ parameters! {
         first_row: i32, row_count: i32, page_capacity: i32, kv_heads: i32,
     }
 
-    StepParams: 24 { lengths: u64, overflow: u64, ring_rows: i32, most_packed: i32 }
+    AppendBlockStream: 288 { encode: EncodeParams, statistics: StatisticsParams }
+
+    AppendBlockParams: 656 {
+        keys: AppendBlockStream, values: AppendBlockStream, factors: FactorParams, lengths: u64, ring_rows: i32, padding: i32,
+    }
+
+    StepParams: 32 { lengths: u64, overflow: u64, ring_rows: i32, most_tokens: i32, window: i32, block_rows: i32 }
 
     CopyParams: 136 {
         source: u64, target: u64, source_table: u64, target_table: u64, sequences: u64, shifts: u64,

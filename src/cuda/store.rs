@@ -123,10 +123,11 @@ struct State;
 impl State {
     /// i32: packed rows, sinks, window rows, where the window begins in the rings.
     const LENGTHS: u64 = 0;
+    // Of a step that is replayed, i32 from 16 on: rows that leave the window with it, and the block that is complete with it, or −1.
     /// i32: rows that could not be encoded.
-    const REFUSED: u64 = 16;
+    const REFUSED: u64 = 24;
     /// i32: replayed steps for which there was no room.
-    const OVERFLOW: u64 = 20;
+    const OVERFLOW: u64 = 28;
     /// i32 `[batch]`: position of the first packed row. Behind it, from a multiple of 8 bytes on, tokens of padding.
     const ORIGINS: u64 = 32;
 
@@ -322,6 +323,11 @@ impl CudaLayer {
         // SAFETY: one number of the state; the caller's promise for the stream.
         unsafe { self.shared.kernels.device().read(&mut count, held.state.address() + State::REFUSED, stream) }?;
         Ok(count[0].max(0) as usize)
+    }
+
+    /// Rows that the window has at most behind an append: its own, and those that wait for the rest of their block.
+    fn most_window(&self) -> usize {
+        self.spec().window.max(self.block_rows().saturating_sub(1))
     }
 
     /// Rows that share statistics, or 0.

@@ -200,7 +200,7 @@ impl PyCudaLayer {
         Ok(self.layer.reset()?)
     }
 
-    /// Takes pages for `tokens` tokens in all, so that a step of one token can be captured.
+    /// Takes pages, and statistics of blocks, for `tokens` tokens in all, so that a step of one token can be captured.
     fn reserve(&mut self, py: Python, tokens: usize) -> PyResult<()> {
         let stream = self.place.stream(py)?;
         // SAFETY: as in `crop`.

@@ -53,6 +53,12 @@ pub(super) struct Rows {
 }
 
 impl Rows {
+    pub fn of(tensor: &DeviceTensor) -> Self {
+        let [batch_stride, head_stride, row_stride, _] = tensor.strides;
+        let strides = [batch_stride, head_stride, row_stride];
+        Self { address: tensor.address, strides, count: tensor.shape[2] }
+    }
+
     fn skip(self, rows: usize, count: usize, element: usize) -> Self {
         let bytes = self.strides[2] * (rows * element) as i64;
         Self { address: self.address.wrapping_add_signed(bytes), count, ..self }
@@ -154,8 +160,8 @@ impl CudaLayer {
         let observation = self.prepare_queries(held, query, plan.stored + plan.rows)?;
         // SAFETY: the caller's promise, for all of these.
         unsafe {
-            self.reserve(held, plan, stream)?;
             let regions = plan.regions(self.regions);
+            self.reserve(held, plan, plan.window.max(regions.window), stream)?;
             let ring_first = (held.ring_first + plan.from_window) % held.ring_rows.max(1);
             let mut words = length_words(held.lengths(), regions, ring_first).to_vec();
             if is_new {
@@ -168,7 +174,7 @@ impl CudaLayer {
         // SAFETY: the lengths on the device are those with the new rows, and all places have room now; the caller's promise.
         unsafe {
             match shared.kernels.append_row().filter(|_| self.is_step(plan)) {
-                Some(function) => self.append_row(function, held, tensors, plan.to_pack > 0, stream),
+                Some(function) => self.append_row(function, held, tensors, i32::from(plan.to_pack > 0), stream),
                 None => self.append_rows(held, tensors, plan, stream),
             }
         }?;
@@ -185,6 +191,8 @@ impl CudaLayer {
             && !self.brings_sinks(plan)
     }
 
+    /// `leaves`: as [`AppendParams`] have it.
+    ///
     /// # Safety
     /// As [`Self::append`], for what runs on the stream: the lengths there are those with the new row, and both streams have room for it and a page for
     /// the row that leaves.
@@ -193,7 +201,7 @@ impl CudaLayer {
         function: &Function,
         held: &Held,
         tensors: [&DeviceTensor; 2],
-        leaves: bool,
+        leaves: i32,
         stream: Stream,
     ) -> Result<()> {
         let heads = self.spec().num_key_value_heads;
@@ -214,7 +222,7 @@ impl CudaLayer {
             origins: held.origins(),
             refused: held.state.address() + State::REFUSED,
             lengths: held.lengths(),
-            leaves: i32::from(leaves),
+            leaves,
             ring_rows: held.ring_rows as i32,
             page_capacity: held.table_pages as i32,
             kv_heads: heads as i32,
@@ -227,10 +235,7 @@ impl CudaLayer {
         let shared = &*self.shared;
         let (heads, element) = (shared.spec.num_key_value_heads, shared.spec.dtype.size());
         for side in Side::BOTH {
-            let tensor = tensors[side as usize];
-            let [batch_stride, head_stride, row_stride, _] = tensor.strides;
-            let new =
-                Rows { address: tensor.address, strides: [batch_stride, head_stride, row_stride], count: plan.rows };
+            let new = Rows::of(tensors[side as usize]);
             // SAFETY: the caller's promise; all places have room now.
             unsafe {
                 self.keep_sinks(held, side, new, plan, stream)?;
@@ -299,7 +304,7 @@ impl CudaLayer {
     }
 
     /// All rows of the ring, as they lie.
-    fn whole_ring(&self, held: &Held, side: Side) -> Rows {
+    pub(super) fn whole_ring(&self, held: &Held, side: Side) -> Rows {
         let width = self.shared.codec(side).layout.head_dim as i64;
         let (heads, room) = (self.spec().num_key_value_heads as i64, held.ring_rows);
         let strides = [heads * room as i64 * width, room as i64 * width, width];
@@ -334,8 +339,16 @@ impl CudaLayer {
             // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
             return unsafe { shared.kernels.copy_rows(&parameters, heads, held.batch, shared.row_bytes(side), stream) };
         };
+        let parameters = self.encode_parameters(held, side, rows, first_row);
+        let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
+        let grid = [blocks as u32, heads as u32, held.batch as u32];
+        // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
+        unsafe { launch(function, grid, 256, &parameters, stream) }
+    }
+
+    pub(super) fn encode_parameters(&self, held: &Held, side: Side, rows: Rows, first_row: usize) -> EncodeParams {
         let [batch_stride, head_stride, row_stride] = rows.strides;
-        let parameters = EncodeParams {
+        EncodeParams {
             rows: rows.address,
             batch_stride,
             head_stride,
@@ -347,12 +360,8 @@ impl CudaLayer {
             first_row: first_row as i32,
             row_count: rows.count as i32,
             page_capacity: held.table_pages as i32,
-            kv_heads: heads as i32,
-        };
-        let blocks = (first_row + rows.count).div_ceil(BLOCK_ROWS) - first_row / BLOCK_ROWS;
-        let grid = [blocks as u32, heads as u32, held.batch as u32];
-        // SAFETY: pages for these rows, ours alone; the caller's promise for the rows and the stream.
-        unsafe { launch(function, grid, 256, &parameters, stream) }
+            kv_heads: self.spec().num_key_value_heads as i32,
+        }
     }
 
     /// What a stream is packed with.
@@ -415,15 +424,32 @@ impl CudaLayer {
         count: usize,
         stream: Stream,
     ) -> Result<()> {
-        let (shared, codec) = (&*self.shared, self.shared.codec(side));
-        let (Source::Block(rule), Some([shift, scale]), Some(function)) =
-            (&codec.source, &held.side(side).statistics, shared.kernels.statistics(side))
-        else {
+        let (shared, heads) = (&*self.shared, self.spec().num_key_value_heads);
+        let (Some(function), Some(_)) = (shared.kernels.statistics(side), &held.side(side).statistics) else {
             return Ok(());
+        };
+        let parameters = self.statistics_parameters(held, side, rows, first_block);
+        let grid = [count as u32, heads as u32, held.batch as u32];
+        // SAFETY: whole blocks of rows; statistics have room for them; the caller's promise for the stream.
+        unsafe { launch(function, grid, 256, &parameters, stream) }
+    }
+
+    /// Of blocks from `first_block` on, whose rows these are; zeros for a stream without.
+    pub(super) fn statistics_parameters(
+        &self,
+        held: &Held,
+        side: Side,
+        rows: Rows,
+        first_block: usize,
+    ) -> StatisticsParams {
+        let (Source::Block(rule), Some([shift, scale])) =
+            (&self.shared.codec(side).source, &held.side(side).statistics)
+        else {
+            return StatisticsParams::default();
         };
         let factors = held.queries.as_ref().filter(|seen| seen.started).map_or(0, |seen| seen.factors.address());
         let [batch_stride, head_stride, row_stride] = rows.strides;
-        let parameters = StatisticsParams {
+        StatisticsParams {
             rows: rows.address,
             batch_stride,
             head_stride,
@@ -438,12 +464,9 @@ impl CudaLayer {
             block: rule.rows as i32,
             first_block: first_block as i32,
             block_capacity: held.block_room as i32,
-            kv_heads: shared.spec.num_key_value_heads as i32,
+            kv_heads: self.spec().num_key_value_heads as i32,
             with_shift: i32::from(rule.shift),
             padding: 0,
-        };
-        let grid = [count as u32, shared.spec.num_key_value_heads as u32, held.batch as u32];
-        // SAFETY: whole blocks of rows; statistics have room for them; the caller's promise for the stream.
-        unsafe { launch(function, grid, 256, &parameters, stream) }
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! Steps that are captured once and replayed: a layer with pages for a fixed number of tokens, whose lengths a launch advances on the device.
 //!
-//! What it is: pages and tables for so many tokens, taken at once (`reserve`); the launches of a captured append: `advance` counts the token,
-//! `append_row` packs the row that has left the ring and puts the new one in its place; attention with launches for all those tokens, which reads on
-//! the device how many there are. The host's lengths follow by being told how often a step was replayed. What it is not: the capture, which is
-//! torch's; nor for layers with statistics of blocks or with raw rows, whose steps are not all alike. Appends and attention outside a capture
-//! are those of any other layer, and take reserved pages as they grow.
+//! What it is: pages, tables and statistics for so many tokens, taken at once (`reserve`); the launches of a captured append: `advance` counts the
+//! token, `append_block` takes the statistics of a block that is complete with it and packs the rows that leave then, `append_row` packs the row that
+//! leaves in any other step and puts the new one in its place; attention with launches for all those tokens, which reads on the device how many there
+//! are. The host's lengths follow by being told how often a step was replayed. What it is not: the capture, which is torch's; nor for layers with raw
+//! rows. Appends and attention outside a capture are those of any other layer, and take reserved pages as they grow.
 
 use std::sync::Arc;
 
@@ -12,15 +12,16 @@ use super::super::kernels::launch;
 use super::super::launch::Stream;
 use super::super::memory::Page;
 use super::super::pages::Side;
-use super::super::params::StepParams;
-use super::append::Plan;
+use super::super::params::{AppendBlockParams, AppendBlockStream, StepParams};
+use super::append::{Plan, Rows};
 use super::attend::AttendCall;
+use super::queries::Observation;
 use super::{CudaLayer, DeviceTensor, Held, State, address, length_words};
 use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
 use crate::layer::Regions;
 
-/// Pages for rows to come, and how many rows those are.
+/// Pages for rows to come, and how many tokens and packed rows those are for in all.
 pub(super) struct Reserved {
     tokens: usize,
     /// Rows between sinks and window that there are pages for.
@@ -45,10 +46,11 @@ impl Reserved {
 pub(super) enum Steps {
     /// Every step is launched by the host.
     Eager,
-    /// Launches are recorded and do not run: what was there before, and whether the token has been appended.
-    Capturing { before: Regions, appended: bool },
-    /// A recorded step may run at any time; whether the host has been told how often it ran.
-    Captured { told: bool },
+    /// Launches are recorded and do not run: what was there before, whether the token has been appended, and how many tokens' queries have been observed
+    /// since.
+    Capturing { before: Regions, appended: bool, observed: usize },
+    /// A recorded step, which observes so many tokens' queries, may run at any time; whether the host has been told how often it ran.
+    Captured { told: bool, observed: usize },
 }
 
 impl CudaLayer {
@@ -59,14 +61,11 @@ impl CudaLayer {
     pub unsafe fn reserve_tokens(&mut self, tokens: usize, stream: Stream) -> Result<()> {
         self.expect_eager("reserve")?;
         for side in Side::BOTH {
-            let codec = self.shared.codec(side);
-            let what = match (codec.is_raw(), codec.block_rows()) {
-                (true, _) => "raw rows",
-                (false, 0) => continue,
-                _ => "statistics of blocks",
-            };
-            let reason = "a captured step packs one row of keys and one of values; use static codecs, such as a plan's";
-            let name = format!("reserve with {what} of {} on a GPU", side.name());
+            if !self.shared.codec(side).is_raw() {
+                continue;
+            }
+            let reason = "a captured step packs rows of keys and of values; let both be of fewer than 16 bits";
+            let name = format!("reserve with raw rows of {} on a GPU", side.name());
             return Err(Error::Unsupported { name, reason: reason.into() });
         }
         let total = self.regions.total();
@@ -87,7 +86,9 @@ impl CudaLayer {
     unsafe fn reserve_in(&self, held: &mut Held, tokens: usize, plan: Plan, stream: Stream) -> Result<()> {
         held.reserved = None;
         // SAFETY: the caller's promise.
-        unsafe { self.reserve(held, plan, stream) }?;
+        unsafe { self.reserve(held, plan, self.most_window().min(tokens), stream) }?;
+        // SAFETY: the caller's promise.
+        unsafe { self.start_queries(held, stream) }?;
         let packed = plan.packed + plan.to_pack;
         let wanted = packed.div_ceil(PAGE_ROWS);
         // The ring may have moved.
@@ -128,12 +129,12 @@ impl CudaLayer {
         let Some(reserved) = &held.reserved else {
             return Err(Error::state("begin_capture", "a layer with reserve(tokens)", "one that grows as it needs"));
         };
-        if regions.packed >= reserved.packed {
+        if regions.total() >= reserved.tokens {
             let expected = format!("fewer than the {} reserved tokens", reserved.tokens);
             return Err(Error::state("begin_capture", expected, regions.total()));
         }
         let full = sinks + window + self.padding.iter().max().copied().unwrap_or(0);
-        if regions.window != window || regions.total() < full {
+        if regions.window < window || regions.total() < full {
             let expected = format!("a full window, {full} tokens");
             return Err(Error::state("begin_capture", expected, regions.total()));
         }
@@ -141,45 +142,58 @@ impl CudaLayer {
         let is_shared =
             |pages: &mut Vec<Arc<Page>>| begun && pages.last_mut().is_some_and(|page| Arc::get_mut(page).is_none());
         if held.sides.iter_mut().any(|rows| rows.pages.iter_mut().any(is_shared)) {
-            let expected = "pages that no copy of the layer shares; append a token first";
+            let expected = "pages that no copy of the layer shares; append until a row is packed";
             return Err(Error::state("begin_capture", expected, "shared ones"));
         }
         // While launches are recorded no kernel can be loaded.
         self.shared.kernels.advance()?;
-        self.steps = Steps::Capturing { before: regions, appended: false };
+        if self.block_rows() > 0 {
+            self.shared.kernels.append_block()?;
+        }
+        self.steps = Steps::Capturing { before: regions, appended: false, observed: 0 };
         Ok(())
     }
 
     /// What was recorded has not run: the layer holds what it held before.
     pub fn end_capture(&mut self) -> Result<()> {
-        let Steps::Capturing { before, .. } = self.steps else {
+        let Steps::Capturing { before, observed, .. } = self.steps else {
             return Err(Error::state("end_capture", "begin_capture() before", "no capture"));
         };
         self.regions = before;
-        self.steps = Steps::Captured { told: false };
+        self.steps = Steps::Captured { told: false, observed };
         Ok(())
     }
 
     /// The captured step has run `steps` times since the capture, or since this was last called.
     pub fn replayed(&mut self, steps: usize) -> Result<()> {
-        let (Steps::Captured { .. }, Some(held)) = (self.steps, &mut self.held) else {
+        let Steps::Captured { observed, .. } = self.steps else {
             return Err(Error::state("replayed", "a captured step", "none"));
         };
-        let Held { sides, reserved: Some(reserved), ring_first, ring_rows, .. } = held else {
+        let Some(tokens) = self.capacity() else {
             return Err(Error::state("replayed", "a layer with reserve(tokens)", "one that grows as it needs"));
         };
-        let room = reserved.packed.saturating_sub(self.regions.packed);
+        let room = tokens.saturating_sub(self.regions.total());
         if steps > room {
-            return Err(Error::value("steps", format!("at most {room}, for {} tokens", reserved.tokens), steps));
+            return Err(Error::value("steps", format!("at most {room}, for {tokens} tokens"), steps));
         }
-        self.regions.packed += steps;
-        *ring_first = (*ring_first + steps) % (*ring_rows).max(1);
+        let (plan, block_rows) = (self.plan(steps), self.block_rows());
+        let Some(Held { sides, reserved: Some(reserved), ring_first, ring_rows, queries, .. }) = &mut self.held else {
+            return Ok(());
+        };
+        if let Some(seen) = queries {
+            let behind_sinks = plan.packed + plan.window;
+            let completing = (self.blocks..plan.blocks).map(|block| (block + 1) * block_rows - behind_sinks);
+            seen.count_replays(steps, observed, completing);
+        }
+        (self.regions, self.blocks) = (plan.regions(self.regions), plan.blocks);
+        // Rows of these steps have gone through the ring too.
+        *ring_first = (*ring_first + plan.to_pack) % (*ring_rows).max(1);
         for (side, rows) in sides.iter_mut().enumerate() {
             for (index, pages) in rows.pages.iter_mut().enumerate() {
                 reserved.give(side, index, pages, self.regions.packed.div_ceil(PAGE_ROWS));
             }
         }
-        self.steps = Steps::Captured { told: true };
+        self.steps = Steps::Captured { told: true, observed };
         Ok(())
     }
 
@@ -208,9 +222,9 @@ impl CudaLayer {
     /// Refuses what needs lengths that the host does not know.
     pub(super) fn expect_told(&self, operation: &str) -> Result<()> {
         match self.steps {
-            Steps::Eager | Steps::Captured { told: true } => Ok(()),
+            Steps::Eager | Steps::Captured { told: true, .. } => Ok(()),
             Steps::Capturing { .. } => Err(Error::state(operation, "one append and attention in a capture", operation)),
-            Steps::Captured { told: false } => {
+            Steps::Captured { told: false, .. } => {
                 let expected = "replayed(steps) before: how often the captured step has run";
                 Err(Error::state(operation, expected, "a captured step"))
             }
@@ -225,17 +239,18 @@ impl CudaLayer {
         if self.steps == Steps::Eager {
             return Ok(());
         }
-        let mut numbers = [0i32; 6];
+        let mut numbers = [0i32; 8];
         // SAFETY: the first numbers of the state; the caller's promise for the stream.
         unsafe { self.shared.kernels.device().read(&mut numbers, held.state.address(), stream) }?;
-        let [packed, _, _, _, _, overflow] = numbers;
+        let ([packed, sinks, window, ..], overflow) = (numbers.map(|number| number.max(0) as usize), numbers[7]);
         if overflow > 0 {
             let expected = "no more replays than there are reserved tokens; reset the cache";
             return Err(Error::state("a captured step", expected, format!("{overflow} too many")));
         }
-        if packed as usize != self.regions.packed {
-            let expected = format!("replayed(steps) for every replay, {} packed tokens", self.regions.packed);
-            return Err(Error::state("a captured step", expected, packed));
+        let found = Regions { sinks, packed, window };
+        if found != self.regions {
+            let expected = format!("replayed(steps) for every replay, {} tokens", self.regions.total());
+            return Err(Error::state("a captured step", expected, found.total()));
         }
         Ok(())
     }
@@ -243,7 +258,8 @@ impl CudaLayer {
     /// The regions of a layer that is full, while launches are recorded.
     pub(super) fn most_regions(&self) -> Option<Regions> {
         let reserved = self.held.as_ref()?.reserved.as_ref()?;
-        self.is_capturing().then_some(Regions { packed: reserved.packed, ..self.regions })
+        let most = Regions { packed: reserved.packed, window: self.most_window(), ..self.regions };
+        self.is_capturing().then_some(most)
     }
 
     /// Where the window begins in the ring, as `plain` wants it: −1 where the device knows.
@@ -273,7 +289,7 @@ impl CudaLayer {
         with_query: bool,
         stream: Stream,
     ) -> Result<()> {
-        let Steps::Capturing { before, appended } = self.steps else { return Ok(()) };
+        let Steps::Capturing { before, appended, observed } = self.steps else { return Ok(()) };
         if appended || with_query || tensors[0].shape[2] != 1 {
             let found = if appended { "another one".to_string() } else { format!("{} tokens", tensors[0].shape[2]) };
             return Err(Error::state("append", "in a capture one append of one token, without queries", found));
@@ -282,8 +298,24 @@ impl CudaLayer {
             // SAFETY: the caller's promise.
             unsafe { self.launch_step(held, tensors, stream) }?;
         }
-        self.regions.packed += 1;
-        self.steps = Steps::Capturing { before, appended: true };
+        self.regions = self.plan(1).regions(before);
+        self.steps = Steps::Capturing { before, appended: true, observed };
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Self::append`]; the query is read whenever the captured step runs.
+    pub(super) unsafe fn observe_captured(&mut self, held: &Held, seen: &Observation, stream: Stream) -> Result<()> {
+        let Steps::Capturing { before, appended, observed } = self.steps else { return Ok(()) };
+        let Some(sums) = &held.queries else { return Ok(()) };
+        if !appended || seen.tokens() != 1 {
+            let found = if appended { format!("{} tokens", seen.tokens()) } else { "none in front".to_string() };
+            let expected = "in a capture queries of one token, behind its append";
+            return Err(Error::state("observe_queries", expected, found));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_queries(held, sums, Some(seen), false, stream) }?;
+        self.steps = Steps::Capturing { before, appended, observed: observed + 1 };
         Ok(())
     }
 
@@ -294,12 +326,31 @@ impl CudaLayer {
             lengths: held.lengths(),
             overflow: held.state.address() + State::OVERFLOW,
             ring_rows: held.ring_rows as i32,
-            most_packed: held.reserved.as_ref().map_or(0, |reserved| reserved.packed) as i32,
+            most_tokens: held.reserved.as_ref().map_or(0, |reserved| reserved.tokens) as i32,
+            window: self.spec().window as i32,
+            block_rows: self.block_rows() as i32,
         };
         // SAFETY: the layer's state, which `advance` moves to no row without a page of ours; the caller's promise for the new row and the stream.
         unsafe {
             launch(&*kernels.advance()?, [1, 1, 1], 32, &step, stream)?;
-            self.append_row(append_row, held, tensors, true, stream)
+            if step.block_rows > 0 {
+                self.append_block(held, tensors, stream)?;
+            }
+            self.append_row(append_row, held, tensors, -1, stream)
         }
+    }
+
+    unsafe fn append_block(&self, held: &Held, tensors: [&DeviceTensor; 2], stream: Stream) -> Result<()> {
+        let heads = self.spec().num_key_value_heads;
+        let [keys, values] = Side::BOTH.map(|side| AppendBlockStream {
+            encode: self.encode_parameters(held, side, self.whole_ring(held, side), 0),
+            statistics: self.statistics_parameters(held, side, Rows::of(tensors[side as usize]), 0),
+        });
+        let (factors, lengths) = (self.fixing_parameters(held), held.lengths());
+        let ring_rows = held.ring_rows as i32;
+        let parameters = AppendBlockParams { keys, values, factors, lengths, ring_rows, padding: 0 };
+        let function = self.shared.kernels.append_block()?;
+        // SAFETY: as `launch_step`: pages, and statistics of all blocks, for every row that `advance` moves to.
+        unsafe { launch(&function, [2, heads as u32, held.batch as u32], 256, &parameters, stream) }
     }
 }

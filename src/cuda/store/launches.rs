@@ -254,7 +254,8 @@ impl Launches<'_> {
             folded: self.place(places.folded),
             extras: self.place(places.extras),
             noise: keys.noise,
-            lengths: self.lengths_read(),
+            // A step that is replayed has blocks of threads for all blocks of statistics that there may be.
+            lengths: if layer.is_capturing() && shape.key_blocks > 1 { self.lengths_read() } else { 0 },
             channels: keys.waves.channels,
             transform: layer.transform(held, Side::Keys),
             scale: call.scale,
@@ -299,7 +300,7 @@ impl Launches<'_> {
             query_position_stride: fold.query_position_stride,
             bias: self.place(shape.places.bias),
             origins: held.origins(),
-            lengths: fold.lengths,
+            lengths: self.lengths_read(),
             transform: fold.transform,
             waves: keys.waves.table,
             channels: keys.waves.channels,

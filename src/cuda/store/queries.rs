@@ -2,6 +2,7 @@
 //!
 //! The host counts the tokens that were seen, so it knows when factors are fixed without asking. One thing only the device can see: queries of nothing
 //! but zeros leave a head without factors. They are not waited for then; the spread of the keys stands in for them, as for blocks that came before.
+//! (A captured step that was recorded before asks for them again at the next block.)
 
 use super::super::kernels::launch;
 use super::super::launch::Stream;
@@ -40,6 +41,24 @@ pub(super) struct Observation {
     partial: Block,
 }
 
+impl Observation {
+    pub fn tokens(&self) -> usize {
+        self.query.shape[2]
+    }
+}
+
+impl Seen {
+    /// Counts `steps` replays of a captured step, each of which sees the queries of `observed` tokens behind its append; `completing`: those of them, from
+    /// 1 on, that complete a block.
+    pub fn count_replays(&mut self, steps: usize, observed: usize, completing: impl Iterator<Item = usize> + Clone) {
+        for (tokens, fixed) in self.tokens.iter_mut().zip(&mut self.fixed).filter(|(_, fixed)| !**fixed) {
+            let fixing = completing.clone().find(|step| *tokens + (step - 1) * observed >= LEAST_QUERY_TOKENS);
+            *tokens += fixing.map_or(steps, |step| step - 1) * observed;
+            *fixed = fixing.is_some();
+        }
+    }
+}
+
 impl CudaLayer {
     /// Whether the queries of this layer still have a say in how its keys are packed.
     pub fn wants_queries(&self) -> bool {
@@ -53,10 +72,18 @@ impl CudaLayer {
     pub unsafe fn observe_queries(&mut self, query: &DeviceTensor, stream: Stream) -> Result<()> {
         let total = self.regions.total();
         self.check_query(query, self.batch_size(), total)?;
+        let captured = self.is_capturing();
+        if !captured {
+            self.expect_told("observe_queries")?;
+        }
         let Some(mut held) = self.held.take() else { return Ok(()) };
         let noted = self.prepare_queries(&mut held, Some(query), total).and_then(|observation| {
-            // SAFETY: the caller's promise.
-            unsafe { self.note_queries(&mut held, observation.as_ref(), false, stream) }
+            match observation {
+                // SAFETY: the caller's promise.
+                Some(seen) if captured => unsafe { self.observe_captured(&held, &seen, stream) },
+                // SAFETY: the caller's promise.
+                seen => unsafe { self.note_queries(&mut held, seen.as_ref(), false, stream) },
+            }
         });
         self.held = Some(held);
         noted
@@ -87,16 +114,38 @@ impl CudaLayer {
         let (heads, width) = (shared.spec.num_key_value_heads, shared.spec.keys.layout.head_dim);
         let sequences = held.batch * heads;
         if held.queries.is_none() {
-            let squares = shared.memory.allocate(sequences * (width + 1) * 8)?;
-            let factors = shared.memory.allocate(sequences * width * 4)?;
-            let (tokens, fixed) = (vec![0; held.batch], vec![false; held.batch]);
-            held.queries = Some(Seen { squares, factors, started: false, tokens, fixed });
+            held.queries = Some(self.nothing_seen(held.batch)?);
         }
         let rounds = (query.shape[1] / heads * query.shape[2]).div_ceil(ROWS);
         let multiprocessors = shared.kernels.multiprocessors();
         let parts = (BLOCKS_PER_MULTIPROCESSOR * multiprocessors).div_ceil(sequences).clamp(1, rounds);
         let partial = shared.memory.allocate(sequences * parts * width * 8)?;
         Ok(Some(Observation { query: *query, first_token: tokens - query.shape[2], parts, partial }))
+    }
+
+    /// Room for what the queries of a batch leave, without values yet.
+    fn nothing_seen(&self, batch: usize) -> Result<Seen> {
+        let (memory, width) = (&self.shared.memory, self.spec().keys.layout.head_dim);
+        let sequences = batch * self.spec().num_key_value_heads;
+        let squares = memory.allocate(sequences * (width + 1) * 8)?;
+        let factors = memory.allocate(sequences * width * 4)?;
+        Ok(Seen { squares, factors, started: false, tokens: vec![0; batch], fixed: vec![false; batch] })
+    }
+
+    /// Sums of no queries, if they have a say and there are none: a captured step adds to what there is.
+    pub(super) unsafe fn start_queries(&self, held: &mut Held, stream: Stream) -> Result<()> {
+        if self.spec().keys.query_exponent() == 0.0 || held.queries.as_ref().is_some_and(|seen| seen.started) {
+            return Ok(());
+        }
+        let mut seen = match held.queries.take() {
+            Some(seen) => seen,
+            None => self.nothing_seen(held.batch)?,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_queries(held, &seen, None, false, stream) }?;
+        seen.started = true;
+        held.queries = Some(seen);
+        Ok(())
     }
 
     /// Adds queries that were prepared; `fixes`: a block of keys takes its statistics next.
@@ -107,26 +156,39 @@ impl CudaLayer {
         fixes: bool,
         stream: Stream,
     ) -> Result<()> {
-        let paddings = if self.padding.is_empty() { 0 } else { held.paddings() };
-        let (batch, exponent) = (held.batch, self.spec().keys.query_exponent());
-        let heads = self.spec().num_key_value_heads;
-        let (Some(seen), Some([squares, factors])) = (&mut held.queries, self.shared.kernels.queries()) else {
-            return Ok(());
-        };
-        let settles = |seen: &Seen| (0..batch).any(|b| !seen.fixed[b] && seen.tokens[b] >= LEAST_QUERY_TOKENS);
-        if observation.is_none() && !(fixes && seen.started && settles(seen)) {
+        let batch = held.batch;
+        let Some(seen) = &held.queries else { return Ok(()) };
+        let settles = || (0..batch).any(|b| !seen.fixed[b] && seen.tokens[b] >= LEAST_QUERY_TOKENS);
+        if observation.is_none() && !(fixes && seen.started && settles()) {
             return Ok(());
         }
-        let mut second = FactorParams {
-            squares: seen.squares.address(),
-            factors: seen.factors.address(),
-            paddings,
-            exponent: f64::from(exponent),
-            kv_heads: heads as i32,
-            starts: i32::from(!seen.started),
-            fixes: i32::from(fixes),
-            ..FactorParams::default()
-        };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_queries(held, seen, observation, fixes, stream) }?;
+        let Some(seen) = &mut held.queries else { return Ok(()) };
+        seen.started = true;
+        for b in 0..batch {
+            if let (false, Some(Observation { query, first_token, .. })) = (seen.fixed[b], observation) {
+                let length = query.shape[2];
+                seen.tokens[b] += length - self.padding(b).saturating_sub(*first_token).min(length);
+            }
+            seen.fixed[b] |= fixes && seen.tokens[b] >= LEAST_QUERY_TOKENS;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Self::append`]; the query is read by this launch, and whenever a captured step runs.
+    pub(super) unsafe fn launch_queries(
+        &self,
+        held: &Held,
+        seen: &Seen,
+        observation: Option<&Observation>,
+        fixes: bool,
+        stream: Stream,
+    ) -> Result<()> {
+        let Some([squares, factors]) = self.shared.kernels.queries() else { return Ok(()) };
+        let (batch, heads) = (held.batch, self.spec().num_key_value_heads);
+        let mut second = self.factor_parameters(held, seen, fixes);
         if let Some(Observation { query, first_token, parts, partial }) = observation {
             let [_, query_heads, length, _] = query.shape;
             let first = QueryParams {
@@ -134,7 +196,7 @@ impl CudaLayer {
                 batch_stride: query.strides[0],
                 head_stride: query.strides[1],
                 position_stride: query.strides[2],
-                paddings,
+                paddings: second.paddings,
                 partial: partial.address(),
                 first_token: *first_token as i32,
                 length: length as i32,
@@ -149,16 +211,29 @@ impl CudaLayer {
             (second.first_token, second.length) = (*first_token as i32, length as i32);
         }
         // SAFETY: arrays of this batch, and partial sums of the launch before.
-        unsafe { launch(factors, [1, heads as u32, batch as u32], FACTOR_THREADS, &second, stream) }?;
-        seen.started = true;
-        for b in 0..batch {
-            if let (false, Some(Observation { query, first_token, .. })) = (seen.fixed[b], observation) {
-                let length = query.shape[2];
-                seen.tokens[b] += length - self.padding(b).saturating_sub(*first_token).min(length);
-            }
-            seen.fixed[b] |= fixes && seen.tokens[b] >= LEAST_QUERY_TOKENS;
+        unsafe { launch(factors, [1, heads as u32, batch as u32], FACTOR_THREADS, &second, stream) }
+    }
+
+    /// Of no further queries.
+    fn factor_parameters(&self, held: &Held, seen: &Seen, fixes: bool) -> FactorParams {
+        FactorParams {
+            squares: seen.squares.address(),
+            factors: seen.factors.address(),
+            paddings: if self.padding.is_empty() { 0 } else { held.paddings() },
+            exponent: f64::from(self.spec().keys.query_exponent()),
+            kv_heads: self.spec().num_key_value_heads as i32,
+            starts: i32::from(!seen.started),
+            fixes: i32::from(fixes),
+            ..FactorParams::default()
         }
-        Ok(())
+    }
+
+    /// What fixes the factors in a captured step that completes a block; zeros where that has been done.
+    pub(super) fn fixing_parameters(&self, held: &Held) -> FactorParams {
+        match held.queries.as_ref().filter(|seen| seen.fixed.contains(&false)) {
+            Some(seen) => self.factor_parameters(held, seen, true),
+            None => FactorParams::default(),
+        }
     }
 
     /// Factors on the scales of a head's channels; None before they are fixed. Waits for the stream.

@@ -39,8 +39,8 @@ impl CudaLayer {
         })
     }
 
-    /// Room in the rings, the tables and the statistics, and the turns of all positions.
-    pub(super) unsafe fn reserve(&self, held: &mut Held, plan: Plan, stream: Stream) -> Result<()> {
+    /// Room in the rings for so many rows, in the tables and the statistics, and the turns of all positions.
+    pub(super) unsafe fn reserve(&self, held: &mut Held, plan: Plan, ring_rows: usize, stream: Stream) -> Result<()> {
         let shared = &*self.shared;
         let (heads, device) = (shared.spec.num_key_value_heads, shared.kernels.device());
         let grow =
@@ -61,7 +61,6 @@ impl CudaLayer {
                 }
                 Ok(block)
             };
-        let ring_rows = plan.window.max(plan.regions(self.regions).window);
         let pages = (plan.packed + plan.to_pack).div_ceil(PAGE_ROWS);
         // A ring needs no more than the window, and what waits for the rest of its block.
         let most = shared.spec.window.saturating_add(self.block_rows().saturating_sub(1));
