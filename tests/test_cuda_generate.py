@@ -80,7 +80,7 @@ def test_changes_of_a_cache(stand_ins: tuple[Path, str]) -> None:
     check(stand_ins, "changes")
 
 
-@pytest.mark.parametrize("way", ["static", "fitted"])
+@pytest.mark.parametrize("way", cases.CAPTURED)
 def test_a_captured_step_is_replayed(stand_ins: tuple[Path, str], way: str) -> None:
     check(stand_ins, "replayed", way)
 

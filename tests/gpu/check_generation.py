@@ -68,7 +68,7 @@ class Results:
 def captured_tokens(place: torch.device, config: SkvqConfig) -> dict[str, Any]:
     """A decode step of a model as one graph of torch's, replayed, gives the tokens of steps that the host launches."""
     model = cases.model_of("llama").to(place)
-    prompt, count = tiny_models.prompts(1, config.fit_tokens or 60).to(place), 150
+    prompt, count = tiny_models.prompts(1, config.fit_tokens or 60).to(place), 250
     expected = greedy(model, QuantizedDynamicCache(model, config), prompt, count)
     cache = QuantizedDynamicCache(model, config)
     first = greedy(model, cache, prompt, 3)
@@ -179,7 +179,7 @@ def main() -> int:
         name = ", ".join(arguments) or "llama"
         results.run(kind, name, lambda check=check, arguments=arguments: check(place, *arguments))
     if place.type == "cuda":
-        for name, config in (("static", cases.STATIC), ("fitted", cases.FITTED)):
+        for name, config in (("static", cases.STATIC), ("fitted", cases.FITTED), ("blocks", cases.LOW)):
             results.run("graph", f"llama, {name}", lambda config=config: captured_tokens(place, config))
     else:
         print("skip graph    needs a GPU")
