@@ -252,7 +252,7 @@ def test_a_layer_is_told_how_often_its_step_was_replayed(captures: bool) -> None
     layer: Any = FakeLayer()
     clock: Any = FakeClock(captures)
     steps: list[str] = []
-    with step_cuda.captured_step(clock, layer, True, lambda: steps.append("step"), 9) as (call, graph):
+    with step_cuda.captured_step(clock, layer, lambda: steps.append("step"), 9) as (call, graph):
         assert graph == ("replayed" if captures else None)
         for _ in range(4):
             call()

@@ -1,9 +1,9 @@
 """A decode step of one layer on a GPU, for `skvq bench attend --device cuda`: an append of one token and attention.
 
 Is: its time as one graph that is replayed, what the host spends on putting its launches on the stream, and its kernels.
-Is not: a step of a model. With statistics of blocks most appends pack nothing, and one in 256 a block of rows: the
-kernels of an append are then the mean over a block, and the graph, the launches of a step that packs nothing, tells no
-share.
+Is not: a step of a model. With statistics of blocks many appends pack nothing, and one in 256 packs rows of a whole
+block: the kernels of an append are then the mean over a block, and the replayed steps, few of which are of that kind,
+tell no share.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure_step(clock: Clock, layer: CudaLayer, static: bool, query: Tensor, ro
     host = {"host_append_microseconds": append, "host_attend_microseconds": attend}
     found: dict[str, Any] = {name: clock.host(work, HOST_STEPS) * 1e6 for name, work in host.items()}
     attend_call, _ = clock.recorded(attend)
-    with captured_step(clock, layer, static, step, rounds + 1) as (step_call, found["graph"]):
+    with captured_step(clock, layer, step, rounds + 1) as (step_call, found["graph"]):
         times = time_in_turns({"attend": attend_call, "step": step_call}, rounds=rounds, once=clock.once)
     found |= {f"{name}_milliseconds": timing.median * 1e3 for name, timing in times.items()}
     share = 1.0 - times["attend"].median / times["step"].median
@@ -54,14 +54,13 @@ def measure_step(clock: Clock, layer: CudaLayer, static: bool, query: Tensor, ro
 
 @contextmanager
 def captured_step(
-    clock: Clock, layer: CudaLayer, static: bool, step: Callable[[], None], calls: int
+    clock: Clock, layer: CudaLayer, step: Callable[[], None], calls: int
 ) -> Iterator[tuple[Callable[[], object], str | None]]:
-    """A step to be called so often at most, and as which graph: "replayed", of which each replay adds a token;
-    "launches", those of one step over and over, where statistics of blocks forbid that; None: launched by the host.
+    """A step to be called so often at most, and as which graph: "replayed", of which each replay adds a token; None:
+    launched by the host.
     """
-    if not (static and clock.device.is_cuda):
-        call, graph = clock.recorded(step)
-        yield call, "launches" if graph else None
+    if not clock.device.is_cuda:
+        yield step, None
         return
     replays = 0
     layer.reserve(layer.length + calls)
