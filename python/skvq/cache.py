@@ -221,11 +221,11 @@ class QuantizedDynamicCache(Cache):
 
         Of a text that is shorter than what sinks are chosen among (`sink_search`), they are chosen now.
 
-        For layers without statistics of blocks: plans, a fit to the prompt, and options with `block=0`. The layer may
-        still grow beyond that, but not by replays. A crop gives back what was reserved.
+        For layers whose keys and values are both packed. The layer may still grow beyond that, but not by replays. A
+        crop gives back what was reserved.
 
         Raises:
-            SkvqError: a layer is not on a GPU, has statistics of blocks or raw rows, or as many tokens already.
+            SkvqError: a layer is not on a GPU, has raw rows, or as many tokens already.
         """
         for layer, _ in self._stores_on_gpu("reserve"):
             try:
@@ -240,6 +240,10 @@ class QuantizedDynamicCache(Cache):
         The model must have made a step before and takes positions from a tensor. Masks are not read in the step:
         padding is what `set_padding` says. Afterwards each replay adds the token that lies in the step's input then;
         `replayed` tells the cache. Until `release_capture` it can be neither cropped, reordered, copied nor reset.
+
+        With statistics of blocks (the default, of prompts too short for a fit) replays take them and pack rows as steps
+        that are not captured do. As long as queries have their say in them (`query_exponent`; until a first block is
+        complete behind 32 tokens), those of captured steps have it too.
 
         Example:
             >>> cache.reserve(prompt.shape[1] + 1000)
