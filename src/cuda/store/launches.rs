@@ -7,7 +7,7 @@ use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
     AttendParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion, TransformParams,
-    TurningParams, WaveParams, UnfoldParams,
+    TurningParams, UnfoldParams, WaveParams,
 };
 use super::attend::{AttendCall, PlainSplits, Shape};
 use super::decode::Target;
