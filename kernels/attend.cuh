@@ -200,11 +200,14 @@ template <class K, class V, int Tiles, bool Apart>
 struct AmongLaunches {
     static constexpr int shared_bytes = 0;  // beside rows on their way and states
     static constexpr bool turns = false;    // a launch before has made biases where the mean turns
-    u8* turned = nullptr;
+    template <bool Turned>
+    __device__ __forceinline__ NoPages turned_rows(const AttendParams&, int) const {
+        return {};
+    }
     /// Queries for rows of this block of statistics. That launch may be at it until here.
     template <bool Bytes, bool Turned>
     __device__ __forceinline__ void bring(FoldedQueries<K, Tiles, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
-                                          int lane, void*) const {
+                                          int lane) const {
         wait_for_earlier_launches();
         const int first = place.first_tile(p);
         const i64 tile = (place.sequence(p) * p.key_blocks + statistics) * p.query_tiles + first;
@@ -249,10 +252,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
     const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths[0], sinks, total, wholes, K::is_parts);
 
-    using TurnedTile = TurnedShared<Turned ? K::head_dim : 16>;
-    TurnedTile& turned_shared = *reinterpret_cast<TurnedTile*>(around.turned);
-    TurnedRows<Turned ? K::head_dim : 16> turned_rows(p.turned, turned_shared, Turned ? batch : -1);
-    void* waves = Turned ? around.turned : nullptr;
+    const auto turned_rows = around.template turned_rows<Turned>(p, batch);
 
     RunningState<V, Tiles, Remainders> state;
     state.clear(p.weight_unit);
@@ -268,7 +268,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
         };
 
         auto queries_come = [&] {
-            around.bring(queries, p, place_of_split, statistics, lane, waves);
+            around.bring(queries, p, place_of_split, statistics, lane);
             queries.prepare(p);
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -276,6 +276,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             });
         };
 
+        int ready_amplitudes = -1;
         if constexpr (wholes) {
             // Whole pages, two row blocks of each for a warp. While they are computed those of later pages are on their way.
             static_assert(blocks_per_page == 2 * attend_warps, "two row blocks of a page for each warp");
@@ -310,12 +311,13 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             if constexpr (Turned) {
                 turned_rows.begin(limits.whole_begin);
                 __syncthreads();
-                turned_rows.make(0);
+                turned_rows.make(0, limits.whole_begin);
             } else if constexpr (K::is_parts) {
                 exponent = keep_in_register(bias_exponent);
                 for_each<Tiles>([&](auto index) {
                     constexpr int n = decltype(index)::value;
-                    const BiasPlace place = bias_of(n, 2 * t);
+                    // Of a pair that is there, and so at a multiple of four bytes.
+                    const BiasPlace place = bias_of(n, existing_query(2 * t, p.group, p.length, first_query_tile + n) & ~1);
                     const int row = (limits.whole_begin * blocks_per_page + Ring::first_block(warp, 0)) * block_rows + g;
                     own_biases[n] = keep_address(reinterpret_cast<u64>(place.first + static_cast<i64>(row) * place.step));
                     for (int j = 0; j < 2; ++j) ranges[n][j] = p.bias ? log2_e * load_here(bias_of(n, 2 * t + j).range) : 0.0f;
@@ -386,12 +388,15 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                 if constexpr (Turned) {
                     if (inner == Ring::page_turns - 1) {
                         amplitudes = 1 - amplitudes;
-                        if (turn + 1 < end_turn) turned_rows.make(amplitudes);
+                        turned_rows.make(amplitudes, static_cast<int>(static_cast<u32>(turn) / Ring::page_turns - first_entry) + 1);
                     }
                 }
                 free_at = slot_at;
                 slot_at = slot_at + Ring::slot_bytes == Ring::bytes / attend_warps ? 0 : slot_at + Ring::slot_bytes;
             }
+            // The page behind the whole ones has amplitudes already: it is where the past ends, as a rule.
+            if constexpr (Turned) __syncthreads();
+            ready_amplitudes = amplitudes;
         }
 
         if constexpr (!wholes) queries_come();
@@ -413,8 +418,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             if (!Apart && next_block <= last_block) load_block(next_block, next);
             float scores[1][Tiles][4], weights[1][Tiles][4];
             score_block<K, Tiles, Bytes, Turned>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, queries.shifted, scores[0]);
-            float products[4];
-            if constexpr (Turned) turned_rows.multiply_alone(block, lane, products);
+            float products[1][4];
+            if constexpr (Turned) {
+                const bool ready = ready_amplitudes >= 0 && block / blocks_per_page == limits.whole_end;
+                if (ready) turned_rows.multiply(ready_amplitudes, block % blocks_per_page, lane, products);
+                else turned_rows.multiply_alone(block, lane, products[0]);
+            }
             bool begins = false;
             for_each<Tiles>([&](auto index) {
                 constexpr int n = decltype(index)::value;
@@ -430,7 +439,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                             continue;
                         }
                         float biased = score * log_2;
-                        if constexpr (Turned) biased += products[2 * side + j] * turned_rows.unit(query);
+                        if constexpr (Turned) biased += products[0][2 * side + j] * turned_rows.unit(query);
                         else if constexpr (K::is_parts) biased += p.bias ? bias_of(n, 2 * t + j).at(row) : 0.0f;
                         score = log2_e * view.apply(p.mask, biased, sinks + row) + (state.offset[n][j] - queries.shifted[n][j]);
                         begins = begins || (state.reference[n][j] == no_reference && score > -infinity());

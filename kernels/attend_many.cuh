@@ -400,7 +400,9 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                             score = -infinity();
                             return;
                         }
-                        score = log2_e * view.apply(p.mask, score * log_2 + (p.bias ? bias.at(row) : 0.0f), sinks + row);
+                        float biased = score * log_2;
+                        if constexpr (K::is_parts) biased += p.bias ? bias.at(row) : 0.0f;
+                        score = log2_e * view.apply(p.mask, biased, sinks + row);
                     });
                 });
                 state.template soften<at_once>(scores);

@@ -18,22 +18,34 @@ namespace skvq {
 template <class T, class K, class V>
 struct AloneInLaunch {
     static constexpr int floats = transform_floats<K> > transform_floats<V> ? transform_floats<K> : transform_floats<V>;
+    static constexpr bool turns = turns_inside<T, K>;
+    static constexpr int turned_width = turns ? K::head_dim : 16;
     struct alignas(16) Shared {
-        float buffer[floats];
+        // Of the fold, before any page, and of what undoes the transform, behind them.
+        union {
+            float buffer[floats];
+            TurnedPages<turned_width> pages;
+        };
         u32 fragments[folded_words<K>];
         float extras[extras_floats<K>];
-        alignas(16) u8 turned[turned_bytes<K> + 16];
+        TileWaves<turned_width> tile;
     };
     static constexpr int shared_bytes = sizeof(Shared);
-    static constexpr bool turns = turns_inside<K>;
     const OnceParams& once;
     Shared& own;
-    u8* turned;
+
+    template <bool Turned>
+    __device__ __forceinline__ auto turned_rows(const AttendParams& p, int batch) const {
+        if constexpr (Turned) return TurnedRows<K::head_dim>(p.turned, own.tile, own.pages, batch);
+        else return NoPages();
+    }
 
     template <bool Bytes, bool Turned>
-    __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics, int lane,
-                                          void* waves) const {
+    __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
+                                          int lane) const {
         wait_for_earlier_launches();
+        TileWaves<K::head_dim>* waves = nullptr;
+        if constexpr (Turned) waves = &own.tile;
         fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras, waves);
         __syncthreads();
         queries.load(p, place.first_tile(p), own.fragments, own.extras, FromShared(), lane);
@@ -95,9 +107,10 @@ __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_o
     constexpr int rows = attend_bytes<K, V, 1, Alone::shared_bytes>, plain = plain_bytes<T, K::head_dim, V::head_dim, 2>;
     alignas(16) __shared__ u8 shared[rows > plain ? rows : plain];
     __shared__ typename Alone::Shared own;
+    static_assert(sizeof(shared) + sizeof(own) <= 48 * 1024, "what a launch has without asking for more");
     let_next_launch_begin();
     const int which = static_cast<int>(blockIdx.z) - p.attend.splits;
-    if (which < 0) attend_levels<K, V, 1, false>(p.attend, shared, Alone{p, own, own.turned});
+    if (which < 0) attend_levels<K, V, 1, false>(p.attend, shared, Alone{p, own});
     else plain_split<T, K::head_dim, V::head_dim, 2>(p.plain, which, blockIdx.x, blockIdx.y, reinterpret_cast<U32x4*>(shared));
     wait_for_earlier_launches();  // splits without rows have not yet
 }

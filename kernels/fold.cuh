@@ -51,15 +51,15 @@ constexpr int extras_floats = query_tile * extras_width<K>;
 /// 16 bytes. `waves`: TileWaves of a mean that turns in the same launch, or null. 16 threads for each query; all threads of the block take part.
 template <class T, class K>
 __device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int head, int tile, int block, float* buffer, u32* fragments, float* extras,
-                                          void* waves) {
+                                          TileWaves<K::head_dim>* waves) {
     constexpr int D = K::head_dim, per_lane = D / 16;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
     const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
     float* own = buffer + query * D;
 
-    if constexpr (turns_inside<K>) {
-        if (waves) fold_waves<T>(p, batch, place, transform, query, lane, *reinterpret_cast<TileWaves<D>*>(waves));
+    if constexpr (turns_inside<T, K>) {
+        if (waves) fold_waves<T>(p, batch, place, transform, query, lane, *waves);
     }
     float row[per_lane];
     const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +

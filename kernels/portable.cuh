@@ -80,12 +80,12 @@ __device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
 __device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
 template <class T>
 __device__ __forceinline__ T load_here(const T* from) {
+    if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
     return *from;
 }
 template <class T>
 __device__ __forceinline__ T load_streaming(const T* from) {
-    if (reinterpret_cast<u64>(from) % alignof(T)) throw emulator::Error("misaligned load");
-    return *from;
+    return load_here(from);
 }
 template <int Offset>
 __device__ __forceinline__ U32x4 load_table(u64 from) {

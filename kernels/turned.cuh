@@ -24,18 +24,12 @@ struct alignas(8) Waves {
 
 __device__ __forceinline__ int span_of(int position, int rows) { return position >= 0 ? position / rows : -((rows - 1 - position) / rows); }
 
-/// A and B of one query's frequency.
+/// Adds a channel to A and B of its frequency.
 template <class T>
-__device__ __forceinline__ Waves waves_of_query(const T* query, float scale, const HeadTransform& transform, const i32* starts, const i32* channels,
-                                                int frequency) {
-    Waves sum = {0.0f, 0.0f};
-    for (int at = starts[frequency]; at < starts[frequency + 1]; ++at) {
-        const int channel = channels[at];
-        const float q = widen(query[channel]) * scale;
-        sum.cosine += q * transform.shift[channel];
-        sum.sine += q * transform.shift_sine[channel];
-    }
-    return sum;
+__device__ __forceinline__ void add_channel(Waves& sum, const T* query, float scale, const HeadTransform& transform, int channel) {
+    const float q = widen(query[channel]) * scale;
+    sum.cosine += q * transform.shift[channel];
+    sum.sine += q * transform.shift_sine[channel];
 }
 
 /// Of a tile of queries: A and B over their query's unit, and the units.
@@ -51,16 +45,33 @@ template <class T, int D>
 __device__ __forceinline__ void fold_waves(const FoldParams& p, int batch, const QueryPlace& place, const HeadTransform& transform, int query, int lane,
                                            TileWaves<D>& to) {
     constexpr int most = (D / 2 + row_lanes - 1) / row_lanes;
-    const i32* starts = reinterpret_cast<const i32*>(p.channels);
+    const i32 *starts = reinterpret_cast<const i32*>(p.channels), *channels = starts + p.frequencies + 1;
     const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
                     place.position * p.query_position_stride;
-    Waves own[most];
-    float largest = 0.0f;
+    // What all frequencies need is asked for together: first where their channels begin, then which they are, of which a rotary embedding has two each.
+    int first[most], end[most], two[most][2];
 #pragma unroll
     for (int k = 0; k < most; ++k) {
         const int frequency = lane + row_lanes * k;
+        const bool exists = place.exists && frequency < p.frequencies;
+        first[k] = exists ? starts[frequency] : 0, end[k] = exists ? starts[frequency + 1] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < most; ++k) {
+        for (int i = 0; i < 2; ++i) two[k][i] = first[k] + i < end[k] ? channels[first[k] + i] : -1;
+    }
+    Waves own[most];
+#pragma unroll
+    for (int k = 0; k < most; ++k) {
         own[k] = {0.0f, 0.0f};
-        if (place.exists && frequency < p.frequencies) own[k] = waves_of_query(from, p.scale, transform, starts, starts + p.frequencies + 1, frequency);
+        for (int i = 0; i < 2; ++i) {
+            if (two[k][i] >= 0) add_channel(own[k], from, p.scale, transform, two[k][i]);
+        }
+    }
+    float largest = 0.0f;
+#pragma unroll
+    for (int k = 0; k < most; ++k) {
+        for (int at = first[k] + 2; at < end[k]; ++at) add_channel(own[k], from, p.scale, transform, channels[at]);
         largest = fmaxf(largest, fabsf(own[k].cosine) + fabsf(own[k].sine));
     }
     const float unit = unit_of(fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); })), inverse = 1.0f / unit;
@@ -72,30 +83,33 @@ __device__ __forceinline__ void fold_waves(const FoldParams& p, int batch, const
     if (lane == 0) to.units[query] = unit;
 }
 
-/// Of shared memory.
+/// Of shared memory, while there are pages.
 template <int D>
-struct TurnedShared {
-    static constexpr int steps = D / 16;  // of 8 frequencies
-    TileWaves<D> tile;
+struct TurnedPages {
+    static constexpr int steps = D / 16;         // of 8 frequencies
     alignas(16) U32x2 amplitudes[2][steps][32];  // as fragments of B, of two pages
     // Of the frequencies: angles of the next page and the one behind it, by turns, and of a page's rows. In registers they would be spilled.
     Waves turns[2][D / 2], page_turns[D / 2];
 };
+/// Of a turn without any.
+struct NoPages {};
 
 /// What a thread does for the pages of a split, and a warp for its row blocks.
 template <int D>
 struct TurnedRows {
-    using Shared = TurnedShared<D>;
-    static constexpr int steps = Shared::steps, frequencies = D / 2;
+    static constexpr int steps = D / 16, frequencies = D / 2;
+    /// So many pages are turned from one to the next before the angle is read anew: each turn adds an error of f32.
+    static constexpr int turned_pages = 128;
     /// Threads side by side have the frequencies, those behind each other some queries each.
     static constexpr int padded = frequencies <= 32 ? 32 : 64, columns = query_tile * padded / row_threads;
 
     const WaveParams& waves;
-    Shared& shared;
+    const TileWaves<D>& tile;
+    TurnedPages<D>& shared;
     int origin;  // position of the first packed row
 
-    __device__ __forceinline__ TurnedRows(const WaveParams& waves, Shared& shared, int batch)
-        : waves(waves), shared(shared), origin(batch < 0 ? 0 : reinterpret_cast<const i32*>(waves.origins)[batch]) {}
+    __device__ __forceinline__ TurnedRows(const WaveParams& waves, const TileWaves<D>& tile, TurnedPages<D>& shared, int batch)
+        : waves(waves), tile(tile), shared(shared), origin(reinterpret_cast<const i32*>(waves.origins)[batch]) {}
 
     __device__ __forceinline__ Waves at(int channel, int position) const {
         const int span = span_of(position, 256), inner = position - 256 * span;
@@ -128,21 +142,25 @@ struct TurnedRows {
         }
         shared.turns[0][frequency] = turn, shared.page_turns[frequency] = of_page;
     }
-    /// Amplitudes of the next page, by all threads of the block.
-    __device__ __forceinline__ void make(int buffer) const {
+    /// Amplitudes of a page, by all threads of the block.
+    __device__ __forceinline__ void make(int buffer, int page) const {
         const int frequency = threadIdx.x % padded, first = threadIdx.x / padded * columns;
         if (frequency < frequencies) {
             const Waves turn = shared.turns[buffer][frequency];
             u32* to = reinterpret_cast<u32*>(&shared.amplitudes[buffer][frequency / 8][4 * first + frequency % 4]) + frequency / 4 % 2;
 #pragma unroll
-            for (int i = 0; i < columns; ++i) to[8 * i] = amplitude(shared.tile.factors[first + i][frequency], turn);
-            if (first == 0) shared.turns[1 - buffer][frequency] = turned(turn, shared.page_turns[frequency]);
+            for (int i = 0; i < columns; ++i) to[8 * i] = amplitude(tile.factors[first + i][frequency], turn);
+            if (first == 0) {
+                const bool anew = (page + 1) % turned_pages == 0 && frequency < waves.frequencies;
+                shared.turns[1 - buffer][frequency] =
+                    anew ? at(channel_of(frequency), origin + (page + 1) * page_rows) : turned(turn, shared.page_turns[frequency]);
+            }
         }
     }
 
     /// Of a query. Not before the loop around it, whose registers it would take.
     __device__ __forceinline__ float unit(int query) const {
-        return __uint_as_float(load_shared<0, u32>(shared_place(shared.tile.units + query)));
+        return __uint_as_float(load_shared<0, u32>(shared_place(tile.units + query)));
     }
     /// products[i][2·side + j] of rows g + 8·side of row block first + i of the page, and query 2t + j, over the query's unit.
     template <int Blocks>
@@ -174,7 +192,7 @@ struct TurnedRows {
                 const int frequency = 8 * k + t + 4 * half;
                 const bool exists = frequency < waves.frequencies;
                 const Waves angle = exists ? at(channel_of(frequency), position) : Waves{0.0f, 0.0f};
-                amplitudes[half] = exists ? amplitude(shared.tile.factors[g][frequency], angle) : 0;
+                amplitudes[half] = exists ? amplitude(tile.factors[g][frequency], angle) : 0;
             }
             const U32x4 four = load_table<0>(wave_fragments(block % blocks_per_page, lane) + 512 * k);
             const u32 rows[4] = {four.x, four.y, four.z, four.w};
@@ -183,10 +201,8 @@ struct TurnedRows {
     }
 };
 
-/// Whether blocks of attend_once.cuh do it, and their shared memory for it.
-template <class K>
-constexpr bool turns_inside = K::is_parts && K::head_dim <= 128;
-template <class K>
-constexpr int turned_bytes = turns_inside<K> ? sizeof(TurnedShared<K::head_dim>) : 0;
+/// Whether blocks of attend_once.cuh do it.
+template <class T, class K>
+constexpr bool turns_inside = sizeof(T) == 2 && K::is_parts && K::head_dim <= 128;
 
 }  // namespace skvq

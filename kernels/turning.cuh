@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(turning_threads) turning(const __grid_constant
             if (place.exists && frequency < p.frequencies) {
                 const T* query = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
                                  place.position * p.query_position_stride;
-                sum = waves_of_query(query, p.scale, transform, starts, channels, frequency);
+                for (int at = starts[frequency]; at < starts[frequency + 1]; ++at) add_channel(sum, query, p.scale, transform, channels[at]);
             }
             factors[index] = sum;
             const float a = fabsf(sum.cosine), b = fabsf(sum.sine);

@@ -28,6 +28,8 @@ UNEVEN, EVEN, LEVELS = [-1.25, 0.25, 1.0], [-1.0, 0.25, 1.5], [-2.0, -0.25, 0.5,
 CALLS = [
     Call(codec(head_dim=128), codec("1.6", 128), group=4, name="2 and ternary, 128"),
     Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning, 128"),
+    Call(parts(128, 1), TWO, group=4, packed=300, name="parts, turning, four queries"),
+    Call(parts(64, 1), TWO, dtype=torch.bfloat16, group=2, length=3, packed=400, name="parts, turning, six queries"),
     Call(parts(64, 1, turning=False), parts(96, 0, turning=False, noise=False), group=3, name="parts, 64 and 96"),
     Call(parts(256, 1, turning=False), parts(80, 0, turning=False, noise=False), packed=40, name="parts, 256 and 80"),
     Call(codec(codebook="lloyd-max"), TWO, group=4, packed=300, name="2, levels looked up"),

@@ -42,6 +42,8 @@ K2, V2, V16 = layout("keys", "2"), layout("values", "2"), layout("values", "1.6"
 K4, V3 = layout("keys", "4", 64, symmetric=False), layout("values", "3", 64, group_size=32)
 KP = parts("keys", 128, (4, 32), (3, 32), (2, 32), (1, 32))
 VP = parts("values", 128, (3, 32), (2, 64), (0, 32))
+# Of a fit to the prompt.
+KF = parts("keys", 128, (5, 32), (2, 32), (1, 32), (0, 32))
 ATTEND = {
     f"skvq::attend<{K2}, {V16}, 1>": FOUR_BLOCKS,
     f"skvq::attend<{K2}, {V2}, 1>": FOUR_BLOCKS,
@@ -55,6 +57,7 @@ ATTEND = {
 ONCE = {
     f"skvq::attend_once<skvq::Half, {K2}, {V16}>": FOUR_BLOCKS,
     f"skvq::attend_once<skvq::BFloat, {K2}, {V2}>": FOUR_BLOCKS,
+    f"skvq::attend_once<skvq::Half, {KF}, {V16}>": FOUR_BLOCKS,
     f"skvq::attend_once<skvq::Half, {KP}, {VP}>": THREE_BLOCKS,
     f"skvq::attend_once<float, {K2}, {V16}>": THREE_BLOCKS,
     f"skvq::attend_once<skvq::Half, {layout('keys', '2', 256)}, {layout('values', '2', 256)}>": TWO_BLOCKS,
@@ -125,7 +128,7 @@ JOBS = [
 JOBS += [
     (arch, expression)
     for arch in ARCHITECTURES
-    for expression in (ONCE if arch == "sm_90a" else list(ONCE)[: 4 if arch == "sm_80" else 1])
+    for expression in (ONCE if arch == "sm_90a" else list(ONCE)[: 5 if arch == "sm_80" else 3])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
 JOBS += [("sm_90a", name) for name in OTHERS if any(kernel in name for kernel in ("append_row", "turning", "fold"))]
@@ -222,6 +225,17 @@ def test_one_launch_takes_hardly_more_instructions_a_row_block(arch: str, format
     expression = list(ONCE)[("2 bits + ternary", "2 + 2 bits").index(formats)]
     found = sass.cost_of(sass.disassemble(compiled()[arch, expression][2]), products, row_blocks=2)
     assert found["all"] <= instructions * 1.05, found
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
+@pytest.mark.parametrize("arch", cost.TURNED_COUNTED)
+def test_a_mean_that_turns_takes_no_more_instructions_than_pages_md_says(arch: str) -> None:
+    instructions, alu, products = cost.TURNED_COUNTED[arch]
+    cubin = compiled()[arch, f"skvq::attend_once<skvq::Half, {KF}, {V16}>"][2]
+    loops = [sass.by_pipe(lines) for lines in sass.matrix_loops(sass.blocks_of(sass.disassemble(cubin)))]
+    assert loops[0]["matrix"] == 2 * products  # two row blocks a turn
+    assert loops[0].total() <= 2 * instructions * cost.SLACK
+    assert loops[0]["alu"] <= 2 * alu * cost.SLACK
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")

@@ -232,7 +232,7 @@ impl CudaLayer {
         let pays = !has_matrix || others * (pages / FEWEST_PAGES).max(1) <= 2 * multiprocessors;
         // Where the mean of the keys turns in that launch it saves another one, and what that would write.
         let (frequencies, width) = (keys.waves.frequencies as usize, spec.keys.layout.head_dim);
-        let can_turn = is_half && (1..=width.min(TURNED_WIDTH) / 2).contains(&frequencies);
+        let can_turn = is_half && width <= TURNED_WIDTH && (1..=width / 2).contains(&frequencies);
         let once = self.one_launch.unwrap_or(pays || can_turn) && is_packed && packed > 0 && !many && query_tiles == 1;
         let turns = (pages / even_splits(others, at_once).max(1) / LONG_SPLIT).clamp(1, MOST_TURNS);
         let most_wanted = if once { (multiprocessors / others).max(pages / FEWEST_PAGES).max(1) } else { usize::MAX };
