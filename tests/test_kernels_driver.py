@@ -115,7 +115,7 @@ def test_a_kernel_runs_on_memory_of_the_driver(capfd: pytest.CaptureFixture[str]
     found = torch.zeros(page_format.page_bytes, dtype=torch.uint8)
     call("cuMemcpyDtoH_v2", ctypes.c_void_p(found.data_ptr()), page, ctypes.c_size_t(found.numel()))
     assert call("cuMemFree_v2", page) == 0
-    # A lane has 8 bytes, the first four of its upper row. Row 5, channel 17: octet 2, lane 20, its code 1: bits 12, 13 of the lane.
+    # A lane has 8 bytes, the first four of its upper row. Row 5, channel 17: octet 2, lane 20, its code 1: bits 12, 13.
     code = int(codec.coder.unpack(codes, 64)[5, 17])
     assert int(found[8 * 20 + 1]) >> 4 & 3 == code
     assert capfd.readouterr().err == ""

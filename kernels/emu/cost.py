@@ -20,7 +20,7 @@ COUNTED = {
 MANY_COUNTED = {"sm_80": (3134, 722, 247, 128), "sm_90a": (2606, 704, 233, 128)}
 # Of a row block and 16 queries by attend.cuh, which the store would take otherwise: all, of integers and bits, matrix.
 SIXTEEN_COUNTED = {"sm_80": (260, 96, 36), "sm_90a": (247, 96, 36)}
-# attend_once.cuh, a row block of layers whose mean turns in it, keys of 5, 2, 1 and 0 bits, ternary values (a fit to the
+# attend_once.cuh, a row block of layers whose mean turns in it, keys of 5, 2, 1, 0 bits, ternary values (a fit to a
 # prompt): all, of integers and bits, products of f16.
 TURNED_COUNTED = {"sm_80": (378, 180, 24), "sm_90a": (351, 174, 24)}
 MANY_ROWS, MANY_QUERIES, MANY_WARPS = 64, 128, 8
