@@ -311,7 +311,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             if constexpr (Turned) {
                 turned_rows.begin(limits.whole_begin);
                 __syncthreads();
-                turned_rows.make(0, limits.whole_begin);
+                turned_rows.make(0);
             } else if constexpr (K::is_parts) {
                 exponent = keep_in_register(bias_exponent);
                 for_each<Tiles>([&](auto index) {
@@ -388,7 +388,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                 if constexpr (Turned) {
                     if (inner == Ring::page_turns - 1) {
                         amplitudes = 1 - amplitudes;
-                        turned_rows.make(amplitudes, static_cast<int>(static_cast<u32>(turn) / Ring::page_turns - first_entry) + 1);
+                        turned_rows.make(amplitudes);
                     }
                 }
                 free_at = slot_at;

@@ -96,9 +96,15 @@ struct AloneInLaunch {
     }
 };
 
-/// Rows in f32 take more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool turning_takes_more = true;
+#else
+constexpr bool turning_takes_more = false;
+#endif
+/// Rows in f32 take more registers, and a mean that turns does as the compiler has it for sm_100 and newer.
 template <class T, class K, class V>
-constexpr int once_blocks = sizeof(T) == 4 && resident_blocks<K, V, 1> > 3 ? 3 : resident_blocks<K, V, 1>;
+constexpr int once_blocks =
+    (sizeof(T) == 4 || (turns_inside<T, K> && turning_takes_more)) && resident_blocks<K, V, 1> > 3 ? 3 : resident_blocks<K, V, 1>;
 
 template <class T, class K, class V>
 __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_once(const __grid_constant__ OnceParams p) {

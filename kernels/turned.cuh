@@ -9,7 +9,8 @@
 //     fragments of a table in memory that the first-level cache keeps     in shared memory, those of the next page made by all threads meanwhile
 //
 // Both are f16 with f32 sums, amplitudes after division by a power of two a query: 2^-12 of each side, which is what keys of f16 would have lost. cos Pθ and sin
-// Pθ are read at a split's first page and turned by 128·θ from page to page.
+// Pθ are read at a split's first page and turned by 128·θ from page to page, up to 4·10^-8 off each time: after 3000 pages, which only the longest splits of a full
+// device have, as much as f16 rounds off.
 #pragma once
 #include "layout.cuh"
 #include "state.cuh"
@@ -98,8 +99,6 @@ struct NoPages {};
 template <int D>
 struct TurnedRows {
     static constexpr int steps = D / 16, frequencies = D / 2;
-    /// So many pages are turned from one to the next before the angle is read anew: each turn adds an error of f32.
-    static constexpr int turned_pages = 128;
     /// Threads side by side have the frequencies, those behind each other some queries each.
     static constexpr int padded = frequencies <= 32 ? 32 : 64, columns = query_tile * padded / row_threads;
 
@@ -142,19 +141,15 @@ struct TurnedRows {
         }
         shared.turns[0][frequency] = turn, shared.page_turns[frequency] = of_page;
     }
-    /// Amplitudes of a page, by all threads of the block.
-    __device__ __forceinline__ void make(int buffer, int page) const {
+    /// Amplitudes of the next page, by all threads of the block.
+    __device__ __forceinline__ void make(int buffer) const {
         const int frequency = threadIdx.x % padded, first = threadIdx.x / padded * columns;
         if (frequency < frequencies) {
             const Waves turn = shared.turns[buffer][frequency];
             u32* to = reinterpret_cast<u32*>(&shared.amplitudes[buffer][frequency / 8][4 * first + frequency % 4]) + frequency / 4 % 2;
 #pragma unroll
             for (int i = 0; i < columns; ++i) to[8 * i] = amplitude(tile.factors[first + i][frequency], turn);
-            if (first == 0) {
-                const bool anew = (page + 1) % turned_pages == 0 && frequency < waves.frequencies;
-                shared.turns[1 - buffer][frequency] =
-                    anew ? at(channel_of(frequency), origin + (page + 1) * page_rows) : turned(turn, shared.page_turns[frequency]);
-            }
+            if (first == 0) shared.turns[1 - buffer][frequency] = turned(turn, shared.page_turns[frequency]);
         }
     }
 

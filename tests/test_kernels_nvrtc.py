@@ -44,6 +44,7 @@ KP = parts("keys", 128, (4, 32), (3, 32), (2, 32), (1, 32))
 VP = parts("values", 128, (3, 32), (2, 64), (0, 32))
 # Of a fit to the prompt.
 KF = parts("keys", 128, (5, 32), (2, 32), (1, 32), (0, 32))
+TURNED = f"skvq::attend_once<skvq::Half, {KF}, {V16}>"
 ATTEND = {
     f"skvq::attend<{K2}, {V16}, 1>": FOUR_BLOCKS,
     f"skvq::attend<{K2}, {V2}, 1>": FOUR_BLOCKS,
@@ -57,7 +58,7 @@ ATTEND = {
 ONCE = {
     f"skvq::attend_once<skvq::Half, {K2}, {V16}>": FOUR_BLOCKS,
     f"skvq::attend_once<skvq::BFloat, {K2}, {V2}>": FOUR_BLOCKS,
-    f"skvq::attend_once<skvq::Half, {KF}, {V16}>": FOUR_BLOCKS,
+    TURNED: FOUR_BLOCKS,
     f"skvq::attend_once<skvq::Half, {KP}, {VP}>": THREE_BLOCKS,
     f"skvq::attend_once<float, {K2}, {V16}>": THREE_BLOCKS,
     f"skvq::attend_once<skvq::Half, {layout('keys', '2', 256)}, {layout('values', '2', 256)}>": TWO_BLOCKS,
@@ -203,7 +204,11 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     assert not any(spilled), log
     used = re.search(r"Used (\d+) registers", log)
     assert used
-    assert int(used[1]) <= {**ATTEND, **ATTEND_MANY, **ONCE, **OTHERS}[job[1]]
+    arch, expression = job
+    most = {**ATTEND, **ATTEND_MANY, **ONCE, **OTHERS}[expression]
+    if expression == TURNED and arch in ("sm_100a", "sm_120a"):
+        most = THREE_BLOCKS
+    assert int(used[1]) <= most
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
@@ -231,7 +236,7 @@ def test_one_launch_takes_hardly_more_instructions_a_row_block(arch: str, format
 @pytest.mark.parametrize("arch", cost.TURNED_COUNTED)
 def test_a_mean_that_turns_takes_no_more_instructions_than_pages_md_says(arch: str) -> None:
     instructions, alu, products = cost.TURNED_COUNTED[arch]
-    cubin = compiled()[arch, f"skvq::attend_once<skvq::Half, {KF}, {V16}>"][2]
+    cubin = compiled()[arch, TURNED][2]
     loops = [sass.by_pipe(lines) for lines in sass.matrix_loops(sass.blocks_of(sass.disassemble(cubin)))]
     assert loops[0]["matrix"] == 2 * products  # two row blocks a turn
     assert loops[0].total() <= 2 * instructions * cost.SLACK
