@@ -14,10 +14,11 @@ namespace skvq {
 template <class K, class V, bool Apart = false, int Taken = 0>
 struct RowRing {
     static constexpr int pair_bytes = 2 * (K::block_bytes + V::block_bytes + 8 * (K::pair_bytes + V::pair_bytes));
+    static constexpr int most_bytes = 48 * 1024 - Taken, most_at_once = most_bytes / 2 < 20480 ? most_bytes / 2 : 20480;
     /// A warp's two row blocks of a page together, or one after the other where they are large.
-    static constexpr int at_once = attend_warps * pair_bytes > 20480 ? 1 : 2, page_turns = (Apart ? blocks_per_page : 2) / at_once;
+    static constexpr int at_once = attend_warps * pair_bytes > most_at_once ? 1 : 2, page_turns = (Apart ? blocks_per_page : 2) / at_once;
     static constexpr int slot_bytes = pair_bytes / 2 * at_once, turn_bytes = attend_warps * slot_bytes;
-    static constexpr int most_bytes = 48 * 1024 - Taken, most_slots = most_bytes / turn_bytes;
+    static constexpr int most_slots = most_bytes / turn_bytes;
     /// Where not two slots fit there is no ring.
     static constexpr bool fits = most_slots >= 2;
     static constexpr int slots = most_slots > 4 ? 4 : most_slots, bytes = fits ? slots * turn_bytes : 0;
