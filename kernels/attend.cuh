@@ -17,6 +17,7 @@
 #include "fold.cuh"
 #include "ring.cuh"
 #include "running.cuh"
+#include "turned.cuh"
 
 namespace skvq {
 
@@ -199,7 +200,6 @@ struct SplitPlace {
 template <class K, class V, int Tiles, bool Apart>
 struct AmongLaunches {
     static constexpr int shared_bytes = 0;  // beside rows on their way and states
-    static constexpr bool turns = false;    // a launch before has made biases where the mean turns
     template <bool Turned>
     __device__ __forceinline__ NoPages turned_rows(const AttendParams&, int) const {
         return {};
@@ -457,31 +457,23 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
 }
 
 /// A split by the loop that its levels allow.
-template <class K, class V, int Tiles, bool Apart, class Around>
+template <class K, class V, int Tiles, bool Apart, bool Turned, class Around>
 __device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared, const Around& around) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
     constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
     const bool even = bytes && p.as_bytes;
-    if constexpr (Around::turns) {
-        if (p.turned.waves) {
-            if constexpr (remainders) {
-                if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false, true>(p, shared, around);
-            }
-            return attend_split<K, V, Tiles, Apart, false, remainders, true>(p, shared, around);
-        }
-    }
     if constexpr (remainders) {
-        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false, false>(p, shared, around);
+        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false, Turned>(p, shared, around);
     }
-    even ? attend_split<K, V, Tiles, Apart, bytes, remainders, false>(p, shared, around)
-         : attend_split<K, V, Tiles, Apart, false, remainders, false>(p, shared, around);
+    even ? attend_split<K, V, Tiles, Apart, bytes, remainders, Turned>(p, shared, around)
+         : attend_split<K, V, Tiles, Apart, false, remainders, Turned>(p, shared, around);
 }
 
 template <class K, class V, int Tiles, bool Apart>
 __device__ __forceinline__ void attend_rows(const AttendParams& p) {
     alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
     let_next_launch_begin();
-    attend_levels<K, V, Tiles, Apart>(p, shared, AmongLaunches<K, V, Tiles, Apart>());
+    attend_levels<K, V, Tiles, Apart, false>(p, shared, AmongLaunches<K, V, Tiles, Apart>());
 }
 
 template <class K, class V, int Tiles>

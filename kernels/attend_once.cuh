@@ -1,7 +1,7 @@
 // A call of up to eight queries of a kv head in one launch, before merge.cuh: for short pasts, whose launches take longer than their rows.
 //
-// Is: fold.cuh, attend.cuh, plain.cuh and the unfold of merge.cuh, by their own code; states in the model's space, one for each split. Is not: q·m(t), which
-// turning.cuh writes before it, nor the merge. Every block of packed rows folds the queries for itself, while its first pages are on their way, and
+// Is: fold.cuh, attend.cuh, plain.cuh and the unfold of merge.cuh, by their own code; states in the model's space, one for each split; q·m(t) by
+// turned.cuh. Is not: the merge, nor q·m(t) of f32 or wide heads, which turning.cuh writes before it. Every block of packed rows folds the queries for itself, while its first pages are on their way, and
 // undoes the transform of its own state: no launch waits for another in between, and nothing but states goes through memory.
 // Grid: kv heads × batch × (splits of packed rows, then those of the regions of plain.cuh, which fill the last turn); block: 4 warps.
 //
@@ -18,7 +18,7 @@ namespace skvq {
 template <class T, class K, class V>
 struct AloneInLaunch {
     static constexpr int floats = transform_floats<K> > transform_floats<V> ? transform_floats<K> : transform_floats<V>;
-    static constexpr bool turns = turns_inside<T, K>;
+    static constexpr bool turns = turns_inside<T, K>;  // where the host says so
     static constexpr int turned_width = turns ? K::head_dim : 16;
     struct alignas(16) Shared {
         // Of the fold, before any page, and of what undoes the transform, behind them.
@@ -44,9 +44,8 @@ struct AloneInLaunch {
     __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
                                           int lane) const {
         wait_for_earlier_launches();
-        TileWaves<K::head_dim>* waves = nullptr;
-        if constexpr (Turned) waves = &own.tile;
-        fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras, waves);
+        if constexpr (Turned) fold_waves<T>(once.fold, p.turned, place.batch, place.head(p), own.tile);
+        fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras);
         __syncthreads();
         queries.load(p, place.first_tile(p), own.fragments, own.extras, FromShared(), lane);
     }
@@ -116,7 +115,14 @@ __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_o
     static_assert(sizeof(shared) + sizeof(own) <= 48 * 1024, "what a launch has without asking for more");
     let_next_launch_begin();
     const int which = static_cast<int>(blockIdx.z) - p.attend.splits;
-    if (which < 0) attend_levels<K, V, 1, false>(p.attend, shared, Alone{p, own});
+    if (which < 0) {
+        const Alone alone = {p, own};
+        if constexpr (Alone::turns) {
+            p.attend.turned.waves ? attend_levels<K, V, 1, false, true>(p.attend, shared, alone) : attend_levels<K, V, 1, false, false>(p.attend, shared, alone);
+        } else {
+            attend_levels<K, V, 1, false, false>(p.attend, shared, alone);
+        }
+    }
     else plain_split<T, K::head_dim, V::head_dim, 2>(p.plain, which, blockIdx.x, blockIdx.y, reinterpret_cast<U32x4*>(shared));
     wait_for_earlier_launches();  // splits without rows have not yet
 }

@@ -1,6 +1,6 @@
 // Queries folded for packed keys: q·x̂ = (R(s∘q))_π·ŷ_π + q·μ, or (Bᵀq)·ŷ + q·m(t).
 //
-// Is: one launch before attend.cuh, or what each block of attend_once.cuh does first; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns, but what turned.cuh makes it from (turning.cuh).
+// Is: one launch before attend.cuh, or what each block of attend_once.cuh does first; q' as f16 fragments, and f32 extras of each query. Is not: q·m(t) of a mean that turns (turned.cuh, turning.cuh).
 // q' is divided by a power of two, its unit, that puts its largest element just below 2^14, so f16 loses no range; scores are multiplied
 // by it. Where keys' levels are evenly spaced, q' is two bytes in place of f16 (bytes.cuh), and its largest element the largest integer. Every block
 // of statistics has its own q', so a split of attention stays inside one block.
@@ -9,7 +9,8 @@
 // of a query that does not exist attention takes the last one that does (`existing_query`).
 #pragma once
 #include "bytes.cuh"
-#include "turned.cuh"
+#include "state.cuh"
+#include "transform.cuh"
 
 namespace skvq {
 
@@ -48,19 +49,15 @@ template <class K>
 constexpr int extras_floats = query_tile * extras_width<K>;
 
 /// The queries of a tile to `fragments` and `extras`, as FoldParams has them, for one block of statistics. `buffer` [transform_floats<K>], at a multiple of
-/// 16 bytes. `waves`: TileWaves of a mean that turns in the same launch, or null. 16 threads for each query; all threads of the block take part.
+/// 16 bytes. 16 threads for each query; all threads of the block take part.
 template <class T, class K>
-__device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int head, int tile, int block, float* buffer, u32* fragments, float* extras,
-                                          TileWaves<K::head_dim>* waves) {
+__device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int head, int tile, int block, float* buffer, u32* fragments, float* extras) {
     constexpr int D = K::head_dim, per_lane = D / 16;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
     const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
     const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, block);
     float* own = buffer + query * D;
 
-    if constexpr (turns_inside<T, K>) {
-        if (waves) fold_waves<T>(p, batch, place, transform, query, lane, *waves);
-    }
     float row[per_lane];
     const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
                     place.position * p.query_position_stride;
@@ -127,7 +124,7 @@ __global__ void __launch_bounds__(row_threads) fold(const __grid_constant__ Fold
     if (p.lengths && block * p.transform.pages_per_block * page_rows >= reinterpret_cast<const i32*>(p.lengths)[0]) return;
     const i64 index = ((static_cast<i64>(batch) * p.kv_heads + head) * gridDim.x + block) * p.query_tiles + tile;
     fold_tile<T, K>(p, batch, head, tile, block, buffer, reinterpret_cast<u32*>(p.folded) + index * folded_words<K>,
-                    reinterpret_cast<float*>(p.extras) + index * extras_floats<K>, nullptr);
+                    reinterpret_cast<float*>(p.extras) + index * extras_floats<K>);
 }
 
 }  // namespace skvq

@@ -49,13 +49,6 @@ __device__ constexpr int plane_bit(int bits, int octets, int octet, int i) {
     return 16 * (octet / 4) + (spread ? 4 * i + octet % 4 : 4 * (octet % 4) + i);
 }
 
-/// The same where words have rows of their own (Layout::sorts_rows).
-__device__ constexpr int sorted_bit(int octet, int i) { return 64 * (octet / 8) + 32 * (i / 2) + 8 * (octet % 8 / 2) + 4 * (i % 2) + 2 * (octet % 2); }
-__device__ __forceinline__ void sorted_place(int bit, int& octet, int& i) {
-    octet = bit / 64 * 8 + bit / 8 % 4 * 2 + bit / 2 % 2;
-    i = bit / 32 % 2 * 2 + bit / 4 % 2;
-}
-
 /// The other way round: which code bit `bit` is of. Behind the last octet there is padding.
 __device__ __forceinline__ void plane_place(int bits, int octets, int bit, int& octet, int& i) {
     if (bits == 8) {
@@ -71,6 +64,13 @@ __device__ __forceinline__ void plane_place(int bits, int octets, int bit, int& 
         octet = bit / 16 * 4 + (spread ? bit % 4 : bit / 4 % 4);
         i = spread ? bit / 4 % 4 : bit % 4;
     }
+}
+
+/// Both where words have rows of their own (Layout::sorts_rows).
+__device__ constexpr int sorted_bit(int octet, int i) { return 64 * (octet / 8) + 32 * (i / 2) + 8 * (octet % 8 / 2) + 4 * (i % 2) + 2 * (octet % 2); }
+__device__ __forceinline__ void sorted_place(int bit, int& octet, int& i) {
+    octet = bit / 64 * 8 + bit / 8 % 4 * 2 + bit / 2 % 2;
+    i = bit / 32 % 2 * 2 + bit / 4 % 2;
 }
 
 /// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits.

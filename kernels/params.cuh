@@ -59,13 +59,10 @@ struct FoldParams {
     u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, Σ of integers (bytes), sums over groups
     u64 noise;   // f32 [D] or 0
     u64 lengths;   // where blocks of statistics may have no rows yet, and then no queries are folded for them; or 0
-    u64 channels;  // of a mean that turns in the same launch, as WaveParams has them
     TransformParams transform;
     float scale;  // softmax scale
     i32 kv_heads, group, length;
     i32 query_tiles;
-    i32 frequencies;
-    i32 padding;
     i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh);
                    // not with ternary values of uneven levels
 };
@@ -282,7 +279,7 @@ static_assert(sizeof(LevelTable) == 136, "LevelTable");
 static_assert(sizeof(RepackParams) == 32, "RepackParams");
 static_assert(sizeof(TransformParams) == 80, "TransformParams");
 static_assert(sizeof(WaveParams) == 48, "WaveParams");
-static_assert(sizeof(FoldParams) == 184, "FoldParams");
+static_assert(sizeof(FoldParams) == 168, "FoldParams");
 /// rows.cuh, copy_rows. Row r of the target is row r + source_shift + shifts[batch] of the source, where the source has it. Strides in bytes.
 /// Where there is a table, rows lie in its pages: row r in page r / 128.
 struct CopyParams {
@@ -331,7 +328,7 @@ static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 512, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
-static_assert(sizeof(OnceParams) == 1336, "OnceParams");
+static_assert(sizeof(OnceParams) == 1320, "OnceParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

@@ -23,7 +23,9 @@ struct alignas(8) Waves {
     float cosine, sine;
 };
 
-__device__ __forceinline__ int span_of(int position, int rows) { return position >= 0 ? position / rows : -((rows - 1 - position) / rows); }
+/// Positions between two rows of the table of spans.
+constexpr int span_rows = 256;
+__device__ __forceinline__ int span_of(int position) { return position >= 0 ? position / span_rows : -((span_rows - 1 - position) / span_rows); }
 
 /// Adds a channel to A and B of its frequency.
 template <class T>
@@ -41,12 +43,14 @@ struct TileWaves {
     float units[query_tile];
 };
 
-/// Writes them: 16 threads for each query, all threads of the block.
+/// Writes those of a kv head's only tile: 16 threads for each query, all threads of the block.
 template <class T, int D>
-__device__ __forceinline__ void fold_waves(const FoldParams& p, int batch, const QueryPlace& place, const HeadTransform& transform, int query, int lane,
-                                           TileWaves<D>& to) {
+__device__ __forceinline__ void fold_waves(const FoldParams& p, const WaveParams& waves, int batch, int head, TileWaves<D>& to) {
     constexpr int most = (D / 2 + row_lanes - 1) / row_lanes;
-    const i32 *starts = reinterpret_cast<const i32*>(p.channels), *channels = starts + p.frequencies + 1;
+    const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+    const QueryPlace place = query_at(head, p.group, p.length, query);
+    const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
+    const i32 *starts = reinterpret_cast<const i32*>(waves.channels), *channels = starts + waves.frequencies + 1;
     const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
                     place.position * p.query_position_stride;
     // What all frequencies need is asked for together: first where their channels begin, then which they are, of which a rotary embedding has two each.
@@ -54,7 +58,7 @@ __device__ __forceinline__ void fold_waves(const FoldParams& p, int batch, const
 #pragma unroll
     for (int k = 0; k < most; ++k) {
         const int frequency = lane + row_lanes * k;
-        const bool exists = place.exists && frequency < p.frequencies;
+        const bool exists = place.exists && frequency < waves.frequencies;
         first[k] = exists ? starts[frequency] : 0, end[k] = exists ? starts[frequency + 1] : 0;
     }
 #pragma unroll
@@ -111,7 +115,7 @@ struct TurnedRows {
         : waves(waves), tile(tile), shared(shared), origin(reinterpret_cast<const i32*>(waves.origins)[batch]) {}
 
     __device__ __forceinline__ Waves at(int channel, int position) const {
-        const int span = span_of(position, 256), inner = position - 256 * span;
+        const int span = span_of(position), inner = position - span_rows * span;
         const float* far = reinterpret_cast<const float*>(waves.spans) + static_cast<i64>(span - waves.first_span) * 2 * D + channel;
         const float* near = reinterpret_cast<const float*>(waves.steps) + inner * 2 * D + channel;
         return turned({far[0], far[D]}, {near[0], near[D]});

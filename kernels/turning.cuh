@@ -22,7 +22,8 @@
 
 namespace skvq {
 
-constexpr int turning_warps = 16, turning_threads = 32 * turning_warps, span_rows = 16 * turning_warps;
+constexpr int turning_warps = 16, turning_threads = 32 * turning_warps;
+static_assert(span_rows == 16 * turning_warps, "a row tile of a span for each warp");
 /// Frequencies of a k-step; pairs (frequency, column) of it.
 constexpr int step_frequencies = 8, step_pairs = 8 * query_tile;
 
@@ -35,7 +36,6 @@ constexpr int passes_of(int head_dim, int frequencies) {
 }
 /// Spans that `packed` rows from any position on touch at most.
 __device__ __forceinline__ int most_spans(int packed) { return packed > 0 ? (packed + 2 * span_rows - 2) / span_rows : 0; }
-__device__ __forceinline__ int span_of(int position) { return span_of(position, span_rows); }
 
 /// A pair of f32 as f16, and what f16 has of the rest.
 __device__ __forceinline__ void split_halves(float a, float b, u32& high, u32& low) {

@@ -371,7 +371,6 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         waves = wave_fields(call.keys.map.frequencies)
         tables = {name: getattr(key_transform, name) for name in ("spans", "steps", "first_span")}
         turned = params("WaveParams", **waves, **tables, origins=origins)
-        fields |= {"channels": waves["channels"], "frequencies": waves["frequencies"]}
     fold = params("FoldParams", **common, **fields, transform=key_transform)
     threads = call.row_threads(call.keys)
     if not call.once:

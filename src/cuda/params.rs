@@ -58,10 +58,10 @@ parameters! {
         waves: u64, channels: u64, spans: u64, steps: u64, origins: u64, first_span: i32, frequencies: i32,
     }
 
-    FoldParams: 184 {
+    FoldParams: 168 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
-        folded: u64, extras: u64, noise: u64, lengths: u64, channels: u64, transform: TransformParams,
-        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, frequencies: i32, padding: i32, as_bytes: i32,
+        folded: u64, extras: u64, noise: u64, lengths: u64, transform: TransformParams,
+        scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32,
     }
 
     TurningParams: 192 {
@@ -98,7 +98,7 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    OnceParams: 1336 {
+    OnceParams: 1320 {
         fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, first_state: i32, padding: i32,
     }
 

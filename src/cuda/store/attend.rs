@@ -219,7 +219,7 @@ impl CudaLayer {
         let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
         let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
         let [keys, values] = &self.shared.constants;
-        // Levels that are only near integers are off by more than rows in f32 may expect.
+        // A query as two bytes is off by more than rows in f32 may expect.
         let is_half = spec.dtype != Dtype::F32;
         let as_bytes = is_half && !many && !values.uneven && keys.takes_bytes(&spec.keys.layout, tiles);
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));

@@ -256,15 +256,12 @@ impl Launches<'_> {
             noise: keys.noise,
             // A step that is replayed has blocks of threads for all blocks of statistics that there may be.
             lengths: if layer.is_capturing() && shape.key_blocks > 1 { self.lengths_read() } else { 0 },
-            channels: keys.waves.channels,
             transform: layer.transform(held, Side::Keys),
             scale: call.scale,
             kv_heads: self.heads(),
             group: shape.group as i32,
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
-            frequencies: keys.waves.frequencies,
-            padding: 0,
             as_bytes: i32::from(shape.as_bytes),
         }
     }
