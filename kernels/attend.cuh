@@ -92,15 +92,11 @@ struct FoldedQueries {
     }
 };
 
-/// scores[n][2·side + j] of row g + 8·side and query 2t + j, before softcap and masks, in units of log 2, on top of base[n][j].
+/// Adds the scores of a row block, scores[n][2·side + j] of row g + 8·side and query 2t + j, before softcap and masks, in units of log 2.
 template <class K, int Tiles, bool Bytes, bool Turned>
 __device__ __forceinline__ void score_block(const LaneCodes<K>& codes, const PairNumbers<K>& numbers, const FoldedQueries<K, Tiles, Bytes, Turned>& queries,
-                                            const LevelTable& table, u64 wide_levels, const float (&base)[Tiles][2], float (&scores)[Tiles][4]) {
+                                            const LevelTable& table, u64 wide_levels, float (&scores)[Tiles][4]) {
     LaneDecoder<K> decoder(codes, table, wide_levels);
-    for_each<Tiles>([&](auto index) {
-        constexpr int n = decltype(index)::value;
-        for (int i = 0; i < 4; ++i) scores[n][i] = base[n][i % 2];
-    });
     constexpr int per_group = K::groups == 1 ? K::tiles : K::group_size / 16;
     for_each<K::groups>([&](auto group) {
         constexpr int g = decltype(group)::value;
@@ -365,11 +361,17 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                     LaneCodes<K> codes;
                     PairNumbers<K> numbers;
                     ring.template read_keys<i>(slot_at, codes, numbers);
-                    score_block<K, Tiles, Bytes, Turned>(codes, numbers, queries, key_levels, p.key_wide_levels, base, scores[i]);
                     if constexpr (Turned) {
                         const float units[2] = {turned_rows.unit(2 * t), turned_rows.unit(2 * t + 1)};
-                        for (int e = 0; e < 4; ++e) scores[i][0][e] = fmaf(products[i][e], log2_e * units[e % 2], scores[i][0][e]);
-                    } else if constexpr (K::is_parts) {
+                        for (int e = 0; e < 4; ++e) scores[i][0][e] = fmaf(products[i][e], log2_e * units[e % 2], base[0][e % 2]);
+                    } else {
+                        for_each<4 * Tiles>([&](auto element) {
+                            constexpr int n = decltype(element)::value / 4, e = decltype(element)::value % 4;
+                            scores[i][n][e] = base[n][e % 2];
+                        });
+                    }
+                    score_block<K, Tiles, Bytes, Turned>(codes, numbers, queries, key_levels, p.key_wide_levels, scores[i]);
+                    if constexpr (K::is_parts && !Turned) {
                         for_each<4 * Tiles>([&](auto element) {
                             constexpr int n = decltype(element)::value / 4, e = decltype(element)::value % 4;
                             scores[i][n][e] = fmaf(bias_place<e % 2>(biases[i][n][e / 2], exponent), ranges[n][e % 2], scores[i][n][e]);
@@ -417,7 +419,11 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
             // Where each warp has its split registers are short.
             if (!Apart && next_block <= last_block) load_block(next_block, next);
             float scores[1][Tiles][4], weights[1][Tiles][4];
-            score_block<K, Tiles, Bytes, Turned>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, queries.shifted, scores[0]);
+            for_each<4 * Tiles>([&](auto element) {
+                constexpr int n = decltype(element)::value / 4, e = decltype(element)::value % 4;
+                scores[0][n][e] = queries.shifted[n][e % 2];
+            });
+            score_block<K, Tiles, Bytes, Turned>(now.key_codes, now.key_numbers, queries, key_levels, p.key_wide_levels, scores[0]);
             float products[1][4];
             if constexpr (Turned) {
                 const bool ready = ready_amplitudes >= 0 && block / blocks_per_page == limits.whole_end;

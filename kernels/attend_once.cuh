@@ -1,15 +1,18 @@
-// A call of up to eight queries of a kv head in one launch, before merge.cuh: for short pasts, whose launches take longer than their rows.
+// A call of up to eight queries of a kv head in one launch: for short pasts, whose launches take longer than their rows.
 //
 // Is: fold.cuh, attend.cuh, plain.cuh and the unfold of merge.cuh, by their own code; states in the model's space, one for each split; q·m(t) by
-// turned.cuh. Is not: the merge, nor q·m(t) of f32 or wide heads, which turning.cuh writes before it. Every block of packed rows folds the queries for itself, while its first pages are on their way, and
-// undoes the transform of its own state: no launch waits for another in between, and nothing but states goes through memory.
+// turned.cuh; and, of few states, the merge of merge.cuh. Is not: q·m(t) of f32 or wide heads, which turning.cuh writes before it. Every block of
+// packed rows folds the queries for itself, while its first pages are on their way, and undoes the transform of its own state: no launch waits for
+// another in between, and nothing but states goes through memory. The block of a kv head that comes to its end last merges them.
 // Grid: kv heads × batch × (splits of packed rows, then those of the regions of plain.cuh, which fill the last turn); block: 4 warps.
 //
 //   packed rows:  pages ── ring ──┐
 //                 q ── fold ── q' ┴─ attend ─▶ state of 4 warps ── unfold ─▶ states [plain states + split]
 //   other rows:   q, sinks, window, fresh ── plain ───────────────────────▶ states [split of regions]
+//   last block:   all states of a kv head ── merge ─▶ output
 #pragma once
 #include "attend.cuh"
+#include "merge.cuh"
 #include "plain.cuh"
 
 namespace skvq {
@@ -44,8 +47,9 @@ struct AloneInLaunch {
     __device__ __forceinline__ void bring(FoldedQueries<K, 1, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
                                           int lane) const {
         wait_for_earlier_launches();
-        if constexpr (Turned) fold_waves<T>(once.fold, p.turned, place.batch, place.head(p), own.tile);
-        fold_tile<T, K>(once.fold, place.batch, place.head(p), place.first_tile(p), statistics, own.buffer, own.fragments, own.extras);
+        const int head = block_x_here();  // of one tile each
+        if constexpr (Turned) fold_waves<T>(once.fold, p.turned, place.batch, head, own.tile);
+        fold_tile<T, K>(once.fold, place.batch, head, place.first_tile(p), statistics, own.buffer, own.fragments, own.extras);
         __syncthreads();
         queries.load(p, place.first_tile(p), own.fragments, own.extras, FromShared(), lane);
     }
@@ -56,7 +60,7 @@ struct AloneInLaunch {
         constexpr int D = V::head_dim, per_lane = D / 16;
         __syncthreads();
         exchange_states(state, p, shared);
-        const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = place.head(p);
+        const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, head = block_x_here();
         const float* from = shared + query * Exchange::width;
         auto joined = [&](int at) {
             float sum = from[at];
@@ -105,6 +109,10 @@ template <class T, class K, class V>
 constexpr int once_blocks =
     (sizeof(T) == 4 || (turns_inside<T, K> && turning_takes_more)) && resident_blocks<K, V, 1> > 3 ? 3 : resident_blocks<K, V, 1>;
 
+/// States of a slice on their way to a merge in this launch (`merges_at_once` of src/cuda/store/attend.rs).
+template <class V>
+constexpr int once_merged = 16 / merge_loads(V::head_dim);
+
 template <class T, class K, class V>
 __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_once(const __grid_constant__ OnceParams p) {
     static_assert(attend_threads == row_threads, "16 threads for each query of a tile");
@@ -112,7 +120,7 @@ __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_o
     constexpr int rows = attend_bytes<K, V, 1, Alone::shared_bytes>, plain = plain_bytes<T, K::head_dim, V::head_dim, 2>;
     alignas(16) __shared__ u8 shared[rows > plain ? rows : plain];
     __shared__ typename Alone::Shared own;
-    static_assert(sizeof(shared) + sizeof(own) <= 48 * 1024, "what a launch has without asking for more");
+    static_assert(sizeof(shared) + sizeof(own) + 16 <= 48 * 1024, "what a launch has without asking for more");
     let_next_launch_begin();
     const int which = static_cast<int>(blockIdx.z) - p.attend.splits;
     if (which < 0) {
@@ -125,6 +133,12 @@ __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_o
     }
     else plain_split<T, K::head_dim, V::head_dim, 2>(p.plain, which, blockIdx.x, blockIdx.y, reinterpret_cast<U32x4*>(shared));
     wait_for_earlier_launches();  // splits without rows have not yet
+    if (!p.arrivals) return;
+    if (!comes_last(reinterpret_cast<i32*>(p.arrivals) + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+    int slices = merge_slices;
+    while (slices > 1 && merge_slices / slices < p.merge.group * p.merge.length) slices /= 2;
+    static_assert(sizeof(MergeSlices<V::head_dim>) <= sizeof(shared), "where rows were");
+    merge_queries<T, V::head_dim, once_merged<V>>(p.merge, blockIdx.y, blockIdx.x, 0, slices, *reinterpret_cast<MergeSlices<V::head_dim>*>(shared));
 }
 
 }  // namespace skvq

@@ -5,6 +5,7 @@
 // thread a channel of all 8. Grid: states it makes × (kv heads · query tiles) × batch. One unfolded state takes splits_per_state splits, at most
 // 16, one after the other, and with blocks each costs a transform, so more of them run at once when it is small.
 // Block of merge: one query, 128 threads, eight slices of 16 each of which joins every eighth state, four at once; grid: query heads · length × batch.
+// Of all queries of a kv head the last block of attend_once.cuh does the same, with the slices among them.
 #pragma once
 #include "state.cuh"
 #include "transform.cuh"
@@ -127,28 +128,30 @@ __global__ void __launch_bounds__(row_threads, D <= 128 ? unfold_blocks : 1) unf
 }
 
 constexpr int merge_slices = row_threads / row_lanes, merge_threads = row_threads, merged_at_once = 4;
+template <int D>
+using MergeSlices = U32x4[merge_slices][1 + D / 4];
+/// Loads of 16 bytes a lane for a row of a state.
+constexpr int merge_loads(int head_dim) { return (head_dim / 4 + row_lanes - 1) / row_lanes; }
 
-/// Queries that see nothing get zeros, as torch's attention gives them.
-template <class T, int D>
-__global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ MergeParams p) {
-    let_next_launch_begin();
-    wait_for_earlier_launches();
-    constexpr int loads = (D / 4 + row_lanes - 1) / row_lanes;  // of 16 bytes a lane
-    __shared__ U32x4 slices[merge_slices][1 + D / 4];
-    const int batch = blockIdx.y, queries = p.group * p.length, kv_head = blockIdx.x / queries, query = blockIdx.x % queries;
-    const int slice = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
+/// Output rows of a kv head's queries from `first_query` on, `slices` (a power of two) of a block's eight for each, `at_once` states of a slice on their
+/// way. Queries that see nothing get zeros, as torch's attention gives them.
+template <class T, int D, int at_once>
+__device__ __forceinline__ void merge_queries(const MergeParams& p, int batch, int kv_head, int first_query, int slices, MergeSlices<D>& joined_by) {
+    constexpr int loads = merge_loads(D);
+    const int group = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes, slice = group % slices, query = first_query + group / slices;
     const QueryPlace place = query_at(kv_head, p.group, p.length, query);
     const U32x4* states = reinterpret_cast<const U32x4*>(state_at(p.states, batch, kv_head * p.query_tiles + query / query_tile,
                                                                   p.kv_heads * p.query_tiles, query % query_tile, p.state_count, 0, D));
 
     // The sink's logit is a state without an output.
-    const float sink = p.sink_logits && slice == 0 ? reinterpret_cast<const float*>(p.sink_logits)[place.head] : -infinity();
+    const bool has_sink = p.sink_logits && slice == 0 && place.exists;
+    const float sink = has_sink ? reinterpret_cast<const float*>(p.sink_logits)[place.head] : -infinity();
     float largest = sink, sum = sink == -infinity() ? 0.0f : 1.0f, output[4 * loads] = {};
-    for (int next = slice; next < p.state_count; next += merge_slices * merged_at_once) {
-        U32x4 heads[merged_at_once], rows[merged_at_once][loads];
+    for (int next = slice; place.exists && next < p.state_count; next += slices * at_once) {
+        U32x4 heads[at_once], rows[at_once][loads];
 #pragma unroll
-        for (int i = 0; i < merged_at_once; ++i) {
-            const U32x4* from = states + static_cast<i64>(min(next + i * merge_slices, p.state_count - 1)) * (1 + D / 4);
+        for (int i = 0; i < at_once; ++i) {
+            const U32x4* from = states + static_cast<i64>(min(next + i * slices, p.state_count - 1)) * (1 + D / 4);
             heads[i] = from[0];
 #pragma unroll
             for (int k = 0; k < loads; ++k) {
@@ -157,8 +160,8 @@ __global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ M
         }
         float joint = largest;
 #pragma unroll
-        for (int i = 0; i < merged_at_once; ++i) {
-            if (next + i * merge_slices < p.state_count) joint = fmaxf(joint, __uint_as_float(heads[i].x));
+        for (int i = 0; i < at_once; ++i) {
+            if (next + i * slices < p.state_count) joint = fmaxf(joint, __uint_as_float(heads[i].x));
         }
         const float moved = state_factor(largest, sum, joint);
         largest = joint;
@@ -166,9 +169,9 @@ __global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ M
 #pragma unroll
         for (float& element : output) element *= moved;
 #pragma unroll
-        for (int i = 0; i < merged_at_once; ++i) {
+        for (int i = 0; i < at_once; ++i) {
             const float factor = state_factor(__uint_as_float(heads[i].x), __uint_as_float(heads[i].y), joint);
-            if (next + i * merge_slices >= p.state_count || factor == 0.0f) continue;
+            if (next + i * slices >= p.state_count || factor == 0.0f) continue;
             sum += factor * __uint_as_float(heads[i].y);
 #pragma unroll
             for (int k = 0; k < loads; ++k) {
@@ -179,26 +182,29 @@ __global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ M
             }
         }
     }
-    if (lane == 0) slices[slice][0] = {__float_as_uint(largest), __float_as_uint(sum), 0, 0};
+    if (lane == 0) joined_by[group][0] = {__float_as_uint(largest), __float_as_uint(sum), 0, 0};
 #pragma unroll
     for (int k = 0; k < loads; ++k) {
         if (lane + row_lanes * k < D / 4)
-            slices[slice][1 + lane + row_lanes * k] = {__float_as_uint(output[4 * k]), __float_as_uint(output[4 * k + 1]),
+            joined_by[group][1 + lane + row_lanes * k] = {__float_as_uint(output[4 * k]), __float_as_uint(output[4 * k + 1]),
                                                        __float_as_uint(output[4 * k + 2]), __float_as_uint(output[4 * k + 3])};
     }
     __syncthreads();
-    auto number = [&](int slice, int i) { return reinterpret_cast<const float*>(slices[slice])[i]; };
+    if (!place.exists) return;
+    auto number = [&](int i, int at) { return reinterpret_cast<const float*>(joined_by[group - slice + i])[at]; };
     float joint = -infinity(), factors[merge_slices], total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < merge_slices; ++i) joint = fmaxf(joint, number(i, 0));
+    for (int i = 0; i < merge_slices; ++i) {
+        if (i < slices) joint = fmaxf(joint, number(i, 0));
+    }
 #pragma unroll
     for (int i = 0; i < merge_slices; ++i) {
-        factors[i] = state_factor(number(i, 0), number(i, 1), joint);
+        factors[i] = i < slices ? state_factor(number(i, 0), number(i, 1), joint) : 0.0f;
         if (factors[i] != 0.0f) total += factors[i] * number(i, 1);
     }
     T* to = reinterpret_cast<T*>(p.output) + batch * p.output_batch_stride + place.head * p.output_head_stride +
             place.position * p.output_position_stride;
-    for (int channel = threadIdx.x; channel < D; channel += merge_threads) {
+    for (int channel = slice * row_lanes + lane; channel < D; channel += slices * row_lanes) {
         float joined = 0.0f;
 #pragma unroll
         for (int i = 0; i < merge_slices; ++i) {
@@ -206,6 +212,15 @@ __global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ M
         }
         to[channel] = Narrow<T>::from(total == 0.0f ? 0.0f : joined / total);
     }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(merge_threads) merge(const __grid_constant__ MergeParams p) {
+    let_next_launch_begin();
+    wait_for_earlier_launches();
+    __shared__ MergeSlices<D> slices;
+    const int queries = p.group * p.length;
+    merge_queries<T, D, merged_at_once>(p, blockIdx.y, blockIdx.x / queries, blockIdx.x % queries, merge_slices, slices);
 }
 
 }  // namespace skvq

@@ -144,15 +144,6 @@ struct PlainParams {
     i32 padding;
 };
 
-/// attend_once.cuh. Grid: kv heads × batch × (splits of packed rows + those of the regions). Of `fold` and `attend` neither folded queries, extras nor
-/// states are used: the states of packed rows are among those of `plain`, from first_state on.
-struct OnceParams {
-    FoldParams fold;
-    AttendParams attend;
-    PlainParams plain;
-    TransformParams values;
-    i32 first_state, padding;
-};
 
 /// merge.cuh, unfold: packed states of some splits become one state in the model's space.
 struct UnfoldParams {
@@ -172,6 +163,18 @@ struct MergeParams {
     u64 sink_logits;  // f32 [heads] or 0
     i32 state_count, kv_heads, group, length, query_tiles;
     i32 padding;
+};
+
+/// attend_once.cuh. Grid: kv heads × batch × (splits of packed rows + those of the regions). Of `fold` and `attend` neither folded queries, extras nor
+/// states are used: the states of packed rows are among those of `plain`, from first_state on.
+struct OnceParams {
+    FoldParams fold;
+    AttendParams attend;
+    PlainParams plain;
+    TransformParams values;
+    MergeParams merge;
+    u64 arrivals;  // i32 [batch, kv heads], zeros before and after: the last block of a kv head merges; or 0, and a launch behind this one does
+    i32 first_state, padding;
 };
 
 /// quantize.cuh: a stream's codec.
@@ -328,7 +331,7 @@ static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(AttendParams) == 512, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 552, "PlainParams");
-static_assert(sizeof(OnceParams) == 1320, "OnceParams");
+static_assert(sizeof(OnceParams) == 1400, "OnceParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

@@ -21,6 +21,22 @@ __device__ __forceinline__ float state_factor(float m, float l, float maximum) {
     return m == -infinity() ? 0.0f : exp2_fast((m - maximum) * log2_e);
 }
 
+/// By all threads of a block: whether it is the last of `blocks` to come here, which then sees what the others have written before. The counter is 0
+/// before the first and after the last.
+__device__ __forceinline__ bool comes_last(i32* counter, int blocks) {
+    __shared__ i32 before;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        before = atomicAdd(counter, 1);
+        __threadfence();
+    }
+    __syncthreads();
+    const bool last = before == blocks - 1;
+    if (last && threadIdx.x == 0) *counter = 0;
+    return last;
+}
+
 /// Query q of a kv head: which head and position it is.
 struct QueryPlace {
     int head, position;

@@ -95,7 +95,7 @@ APART = [
     Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=600, group=2, name="padding"),
 ]
 APART = [dataclasses.replace(call, apart=True, name=f"apart: {call.name}") for call in APART]
-# One launch before the merge, where a tile has all queries of a kv head.
+# One launch, where a tile has all queries of a kv head.
 ONCE = [
     dataclasses.replace(call, once=True, name=f"once: {call.name}")
     for call in CALLS
@@ -131,6 +131,7 @@ ONCE += [
     ),
     Call(parts(112, 0), TWO, dtype=torch.float32, group=2, packed=390, once=True, name="a launch before, float32"),
     Call(parts(192, 0), codec("2", 192), group=2, packed=290, once=True, name="a launch before, 192"),
+    Call(TWO, codec("1.6", 64), group=5, packed=1300, once=True, merges=False, name="once: a launch that merges"),
 ]
 CALLS += APART + ONCE
 

@@ -204,19 +204,21 @@ void launch(Index grid, Index block_size, size_t shared_bytes, const std::functi
     std::unique_ptr<std::mt19937> random;
     if (schedule.rfind("random:", 0) == 0) random = std::make_unique<std::mt19937>(std::stoul(schedule.substr(7)));
     const size_t rounded = (shared_bytes + 127) / 128 * 128 + 128;
-    for (unsigned z = 0; z < grid.z; ++z)
-        for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) {
-                std::unique_ptr<unsigned char, void (*)(void*)> shared(static_cast<unsigned char*>(std::aligned_alloc(128, rounded)), std::free);
-                std::memset(shared.get(), 0xff, rounded);  // NaNs: what nobody wrote is seen
-                Block block;
-                block.grid = grid;
-                block.size = block_size;
-                block.index = {x, y, z};
-                block.dynamic_shared = shared.get();
-                block.body = &body;
-                run_block(block, order, random.get());
-            }
+    std::vector<unsigned> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    if (schedule == "reverse") std::reverse(blocks.begin(), blocks.end());
+    if (random) std::shuffle(blocks.begin(), blocks.end(), *random);
+    for (const unsigned index : blocks) {
+        std::unique_ptr<unsigned char, void (*)(void*)> shared(static_cast<unsigned char*>(std::aligned_alloc(128, rounded)), std::free);
+        std::memset(shared.get(), 0xff, rounded);  // NaNs: what nobody wrote is seen
+        Block block;
+        block.grid = grid;
+        block.size = block_size;
+        block.index = {index % grid.x, index / grid.x % grid.y, index / (grid.x * grid.y)};
+        block.dynamic_shared = shared.get();
+        block.body = &body;
+        run_block(block, order, random.get());
+    }
 }
 
 float float_of_half(uint16_t bits) {

@@ -2,8 +2,8 @@
 //
 // Is: a launch that runs one block after the other, every thread of a block as a fiber; barriers and warp collectives as rendezvous that
 // report divergence and deadlock; the PTX wrappers of portable.cuh. Is not: a model of time, caches, or blocks that run at once.
-// * Order of fibers: EMULATOR_SCHEDULE = forward | reverse | random:SEED. A missing barrier changes results under some of them; copies in the
-//   background are made at once, when they are waited for, or at random.
+// * Order of fibers and of blocks: EMULATOR_SCHEDULE = forward | reverse | random:SEED. A missing barrier changes results under some of them; copies
+//   in the background are made at once, when they are waited for, or at random.
 // * Built with -fsanitize=thread, switching fibers orders nothing and only barriers do, so it finds races as a race checker does.
 //   Built with -fsanitize=address, shared arrays have red zones and every access of global memory is checked.
 // Shapes: of fragments as in the PTX manual: lane = 4·g + t holds rows g, g + 8 and columns 2t, 2t + 1 (A: also 2t + 8, 2t + 9).
@@ -265,4 +265,5 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __uint_as_float(uint32_t bits) { return emulator::float_of_bits(bits); }
 inline uint32_t __float_as_uint(float value) { return emulator::bits_of_float(value); }
+inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }

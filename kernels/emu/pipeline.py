@@ -1,5 +1,5 @@
 """Attention by kernels, end to end: fold, attend, plain, unfold, merge as a backend launches them, in the emulator;
-or attend_once in place of all but the last.
+or attend_once in place of all, or of all but the last.
 
 Is: the launches and their workspaces for rows that skvq.reference has packed; the same call in float64. Is not: fast.
 Shapes: keys [B, H, T, Dk], values [B, H, T, Dv] in the model's type, query [B, H·group, L, Dk].
@@ -47,7 +47,8 @@ class Call:
     """One attention call. `paddings` has the tokens before each sequence; keys grow by 1 + `rising` to the last.
 
     `many`: the packed rows are for attend_many.cuh, which takes an even number of tiles.
-    `apart`: each warp has a split of its own. `once`: one launch before the merge, of up to eight queries of a kv head.
+    `apart`: each warp has a split of its own. `once`: one launch, of up to eight queries of a kv head, which merges,
+    too, unless `merges` says otherwise.
     """
 
     keys: ReferenceCodec
@@ -71,6 +72,7 @@ class Call:
     many: bool = False
     apart: bool = False
     once: bool = False
+    merges: bool = True
     rising: float = 0.0
     schedule: str = "forward"
     seed: int = 0
@@ -158,7 +160,8 @@ class Call:
         """Expressions of all kernels of the call."""
         k, v = (page_format.expression for page_format in self.formats)
         t, dk, dv = self.element, self.keys.head_dim, self.values.head_dim
-        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", self.attend, f"merge<{t}, {dv}>"]
+        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", self.attend]
+        names += [] if self.once and self.merges else [f"merge<{t}, {dv}>"]
         names += [] if self.once else [f"fold<{t}, {k}>", f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>"]
         names += [f"turning<{t}, {dk}>"] if self.turns and not self.turned else []
         return [f"skvq::{name}" for name in names]
@@ -450,21 +453,24 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         regions=plain_regions(regions),
         state_count=state_count,
     )
+    output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
+    fields = strides(output, "output_batch_stride output_head_stride output_position_stride")
+    sink_logits = call.sink_logits
+    merge = params(
+        "MergeParams", states=states, output=output, sink_logits=sink_logits, state_count=state_count, **fields, **shape
+    )
     grid, threads, shared_bytes = call.attend_launch(splits)
     if call.once:
-        arguments = params("OnceParams", fold=fold, attend=attend, plain=plain, values=value_transform, first_state=3)
+        arrivals = torch.zeros(batch, heads, dtype=torch.int32)
+        own = {"fold": fold, "attend": attend, "plain": plain, "values": value_transform, "merge": merge}
+        arguments = params("OnceParams", **own, arrivals=arrivals if call.merges else None, first_state=3)
         launch(call.attend, (grid[0], grid[1], splits + 3), threads, arguments)
+        assert not arrivals.any(), "the next launch counts from 0"
     else:
         launch(call.attend, grid, threads, attend, shared_bytes)
         launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), call.row_threads(call.values), unfold)
         launch(f"plain<{call.element}, {width_k}, {width_v}>", (3, heads * tiles, batch), 128, plain)
     del key_pages, value_pages, parts  # alive until here
-
-    output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
-    fields = strides(output, "output_batch_stride output_head_stride output_position_stride")
-    sink_logits = call.sink_logits
-    arguments = params(
-        "MergeParams", states=states, output=output, sink_logits=sink_logits, state_count=state_count, **fields, **shape
-    )
-    launch(f"merge<{call.element}, {width_v}>", (heads * call.group * call.length, batch), 128, arguments)
+    if not (call.once and call.merges):
+        launch(f"merge<{call.element}, {width_v}>", (heads * call.group * call.length, batch), 128, merge)
     return output

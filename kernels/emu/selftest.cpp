@@ -278,16 +278,17 @@ double run() {
     m.kv_heads = kv_heads, m.group = group, m.length = 1, m.query_tiles = 1;
     emulator::launch({kv_heads * group, 1, 1}, {merge_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
 
-    // One launch in place of all of these; a state for each split.
+    // One launch in place of all of these; a state for each split. The last block of a kv head merges.
     constexpr int once_count = 3 + splits;
     std::vector<float> once_states(head_tiles * query_tile * once_count * (state_head + D)), once_output(output.size());
     OnceParams once{};
     once.fold = f, once.attend = a, once.plain = p, once.values = u.transform, once.first_state = 3;
     once.fold.folded = once.fold.extras = once.attend.folded = once.attend.extras = once.attend.states = 0;
     once.plain.states = address(once_states), once.plain.state_count = once_count;
-    emulator::launch({kv_heads, 1, once_count}, {attend_threads, 1, 1}, 0, [&] { attend_once<float, K, V>(once); });
     m.states = address(once_states), m.output = address(once_output), m.state_count = once_count;
-    emulator::launch({kv_heads * group, 1, 1}, {merge_threads, 1, 1}, 0, [&] { merge<float, D>(m); });
+    std::vector<i32> arrivals(kv_heads);
+    once.merge = m, once.arrivals = address(arrivals);
+    emulator::launch({kv_heads, 1, once_count}, {attend_threads, 1, 1}, 0, [&] { attend_once<float, K, V>(once); });
 
     double worst = 0.0;
     for (int head = 0; head < kv_heads * group; ++head) {

@@ -98,10 +98,6 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    OnceParams: 1320 {
-        fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, first_state: i32, padding: i32,
-    }
-
     UnfoldParams: 128 {
         packed: u64, states: u64, transform: TransformParams,
         splits: i32, splits_per_state: i32, first_state: i32, state_count: i32,
@@ -111,6 +107,11 @@ parameters! {
     MergeParams: 72 {
         states: u64, output: u64, output_batch_stride: i64, output_head_stride: i64, output_position_stride: i64,
         sink_logits: u64, state_count: i32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
+    }
+
+    OnceParams: 1400 {
+        fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, merge: MergeParams,
+        arrivals: u64, first_state: i32, padding: i32,
     }
 
     CodecParams: 112 {

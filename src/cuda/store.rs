@@ -128,15 +128,20 @@ impl State {
     const REFUSED: u64 = 24;
     /// i32: replayed steps for which there was no room.
     const OVERFLOW: u64 = 28;
-    /// i32 `[batch]`: position of the first packed row. Behind it, from a multiple of 8 bytes on, tokens of padding.
+    /// i32 `[batch]`: position of the first packed row. Behind it, from a multiple of 8 bytes on, tokens of padding; then, likewise, `[batch × heads]` zeros
+    /// that the blocks of a launch count themselves by.
     const ORIGINS: u64 = 32;
 
     fn paddings(batch: usize) -> u64 {
         Self::ORIGINS + 8 * batch.div_ceil(2) as u64
     }
 
-    fn bytes(batch: usize) -> usize {
-        Self::paddings(batch) as usize + 8 * batch.div_ceil(2)
+    fn arrivals(batch: usize) -> u64 {
+        Self::paddings(batch) + 8 * batch.div_ceil(2) as u64
+    }
+
+    fn bytes(batch: usize, heads: usize) -> usize {
+        Self::arrivals(batch) as usize + 4 * batch * heads
     }
 }
 
@@ -155,6 +160,10 @@ impl Held {
 
     fn paddings(&self) -> u64 {
         self.state.address() + State::paddings(self.batch)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.state.address() + State::arrivals(self.batch)
     }
 }
 
@@ -274,7 +283,17 @@ impl CudaLayer {
         Ok(())
     }
 
-    /// Everything in [`State`].
+    /// Nobody has arrived.
+    ///
+    /// # Safety
+    /// As [`Self::append`].
+    unsafe fn clear_arrivals(&self, held: &Held, stream: Stream) -> Result<()> {
+        let bytes = 4 * held.batch * self.spec().num_key_value_heads;
+        // SAFETY: the end of the state; the caller's promise for the stream.
+        unsafe { self.shared.kernels.device().fill(held.arrivals(), 0, bytes, stream) }
+    }
+
+    /// Everything in [`State`] but who has arrived.
     fn state_words(&self, held: &Held, regions: Regions) -> Vec<(u64, u64)> {
         let paddings: Vec<i32> = (0..held.batch).map(|batch| self.padding(batch) as i32).collect();
         let origins: Vec<i32> = paddings.iter().map(|padding| self.shared.spec.sinks as i32 - padding).collect();

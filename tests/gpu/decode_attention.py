@@ -1,5 +1,5 @@
-"""Decode attention by kernels: fold, turning, attend, unfold, plain, merge, or attend_once in place of most of them,
-with arguments prepared once.
+"""Decode attention by kernels: fold, turning, attend, unfold, plain, merge, or attend_once in place of all or most of
+them, with arguments prepared once.
 
 Is: a step that is launches alone and can be captured in a graph. Is not: an oracle, nor the cache's own backend.
 Shapes: query and output [B, H·group, L, D]; pages as in machine.py.
@@ -240,14 +240,18 @@ class DecodeAttention:
         )
 
     def _join_launches(self) -> None:
-        """One launch in place of all but turning and merge, with their arguments."""
+        """One launch in place of all but turning, and of merge where the call says so, with their arguments."""
         found = {launch.stage: launch for launch in self.launches}
-        fold, attend, unfold, plain = (found[name] for name in ("fold", "attend_once", "unfold", "plain"))
+        stages = ("fold", "attend_once", "unfold", "plain", "merge")
+        fold, attend, unfold, plain, merge = (found[name] for name in stages)
         fields = {"fold": fold.kept, "attend": attend.kept, "plain": plain.kept, "values": unfold.kept.transform}
-        arguments = params("OnceParams", **fields, first_state=1 + self._window_splits)
+        fields |= {"merge": merge.kept, "first_state": 1 + self._window_splits}
+        if self.call.merges:
+            fields["arrivals"] = self.machine.put(torch.zeros(self.call.batch, self.call.kv_heads, dtype=torch.int32))
+        arguments = params("OnceParams", **fields)
         grid = (*attend.grid[:2], self.splits + 1 + self._window_splits)
         once = replace(attend, grid=grid, arguments=bytes(arguments), kept=arguments)
-        joined = (fold, unfold, plain)
+        joined = (fold, unfold, plain, *([merge] if self.call.merges else []))
         self.launches = [once if x is attend else x for x in self.launches if all(x is not other for other in joined)]
 
     def _prepare_merge(self) -> None:

@@ -166,6 +166,7 @@ impl CudaLayer {
             let mut words = length_words(held.lengths(), regions, ring_first).to_vec();
             if is_new {
                 words = self.state_words(held, regions);
+                self.clear_arrivals(held, stream)?;
             }
             self.reserve_pages(held, plan, &mut words, stream)?;
             shared.kernels.poke(&words, stream)?;

@@ -41,6 +41,10 @@ const LONG_SPLIT: usize = 32;
 const MOST_TURNS: usize = 4;
 /// Pages that a block of a launch for all takes at least where it shares its multiprocessor: what it does before and after them has its price.
 const FEWEST_PAGES: usize = 8;
+/// Slices of a block that merges, queries of a kv head sharing them, and how often a slice waits for states at most where that is no launch of its own:
+/// more of them are joined sooner by a block for each query.
+const MERGE_SLICES: usize = 8;
+const MOST_MERGE_TURNS: usize = 5;
 /// Pages of a split that is short enough for one warp.
 const SHORT_SPLIT: usize = 4;
 
@@ -122,6 +126,7 @@ pub(super) struct Shape {
     pub as_bytes: bool,
     /// A mean of the keys that turns does so in the one launch (`kernels/turned.cuh`), not in one before.
     pub turned: bool,
+    pub merge: Merge,
     pub key_blocks: usize,
     pub pages_per_split: usize,
     pub splits: usize,
@@ -134,6 +139,15 @@ pub(super) struct Shape {
     pub plain_states: usize,
     pub state_count: usize,
     pub places: Places,
+}
+
+/// Who joins the states of all splits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Merge {
+    /// The launch that makes them.
+    Inside,
+    /// A launch behind.
+    Behind,
 }
 
 /// How the rows of a region are cut.
@@ -173,6 +187,13 @@ fn even_splits(others: usize, resident: usize) -> usize {
     };
     let fewest = (resident / others).max(1);
     (fewest..=4 * fewest).find(|splits| filled(*splits) >= 0.95).unwrap_or(resident.div_ceil(others))
+}
+
+/// How often a slice of the block that merges a kv head's queries waits for states; so many are on their way at once as `once_merged` of
+/// `kernels/attend_once.cuh` says.
+fn merge_turns(queries: usize, states: usize, head_dim: usize) -> usize {
+    let slices = MERGE_SLICES / queries.next_power_of_two().min(MERGE_SLICES);
+    states.div_ceil(slices * (16 / head_dim.div_ceil(64)))
 }
 
 /// Turns of the device that splits of a long past take: long ones, then short ones, and how long these are, so that blocks end closer together. By
@@ -267,8 +288,11 @@ impl CudaLayer {
         let plain_wanted = even_splits(plain_others, BLOCKS_PER_MULTIPROCESSOR * multiprocessors);
         let past = if is_packed { 0 } else { packed };
         let plain = [sinks, window, fresh, past].map(|rows| PlainSplits::of(rows, plain_wanted));
-        let plain_states = plain.iter().map(|region| region.splits).sum();
+        let plain_states: usize = plain.iter().map(|region| region.splits).sum();
         let state_count = plain_states + splits.div_ceil(splits_per_state);
+        let turns_to_merge = merge_turns(group * length, state_count, spec.values.layout.head_dim);
+        let inside = queries == Queries::Once && turns_to_merge <= MOST_MERGE_TURNS;
+        let merge = if inside { Merge::Inside } else { Merge::Behind };
         let mut shape = Shape {
             regions,
             packed: is_packed,
@@ -279,6 +303,7 @@ impl CudaLayer {
             queries,
             as_bytes,
             turned,
+            merge,
             key_blocks,
             pages_per_split,
             splits,

@@ -103,7 +103,7 @@ impl CudaLayer {
             })
         };
         let sides = [side(Side::Keys)?, side(Side::Values)?];
-        let state = shared.memory.allocate(State::bytes(batch))?;
+        let state = shared.memory.allocate(State::bytes(batch, heads))?;
         let queries = match old.queries.as_ref().filter(|seen| seen.started) {
             Some(seen) => {
                 let width = shared.spec.keys.layout.head_dim;
@@ -123,6 +123,7 @@ impl CudaLayer {
         // SAFETY: new blocks and the old state; the caller's promise for the stream.
         unsafe {
             shared.kernels.poke(&self.state_words(&held, self.regions), stream)?;
+            self.clear_arrivals(&held, stream)?;
             let [to, from] = [&held, old].map(|held| held.state.address() + State::REFUSED);
             shared.kernels.device().copy(to, from, 4, stream)?;
         }

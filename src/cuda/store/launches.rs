@@ -9,7 +9,7 @@ use super::super::params::{
     AttendParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion, TransformParams,
     TurningParams, UnfoldParams, WaveParams,
 };
-use super::attend::{AttendCall, PlainSplits, Shape};
+use super::attend::{AttendCall, Merge, PlainSplits, Shape};
 use super::decode::Target;
 use super::{CudaLayer, Held, address, length_words};
 use crate::error::Result;
@@ -221,7 +221,7 @@ impl Launches<'_> {
         unsafe { self.launch(unfold, self.grid(made), self.row_threads(&unfolding.transform), &unfolding) }
     }
 
-    /// All states by one launch, behind that of a mean that turns.
+    /// All states by one launch, behind that of a mean that turns; their merge, too, where it is short.
     unsafe fn once(&self, kernels: &PackedKernels) -> Result<()> {
         let fold = self.folding();
         // SAFETY: as in `apart`.
@@ -234,6 +234,8 @@ impl Launches<'_> {
             attend: self.attending(kernels, &fold),
             plain: self.plain_rows(),
             values: self.layer.transform(self.held, Side::Values),
+            merge: self.merging(),
+            arrivals: if self.shape.merge == Merge::Inside { self.held.arrivals() } else { 0 },
             first_state: self.shape.plain_states as i32,
             padding: 0,
         };
@@ -448,9 +450,10 @@ impl Launches<'_> {
         unsafe { self.launch(&self.kernels.plain, grid, THREADS, &self.plain_rows()) }
     }
 
-    pub unsafe fn merge(&self) -> Result<()> {
+    /// What joins the states of all splits.
+    fn merging(&self) -> MergeParams {
         let (shape, output) = (&self.shape, &self.call.output);
-        let parameters = MergeParams {
+        MergeParams {
             states: self.place(shape.places.states),
             output: output.address,
             output_batch_stride: output.strides[0],
@@ -463,12 +466,20 @@ impl Launches<'_> {
             length: shape.length as i32,
             query_tiles: shape.query_tiles as i32,
             padding: 0,
-        };
+        }
+    }
+
+    /// The merge, where no launch before has done it.
+    pub unsafe fn merge(&self) -> Result<()> {
+        if self.shape.merge == Merge::Inside {
+            return Ok(());
+        }
         if self.is_crowded() {
             self.wait();
         }
-        let queries = self.heads() as u32 * (shape.group * shape.length) as u32;
+        let queries = self.heads() as u32 * (self.shape.group * self.shape.length) as u32;
+        let grid = [queries, self.held.batch as u32, 1];
         // SAFETY: the caller's promise for the output; the states were written by the launches before.
-        unsafe { self.launch(&self.kernels.merge, [queries, self.held.batch as u32, 1], THREADS, &parameters) }
+        unsafe { self.launch(&self.kernels.merge, grid, THREADS, &self.merging()) }
     }
 }

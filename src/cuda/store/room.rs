@@ -27,7 +27,7 @@ impl CudaLayer {
         };
         Ok(Held {
             batch,
-            state: shared.memory.allocate(State::bytes(batch))?,
+            state: shared.memory.allocate(State::bytes(batch, shared.spec.num_key_value_heads))?,
             sides: [side(Side::Keys)?, side(Side::Values)?],
             table_pages: 0,
             ring_rows: 0,

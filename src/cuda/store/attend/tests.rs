@@ -1,6 +1,6 @@
 //! How a past is cut.
 
-use super::graded_splits;
+use super::{graded_splits, merge_turns};
 
 #[test]
 fn short_pasts_have_splits_of_one_length() {
@@ -22,5 +22,15 @@ fn long_pasts_end_in_short_splits() {
             "{} of {pages} pages are in short splits",
             pages - long * count
         );
+    }
+}
+
+#[test]
+fn a_merge_shares_its_slices_among_the_queries() {
+    // Queries of a kv head, states, width of values; what a slice waits for.
+    for (queries, states, width, turns) in
+        [(1, 64, 128, 1), (1, 65, 128, 2), (4, 37, 128, 3), (8, 37, 128, 5), (5, 32, 64, 2), (8, 9, 256, 3)]
+    {
+        assert_eq!(merge_turns(queries, states, width), turns, "{queries} queries, {states} states of {width}");
     }
 }
