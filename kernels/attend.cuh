@@ -155,6 +155,10 @@ struct RowLimits {
     int first_visible, end;      // rows that are no padding and exist
     int whole_begin, whole_end;  // pages of which all queries see all rows, with plain scores
 
+    static __device__ __forceinline__ int whole_from(int first_page, int first_visible) {
+        return max(first_page, (first_visible + page_rows - 1) / page_rows);
+    }
+
     /// `wholes`: none of them otherwise; `biased`: a bias does not matter to them.
     __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int end_page, int packed, int sinks, int total, bool wholes,
                                          bool biased)
@@ -162,7 +166,7 @@ struct RowLimits {
         // The first of a call's queries sees least.
         const int seen = p.mask.causal ? min(end, total - p.length + 1 - sinks) : end;
         const bool plain = wholes && p.mask.kind == 0 && p.mask.softcap <= 0.0f && (biased || !p.bias);
-        whole_begin = max(first_page, (first_visible + page_rows - 1) / page_rows);
+        whole_begin = whole_from(first_page, first_visible);
         whole_end = plain ? max(whole_begin, seen / page_rows) : whole_begin;
     }
 };
@@ -196,6 +200,7 @@ struct SplitPlace {
 template <class K, class V, int Tiles, bool Apart>
 struct AmongLaunches {
     static constexpr int shared_bytes = 0;  // beside rows on their way and states
+    __device__ __forceinline__ Lengths lengths(const AttendParams& p) const { return Lengths(p.lengths); }
     template <bool Turned>
     __device__ __forceinline__ NoPages turned_rows(const AttendParams&, int) const {
         return {};
@@ -242,11 +247,11 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     const int statistics = p.pages_per_key_block ? min(first_page / p.pages_per_key_block, p.key_blocks - 1) : 0;
     FoldedQueries<K, Tiles, Bytes, Turned> queries;
 
-    const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
-    const int sinks = lengths[1], total = total_tokens(p.mask, lengths);
+    const Lengths lengths = around.lengths(p);
+    const int sinks = lengths.sinks, total = lengths.total(p.mask);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
     constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
-    const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths[0], sinks, total, wholes, K::is_parts);
+    const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths.packed, sinks, total, wholes, K::is_parts);
 
     const auto turned_rows = around.template turned_rows<Turned>(p, batch);
 
@@ -404,10 +409,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
         if constexpr (!wholes) queries_come();
 
         // The others. Blocks before the first visible row are not read: a sequence's padding may be most of it.
-        const int skipped_from = limits.whole_begin * blocks_per_page, skipped = limits.whole_end * blocks_per_page - skipped_from;
+        // What is found anew has not been kept through the loop.
+        const int begin = Apart ? first_page : first_page_of(p, block_z_here()), first_visible = padding_of(p.mask, batch);
+        const int skipped_from = RowLimits::whole_from(begin, first_visible) * blocks_per_page, skipped = limits.whole_end * blocks_per_page - skipped_from;
         const int last_block = (limits.end - 1) / block_rows;
         auto past_whole = [&](int block) { return block >= skipped_from && block < skipped_from + skipped ? block + skipped : block; };
-        int block = past_whole(max(first_page * page_rows, limits.first_visible / block_rows * block_rows) / block_rows + (Apart ? 0 : warp));
+        int block = past_whole(max(begin * page_rows, first_visible / block_rows * block_rows) / block_rows + (Apart ? 0 : warp));
         Rows now, next;
         auto load_block = [&](int which, Rows& to) {
             const int page = which / blocks_per_page;
@@ -440,7 +447,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
                     for (int side = 0; side < 2; ++side) {
                         const int row = block * block_rows + g + 8 * side;
                         float& score = scores[0][n][2 * side + j];
-                        if (row < limits.first_visible || row >= limits.end) {
+                        if (row < first_visible || row >= limits.end) {
                             score = -infinity();
                             continue;
                         }

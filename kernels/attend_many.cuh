@@ -318,9 +318,9 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
     const int blocks = (p.query_tiles + many_tiles - 1) / many_tiles, head = blockIdx.y / blocks;
     const int query_tile_of_warp = blockIdx.y % blocks * many_tiles + 2 * warp, head_tile = head * p.query_tiles + query_tile_of_warp;
     const bool has_queries = query_tile_of_warp < p.query_tiles;
-    const i32* lengths = reinterpret_cast<const i32*>(p.lengths);
-    const int sinks = lengths[1], total = total_tokens(p.mask, lengths), first_page = split * p.pages_per_split;
-    const RowLimits limits(p, batch, first_page, first_page + p.pages_per_split, lengths[0], sinks, total, true, K::is_parts);
+    const Lengths lengths(p.lengths);
+    const int sinks = lengths.sinks, total = lengths.total(p.mask), first_page = split * p.pages_per_split;
+    const RowLimits limits(p, batch, first_page, first_page + p.pages_per_split, lengths.packed, sinks, total, true, K::is_parts);
 
     ManyState<V> state;
     state.clear();

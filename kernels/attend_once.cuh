@@ -4,13 +4,19 @@
 // turned.cuh; and, of few states, the merge of merge.cuh. Is not: q·m(t) of f32 or wide heads, which turning.cuh writes before it. Every block of
 // packed rows folds the queries for itself, while its first pages are on their way, and undoes the transform of its own state: no launch waits for
 // another in between, and nothing but states goes through memory. The block of a kv head that comes to its end last merges them.
-// Grid: kv heads × batch × (splits of packed rows, then those of the regions of plain.cuh, which fill the last turn); block: 4 warps.
+// In a decode step the new token may enter with the launch that attends to it, as a fresh row: two blocks for each (kv head, sequence) more put its key
+// and value into the ring, and pack the row that the next token will push out of the window behind the packed ones, where nobody looks yet. So that
+// row is packed when it leaves, and all that a step does to the store is done beside its attention. The last block of all writes the new lengths.
+// Grid: kv heads × batch × (splits of packed rows, then those of the regions of plain.cuh, which fill the last turn, then key and value of a token that
+// enters); block: 4 warps.
 //
 //   packed rows:  pages ── ring ──┐
 //                 q ── fold ── q' ┴─ attend ─▶ state of 4 warps ── unfold ─▶ states [plain states + split]
 //   other rows:   q, sinks, window, fresh ── plain ───────────────────────▶ states [split of regions]
 //   last block:   all states of a kv head ── merge ─▶ output
+//   new token:    key, value ─▶ ring; first row of the window ── append ─▶ page
 #pragma once
+#include "append.cuh"
 #include "attend.cuh"
 #include "merge.cuh"
 #include "plain.cuh"
@@ -36,6 +42,8 @@ struct AloneInLaunch {
     static constexpr int shared_bytes = sizeof(Shared);
     const OnceParams& once;
     Shared& own;
+
+    __device__ __forceinline__ Lengths lengths(const AttendParams& p) const { return Lengths(p.lengths, p.enter); }
 
     template <bool Turned>
     __device__ __forceinline__ auto turned_rows(const AttendParams& p, int batch) const {
@@ -113,12 +121,38 @@ constexpr int once_blocks =
 template <class V>
 constexpr int once_merged = 16 / merge_loads(V::head_dim);
 
+/// Whether a token may enter with the launch (`enters_inside` of src/cuda/pages.rs).
+template <class L>
+constexpr bool enters_inside = AppendSpace<L>::suffices(attend_threads);
+
+/// Key or value of a token that enters.
+template <class T, class L>
+__device__ __forceinline__ void enter_row(const OnceParams& p, const AppendStream& stream, u8* shared) {
+    if constexpr (enters_inside<L>) {
+        append_to<T, L, attend_threads>(p.append, stream, block_x_here(), blockIdx.y, *reinterpret_cast<AppendSpace<L>*>(shared), [&]() -> AppendPlaces {
+            const Lengths lengths(p.plain.lengths, p.plain.enter);
+            // With the token the window is full, and its first row is the next to leave.
+            return {lengths.first + lengths.window, lengths.first, lengths.packed, lengths.window + 1 == p.plain.enter.window};
+        });
+    }
+}
+
+/// The lengths with a token that has entered, once nobody reads those before it any more.
+__device__ __forceinline__ void write_entered(const OnceParams& p) {
+    i32* to = reinterpret_cast<i32*>(p.plain.lengths);
+    const Lengths before(p.plain.lengths), lengths(p.plain.lengths, p.plain.enter);
+    if (before.stored() >= p.plain.enter.most_tokens) *reinterpret_cast<i32*>(p.overflow) += 1;
+    to[0] = lengths.packed, to[2] = lengths.window + 1, to[3] = lengths.first;
+}
+
 template <class T, class K, class V>
 __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_once(const __grid_constant__ OnceParams p) {
     static_assert(attend_threads == row_threads, "16 threads for each query of a tile");
     using Alone = AloneInLaunch<T, K, V>;
     constexpr int rows = attend_bytes<K, V, 1, Alone::shared_bytes>, plain = plain_bytes<T, K::head_dim, V::head_dim, 2>;
-    alignas(16) __shared__ u8 shared[rows > plain ? rows : plain];
+    constexpr int once_bytes = rows > plain ? rows : plain;
+    alignas(16) __shared__ u8 shared[once_bytes];
+    static_assert(!(enters_inside<K> && sizeof(AppendSpace<K>) > once_bytes) && !(enters_inside<V> && sizeof(AppendSpace<V>) > once_bytes), "where rows are");
     __shared__ typename Alone::Shared own;
     static_assert(sizeof(shared) + sizeof(own) + 16 <= 48 * 1024, "what a launch has without asking for more");
     let_next_launch_begin();
@@ -131,14 +165,31 @@ __global__ void __launch_bounds__(attend_threads, once_blocks<T, K, V>) attend_o
             attend_levels<K, V, 1, false, false>(p.attend, shared, alone);
         }
     }
+    else if (p.plain.enter.window && which >= static_cast<int>(gridDim.z) - p.attend.splits - 2) {
+        wait_for_earlier_launches();
+        if (blockIdx.z + 1 == gridDim.z) enter_row<T, V>(p, p.append.values, shared);
+        else enter_row<T, K>(p, p.append.keys, shared);
+    }
     else plain_split<T, K::head_dim, V::head_dim, 2>(p.plain, which, blockIdx.x, blockIdx.y, reinterpret_cast<U32x4*>(shared));
     wait_for_earlier_launches();  // splits without rows have not yet
     if (!p.arrivals) return;
-    if (!comes_last(reinterpret_cast<i32*>(p.arrivals) + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
-    int slices = merge_slices;
-    while (slices > 1 && merge_slices / slices < p.merge.group * p.merge.length) slices /= 2;
-    static_assert(sizeof(MergeSlices<V::head_dim>) <= sizeof(shared), "where rows were");
-    merge_queries<T, V::head_dim, once_merged<V>>(p.merge, blockIdx.y, blockIdx.x, 0, slices, *reinterpret_cast<MergeSlices<V::head_dim>*>(shared));
+    i32* arrivals = reinterpret_cast<i32*>(p.arrivals);
+    const int heads = gridDim.x * gridDim.y;
+    if (!comes_last(arrivals + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+    // Heads count themselves while the states are on their way.
+    const bool enters = p.plain.enter.window && thread_here() == 0;
+    const i32 before = enters ? atomicAdd(arrivals + heads, 1) : 0;
+    if (p.merges) {
+        int slices = merge_slices;
+        while (slices > 1 && merge_slices / slices < p.merge.group * p.merge.length) slices /= 2;
+        static_assert(sizeof(MergeSlices<V::head_dim>) <= sizeof(shared), "where rows were");
+        merge_queries<T, V::head_dim, once_merged<V>>(p.merge, blockIdx.y, blockIdx.x, 0, slices, *reinterpret_cast<MergeSlices<V::head_dim>*>(shared));
+    }
+    if (enters && before == heads - 1) {
+        arrivals[heads] = 0;
+        __threadfence();  // behind the counts of all others, and so behind what they have read
+        write_entered(p);
+    }
 }
 
 }  // namespace skvq

@@ -1,9 +1,9 @@
 // What the host gives to each kernel: one plain struct a kernel, 8-byte fields first, so that Rust mirrors them with #[repr(C)].
 //
 // Is: pointers, shapes, strides. Is not: anything a template argument says already. Strides are in elements, pointers are device addresses.
-// Lengths that a captured graph must not freeze lie in device memory: `lengths` points at {packed rows, sinks, window rows} (i32 each), rows
-// of one (sequence, kv head) counted from the first token of each region. Behind them a store that replays steps has the place in the ring
-// where the window begins, then how many rows leave the window in the step, and which block of statistics is complete with it, or −1.
+// Lengths that a captured graph must not freeze lie in device memory: `lengths` points at {packed rows, sinks, window rows, where the window begins in
+// its ring} (i32 each), rows of one (sequence, kv head) counted from the first token of each region. Behind them a store that replays steps has how
+// many rows leave the window in the step, and which block of statistics is complete with it, or −1.
 #pragma once
 #include "portable.cuh"
 
@@ -97,6 +97,14 @@ struct MaskParams {
     i32 total_from_lengths_plus;  // total tokens = packed + sinks + window + this many fresh ones
 };
 
+/// A token that enters with the launch that attends to it (attend_once.cuh): lengths in memory are those before it.
+struct EnterParams {
+    i32 window;  // rows of a full one, at least 2; 0: no token enters
+    i32 ring_rows;
+    i32 most_tokens;  // that there is room for
+    i32 padding;
+};
+
 /// attend.cuh. Grid: (kv heads · query tiles / tiles of the instance) × batch × splits; attend_many.cuh: splits × … × batch.
 struct AttendParams {
     u64 key_pages, value_pages;  // u64 [batch, kv heads, page capacity]
@@ -106,6 +114,7 @@ struct AttendParams {
     u64 lengths;
     u64 key_wide_levels, value_wide_levels;  // f16 [256] of 8-bit codes, or 0: c − 127.5
     i64 bias_capacity;
+    EnterParams enter;
     WaveParams turned;  // of a mean that turns in the same launch; otherwise without `waves`
     MaskParams mask;
     LevelTable key_levels, value_levels;
@@ -137,6 +146,7 @@ struct PlainParams {
     u64 states;  // as of attend.cuh, of `state_count` states a query, of which block x makes number x
     u64 lengths;
     MaskParams mask;
+    EnterParams enter;  // the token is the fresh row
     PlainRegion regions[4];  // behind the last one that has splits: anything
     float scale;
     i32 fresh_rows, state_count;
@@ -163,18 +173,6 @@ struct MergeParams {
     u64 sink_logits;  // f32 [heads] or 0
     i32 state_count, kv_heads, group, length, query_tiles;
     i32 padding;
-};
-
-/// attend_once.cuh. Grid: kv heads × batch × (splits of packed rows + those of the regions). Of `fold` and `attend` neither folded queries, extras nor
-/// states are used: the states of packed rows are among those of `plain`, from first_state on.
-struct OnceParams {
-    FoldParams fold;
-    AttendParams attend;
-    PlainParams plain;
-    TransformParams values;
-    MergeParams merge;
-    u64 arrivals;  // i32 [batch, kv heads], zeros before and after: the last block of a kv head merges; or 0, and a launch behind this one does
-    i32 first_state, padding;
 };
 
 /// quantize.cuh: a stream's codec.
@@ -216,6 +214,21 @@ struct AppendParams {
     i32 leaves;            // 1: the window was full, the row in front of it becomes the last packed one; 0: not so; −1: as the numbers behind the
                            // lengths say, where no block is complete (append_block.cuh)
     i32 ring_rows, page_capacity, kv_heads;
+};
+
+/// attend_once.cuh. Grid: kv heads × batch × (splits of packed rows + those of the regions + 2 where a token enters). Of `fold` and `attend` neither folded
+/// queries, extras nor states are used: the states of packed rows are among those of `plain`, from first_state on.
+struct OnceParams {
+    FoldParams fold;
+    AttendParams attend;
+    PlainParams plain;
+    TransformParams values;
+    MergeParams merge;
+    AppendParams append;  // of a token that enters; `leaves` is not used
+    u64 arrivals;         // i32 [batch · kv heads + 1], zeros before and after, by which blocks count themselves; or 0
+    u64 overflow;         // i32: tokens that entered though there was no room
+    i32 first_state;
+    i32 merges;  // the last block of a kv head merges; otherwise a launch behind this one does
 };
 
 /// statistics.cuh. Grid: blocks × kv heads × batch.
@@ -328,10 +341,11 @@ static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
-static_assert(sizeof(AttendParams) == 512, "AttendParams");
+static_assert(sizeof(EnterParams) == 16, "EnterParams");
+static_assert(sizeof(AttendParams) == 528, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
-static_assert(sizeof(PlainParams) == 552, "PlainParams");
-static_assert(sizeof(OnceParams) == 1400, "OnceParams");
+static_assert(sizeof(PlainParams) == 568, "PlainParams");
+static_assert(sizeof(OnceParams) == 1784, "OnceParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

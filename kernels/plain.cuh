@@ -19,8 +19,8 @@ struct RegionRows {
     int count, token, first_visible;
 
     /// In a padded sequence the sinks are the tokens behind the padding, and rows before padding + sinks tokens are nobody's.
-    __device__ __forceinline__ RegionRows(int kind, int fresh_rows, const i32* lengths, int padding) {
-        const int packed = lengths[0], sinks = lengths[1], window = lengths[2], stored = packed + sinks + window;
+    __device__ __forceinline__ RegionRows(int kind, int fresh_rows, const Lengths& lengths, int padding) {
+        const int packed = lengths.packed, sinks = lengths.sinks, window = lengths.window, stored = lengths.stored();
         if (kind == region_sinks) {
             token = padding;
             count = max(0, min(sinks, stored - padding));
@@ -225,9 +225,8 @@ __device__ __forceinline__ void plain_split(const PlainParams& p, int which, int
     int split = which, index = 0;
     while (split >= p.regions[index].splits) split -= p.regions[index++].splits;
     const PlainRegion& region = p.regions[index];
-    const i32* read = reinterpret_cast<const i32*>(p.lengths);
-    const i32 lengths[4] = {read[0], read[1], read[2], region.ring_first < 0 ? read[3] : 0};
-    const int padding = padding_of(p.mask, batch), total = total_tokens(p.mask, lengths);
+    const Lengths lengths(p.lengths, p.enter);
+    const int padding = padding_of(p.mask, batch), total = lengths.total(p.mask);
 
     int parts = 1;
     while (parts * Shape::queries < count) parts *= 2;
@@ -264,7 +263,7 @@ __device__ __forceinline__ void plain_split(const PlainParams& p, int which, int
     const int last_position = min(first_query % p.length + count, p.length) - 1;
     const int visible = p.mask.causal ? min(rows.count, total - p.length + last_position + 1 - rows.token) : rows.count;
     const int first = max(split * region.rows_per_split, rows.first_visible), end = min(visible, (split + 1) * region.rows_per_split);
-    const int ring_first = region.ring_first < 0 ? lengths[3] : region.ring_first;
+    const int ring_first = region.ring_first < 0 ? lengths.first : region.ring_first;
     const i64 pages = (static_cast<i64>(batch) * p.kv_heads + head) * region.table_pages;
     const RowPlaces<T, Dk> keys(region.key_rows, batch * region.key_batch_stride + head * region.key_head_stride, region.key_row_stride,
                                 region.key_table, pages);

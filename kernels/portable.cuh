@@ -66,6 +66,8 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
 __device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
 __device__ __forceinline__ u64 keep_address(u64 address) { return address; }
 __device__ __forceinline__ int block_x_here() { return blockIdx.x; }
+__device__ __forceinline__ int block_z_here() { return blockIdx.z; }
+__device__ __forceinline__ int thread_here() { return threadIdx.x; }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
     low = float_of_half(pair & 0xffff), high = float_of_half(pair >> 16);
 }
@@ -147,11 +149,21 @@ __device__ __forceinline__ u32 keep_in_register(u32 value) {
         : "r"(value));
     return kept;
 }
-/// blockIdx.x, read anew: the compiler would keep it through a loop that is short of registers.
+/// blockIdx.x, threadIdx.x, read anew: the compiler would keep them through a loop that is short of registers.
 __device__ __forceinline__ int block_x_here() {
     int block;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     return block;
+}
+__device__ __forceinline__ int block_z_here() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(block));
+    return block;
+}
+__device__ __forceinline__ int thread_here() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
 }
 /// An address in registers: the compiler would compute it anew in a loop that is short of them.
 __device__ __forceinline__ u64 keep_address(u64 address) {

@@ -109,10 +109,27 @@ struct QueryView {
     }
 };
 
-/// Tokens that a call attends to, and those of padding before sequence `batch`.
-__device__ __forceinline__ int total_tokens(const MaskParams& mask, const i32* lengths) {
-    return lengths[0] + lengths[1] + lengths[2] + mask.total_from_lengths_plus;
-}
+/// What a launch reads of the store: packed rows, sinks, rows of the window, and where it begins in the ring.
+struct Lengths {
+    int packed, sinks, window, first;
+
+    __device__ __forceinline__ explicit Lengths(u64 lengths) {
+        const i32* read = reinterpret_cast<const i32*>(lengths);
+        packed = read[0], sinks = read[1], window = read[2], first = read[3];
+    }
+    /// Those in front of a token that enters with this launch, if one does: where the window is full its first row is the last packed one from now on.
+    /// Without room the token takes the place of the one before.
+    __device__ __forceinline__ Lengths(u64 lengths, const EnterParams& enter) : Lengths(lengths) {
+        const bool enters = enter.window != 0, has_room = stored() < enter.most_tokens, leaves = enters && has_room && window >= enter.window;
+        window -= leaves || (enters && !has_room);
+        packed += leaves, first += leaves;
+        if (first == enter.ring_rows) first = 0;
+    }
+    __device__ __forceinline__ int stored() const { return packed + sinks + window; }
+    /// Tokens that a call attends to.
+    __device__ __forceinline__ int total(const MaskParams& mask) const { return stored() + mask.total_from_lengths_plus; }
+};
+/// Tokens of padding before sequence `batch`.
 __device__ __forceinline__ int padding_of(const MaskParams& mask, int batch) {
     return mask.paddings ? reinterpret_cast<const i32*>(mask.paddings)[batch] : 0;
 }

@@ -365,6 +365,19 @@ class Pair:
             self.check_attention(generator, 3, mask=rows, causal=True)
         self.check_attention(generator, 1, mask=mask, sink_logits=torch.randn(self.query_heads, generator=generator))
 
+    def decode_steps(self, generator: torch.Generator, count: int, seed: int) -> None:
+        """Tokens one by one, as a model brings them: each is attended to at once, by one reader or two, or by none."""
+        choose = random.Random(seed)
+        for _ in range(count):
+            self.append(*self.rows(generator, 1))
+            for _ in range(choose.choice((0, 1, 1, 1, 2))):
+                mask = torch.randn(1, 1, 1, self.cpu.length, generator=generator)
+                mask[..., :-1][torch.rand(mask[..., :-1].shape, generator=generator) < 0.3] = -torch.inf
+                sinks = torch.randn(self.query_heads, generator=generator)
+                kinds: tuple[dict[str, Any], ...] = ({}, {}, {"softcap": 20.0}, {"mask": mask}, {"sink_logits": sinks})
+                more = choose.choice(kinds)
+                self.check_attention(generator, 1, both=False, **more)
+
     def check_many(self, generator: torch.Generator, length: int) -> None:
         """Calls of many queries: a draft that is in the store, a chunk that is not, a mask."""
         if self.cpu.length <= length:
@@ -385,6 +398,11 @@ class Pair:
         query = query.to(DTYPES[self.case.dtype])
         expected, found = (layer.score_noise(query, 0.125) for layer in (self.cpu, self.cuda))
         assert abs(expected - found) <= 1e-5 * expected, (expected, found)
+
+    def found_alike(self, output: torch.Tensor, found: torch.Tensor) -> bool:
+        """Whether two stores on the device have attended alike, whose splits may be others."""
+        error = float((output.float() - found.float()).abs().max())
+        return error <= self.case.limit * max(1.0, float(found.float().abs().max()))
 
     def check_bits(self) -> None:
         """Replayed steps have left the rows of launched ones, to the last bit, in the same regions."""
@@ -465,6 +483,9 @@ def run_program(case: Case, nvrtc: str, seed: int) -> None:
                     told.append("queried")
                     query = pair.queries(generator, keys.shape[0], choose.randint(1, count))
                 pair.append(keys, values, query)
+                if kind == "one":
+                    told.append("steps")
+                    pair.decode_steps(generator, 4, step)
             pair.check(generator)
         told.append("the copies")
         while kept:
@@ -530,10 +551,14 @@ class Step:
     def on_others(self) -> None:
         """On the CPU, and on the device by the host's launches."""
         for layer in filter(None, (self.pair.cpu, self.pair.launched)):
-            layer.append(self.keys, self.values)
+            layer.append(self.keys.clone(), self.values.clone())  # which may wait for attention, or for the next call
             if self.observes:
                 layer.observe_queries(self.query)
         self.pair.cpu.attend(self.query, self.expected, scale=0.125, softcap=30.0)
+        if self.pair.launched is not None and self.pair.cpu.length % 3:
+            again = torch.empty_like(self.found)
+            self.pair.launched.attend(self.query, again, scale=0.125, softcap=30.0)
+            assert self.pair.found_alike(again, self.found)
 
     def compare(self) -> None:
         expected, found = self.expected.float(), self.found.float()

@@ -93,7 +93,7 @@ def test_attend_measures_the_store_and_compares(stand_ins: tuple[Path, str], tmp
         assert step["graph"] is None
         assert step["step_milliseconds"] > 0.0
         assert step["attend_milliseconds"] > 0.0
-        assert step["host_append_microseconds"] > 0.0
+        assert step["host_step_microseconds"] > 0.0
         assert step["host_attend_microseconds"] > 0.0
         assert (step["append_share"] is None) == (name.removesuffix(attend_cuda.APART) == "K2V1.6")
         assert step["no_kernels_because"] == "times of kernels need a GPU"

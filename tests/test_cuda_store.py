@@ -7,7 +7,9 @@ for the device, and that Rust and C++ agree on every parameter struct. Is not: a
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,26 @@ refused(lambda: queried.cuda.replayed(21), "steps: expected at most 20, for 80 t
 queried.cuda.replayed(0)
 queried.cuda.release_capture()
 queried.check(generator)
+alone, generator = pair_of("static", 60)
+alone.cuda.reserve(80)
+step = cases.Step(alone, generator)
+step.on_cuda()
+step.on_others()
+alone.cuda.begin_capture()
+cases.capture(lambda: alone.cuda.append(step.keys, step.values), alone.memory)
+refused(alone.cuda.end_capture, "end_capture: expected attention behind the append, found none")
+alone.cuda.replayed(0)
+alone.cuda.begin_capture()
+cases.capture(step.on_cuda, alone.memory)
+alone.cuda.end_capture()
+alone.cuda.replayed(0)
+alone.cuda.one_launch = False
+alone.cuda.begin_capture()
+refused(step.on_cuda, "a capture: expected a step with the launches of the one that was captured before")
+alone.cuda.end_capture()
+alone.cuda.replayed(0)
+alone.cuda.release_capture()
+alone.check(generator)
 print("refused")
 """
 
@@ -331,6 +353,33 @@ def test_attention_of_few_queries_in_one_launch(driver: Path, nvrtc: str, name: 
     assert len(kernel_launches(launches, "turning")) == (len(once) if before else 0)
     assert not any(" early " in line for line in once)
     assert all(" early " in line for line in merges)
+
+
+ENTERING = """
+import torch
+pair = cases.Pair(cases.CASES[rest[0]], nvrtc)
+generator = torch.Generator().manual_seed(0)
+pair.append(*pair.rows(generator, 60))
+for index in range(140):
+    print("step", index, file=sys.stderr, flush=True)
+    pair.decode_steps(generator, 1, index)
+    print("checks", file=sys.stderr, flush=True)
+    if index % 20 == 19:
+        pair.check(generator)
+"""
+
+
+def test_a_token_enters_with_its_attention(driver: Path, nvrtc: str) -> None:
+    for name, enters in (("static", True), ("parts", True), ("parts, float32", False), ("blocks", False)):
+        _, seen = run_code(ENTERING, driver, nvrtc, name, FAKE_CUDA_LOG="1")
+        kinds: Counter[tuple[str, ...]] = Counter()
+        for step in seen.split("step ")[1:]:
+            lines = [line for line in step.split("checks")[0].splitlines() if line.startswith("launch")]
+            names = (re.match(r"launch _ZN4skvq(\d+)(\w+)", line) for line in lines)
+            kinds[tuple(name[2][: int(name[1])] for name in names if name)] += 1
+        # A second reader of the same token has a launch of its own.
+        assert (kinds["attend_once",] + kinds["attend_once", "attend_once"] >= 80) == enters, (name, kinds)
+        assert (kinds[()] >= 10) == (enters or name == "parts, float32"), (name, kinds)  # of tokens that nobody reads
 
 
 @pytest.mark.parametrize(("name", "once"), [("static", True), ("parts", True), ("parts, float32", False)])

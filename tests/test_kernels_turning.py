@@ -125,7 +125,7 @@ def run(case: Case, kernels: harness.Kernels, query: Tensor) -> Tensor:
         **strides(query, "query_batch_stride query_head_stride query_position_stride"),
         bias=bias,
         origins=torch.tensor(case.origins, dtype=torch.int32),
-        lengths=torch.tensor([case.packed, 0, 0], dtype=torch.int32),
+        lengths=torch.tensor([case.packed, 0, 0, 0], dtype=torch.int32),
         transform=transform,
         **wave_fields(case.frequencies),
         capacity=capacity,

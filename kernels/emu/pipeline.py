@@ -355,7 +355,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     query = rows.query.contiguous()
     query_strides = strides(query, "query_batch_stride query_head_stride query_position_stride")
     scale = width_k**-0.5
-    lengths = torch.tensor([call.packed, call.sinks, call.window], dtype=torch.int32)
+    lengths = torch.tensor([call.packed, call.sinks, call.window, 0], dtype=torch.int32)
     key_blocks = 1 if rows.key_statistics is None else rows.key_statistics[0].shape[2]
     key_transform = transform_of(call.keys, rows.key_statistics, call)
     value_transform = transform_of(call.values, rows.value_statistics, call)
@@ -462,8 +462,15 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     grid, threads, shared_bytes = call.attend_launch(splits)
     if call.once:
         arrivals = torch.zeros(batch, heads, dtype=torch.int32)
-        own = {"fold": fold, "attend": attend, "plain": plain, "values": value_transform, "merge": merge}
-        arguments = params("OnceParams", **own, arrivals=arrivals if call.merges else None, first_state=3)
+        own: dict[str, Any] = {
+            "fold": fold,
+            "attend": attend,
+            "plain": plain,
+            "values": value_transform,
+            "merge": merge,
+        }
+        own |= {"merges": int(call.merges), "arrivals": arrivals if call.merges else None, "first_state": 3}
+        arguments = params("OnceParams", **own)
         launch(call.attend, (grid[0], grid[1], splits + 3), threads, arguments)
         assert not arrivals.any(), "the next launch counts from 0"
     else:

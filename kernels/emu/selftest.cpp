@@ -14,6 +14,7 @@
 #include "statistics.cuh"
 
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <random>
 #include <tuple>
@@ -213,7 +214,7 @@ double run() {
     values_stream.decode_all();
     const auto query = normal(kv_heads * group * D);
     const auto key_rows = normal(kv_heads * (sinks + window) * D), value_rows = normal(key_rows.size());
-    const std::vector<i32> lengths{packed, sinks, window};
+    const std::vector<i32> lengths{packed, sinks, window, 0};
     std::vector<u32> folded(kv_heads * block_capacity * (D / 16) * 64);
     std::vector<float> extras(kv_heads * block_capacity * query_tile * (extras_head + K::groups));
     std::vector<float> packed_states(head_tiles * query_tile * splits * (state_head + D)), states(head_tiles * query_tile * state_count * (state_head + D));
@@ -286,9 +287,45 @@ double run() {
     once.fold.folded = once.fold.extras = once.attend.folded = once.attend.extras = once.attend.states = 0;
     once.plain.states = address(once_states), once.plain.state_count = once_count;
     m.states = address(once_states), m.output = address(once_output), m.state_count = once_count;
-    std::vector<i32> arrivals(kv_heads);
-    once.merge = m, once.arrivals = address(arrivals);
+    std::vector<i32> arrivals(kv_heads + 1);
+    once.merge = m, once.merges = 1, once.arrivals = address(arrivals);
     emulator::launch({kv_heads, 1, once_count}, {attend_threads, 1, 1}, 0, [&] { attend_once<float, K, V>(once); });
+
+    // The same with the window's last row as a token that enters with the launch, which then packs the first one.
+    constexpr int entering_count = once_count + 1;
+    const float nothing = std::numeric_limits<float>::quiet_NaN();
+    std::vector<float> entering_states(head_tiles * query_tile * entering_count * (state_head + D)), entering_output(output.size());
+    std::vector<i32> before{packed, sinks, window - 1, 0};
+    const std::vector<i32> after{packed, sinks, window, 0};
+    once.attend.enter = once.plain.enter = {window, window, packed + sinks + window, 0};
+    once.attend.lengths = once.plain.lengths = once.append.lengths = address(before), once.attend.mask.total_from_lengths_plus = once.plain.mask.total_from_lengths_plus = 1;
+    once.plain.states = once.merge.states = address(entering_states), once.merge.output = address(entering_output);
+    once.plain.state_count = once.merge.state_count = entering_count, once.first_state = 4, once.plain.fresh_rows = 1;
+    const auto enter = [&](AppendStream& stream, std::vector<float>& ring, const std::vector<float>& rows, u64 PlainRegion::*place) {
+        for (int head = 0; head < kv_heads; ++head) {
+            const float* from = &rows[(head * (sinks + window) + sinks) * D];
+            std::copy_n(from, (window - 1) * D, &ring[head * window * D]);
+            std::fill_n(&ring[(head * window + window - 1) * D], D, nothing);
+        }
+        stream.row = address(rows) + 4 * (sinks + window - 1) * D, stream.head_stride = (sinks + window) * D, stream.ring = address(ring);
+        once.plain.regions[region_window].*place = stream.ring, once.plain.regions[region_fresh].*place = stream.row;
+    };
+    once.append.keys = keys_stream.single(0), once.append.values = values_stream.single(0);
+    std::vector<float> rings[2] = {std::vector<float>(kv_heads * window * D), std::vector<float>(kv_heads * window * D)};
+    PlainRegion &own = once.plain.regions[region_window], &fresh = once.plain.regions[region_fresh];
+    enter(once.append.keys, rings[0], key_rows, &PlainRegion::key_rows), enter(once.append.values, rings[1], value_rows, &PlainRegion::value_rows);
+    own.key_head_stride = own.value_head_stride = window * D, own.ring_first = -1, own.ring_rows = window;
+    fresh.kind = region_fresh, fresh.splits = 1, fresh.rows_per_split = 1, fresh.key_row_stride = fresh.value_row_stride = D;
+    fresh.key_head_stride = fresh.value_head_stride = (sinks + window) * D;
+    once.append.refused = reinterpret_cast<u64>(&keys_stream.refused), once.append.ring_rows = window;
+    once.append.page_capacity = pages, once.append.kv_heads = kv_heads;
+    emulator::launch({kv_heads, 1, entering_count + 2}, {attend_threads, 1, 1}, 0, [&] { attend_once<float, K, V>(once); });
+    if (before != after || arrivals != std::vector<i32>(kv_heads + 1)) return 1.0;
+    for (int head = 0; head < kv_heads; ++head) {
+        const int last = (head * window + window - 1) * D, row = (head * (sinks + window) + sinks + window - 1) * D;
+        if (!std::equal(&rings[0][last], &rings[0][last] + D, &key_rows[row])) return 1.0;
+        if (!std::equal(&rings[1][last], &rings[1][last] + D, &value_rows[row])) return 1.0;
+    }
 
     double worst = 0.0;
     for (int head = 0; head < kv_heads * group; ++head) {
@@ -304,7 +341,7 @@ double run() {
         }
         double exact[D];
         attend_exactly(&query[head * D], k, v, exact);
-        for (const auto* found : {&output, &once_output}) {
+        for (const auto* found : {&output, &once_output, &entering_output}) {
             for (int c = 0; c < D; ++c) worst = std::max(worst, std::fabs(exact[c] - (*found)[head * D + c]));
         }
     }

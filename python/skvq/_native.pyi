@@ -480,7 +480,9 @@ class CudaLayer:
     def append(self, keys: _TorchTensor, values: _TorchTensor, query: _TorchTensor | None = None) -> None:
         """Store n tokens: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; query as for :meth:`Layer.append`.
 
-        Refused, it changes nothing.
+        Refused, it changes nothing. The token of a decode step may wait for its attention, which stores it in the same
+        launch, or else for the next call of the layer, which stores it first: until then its tensors must not be
+        written. The layer keeps them alive.
         """
     def check(self, keys: _TorchTensor, values: _TorchTensor) -> None:
         """Refuse what :meth:`append` would refuse."""
@@ -551,6 +553,9 @@ class CudaLayer:
     def end_capture(self) -> None:
         """The layer holds what it held before, and a captured step may run at any time. Until `release_capture`
         the layer can neither be cropped, gathered, copied nor reset.
+
+        Raises:
+            SkvqError: nothing has attended to the token of the step, which is not to be replayed then.
         """
     def replayed(self, steps: int) -> None:
         """The captured step has run so many times since this was last called; before the first call nothing else is

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,12 +267,14 @@ class QuantizedDynamicCache(Cache):
             yield
         except BaseException:
             for _, store in begun:
-                store.end_capture()
+                with suppress(SkvqError):  # of a token that nobody has attended to
+                    store.end_capture()
                 store.replayed(0)  # what was recorded in vain does not run
             raise
         else:
-            for _, store in begun:
-                store.end_capture()
+            problems = [problem for layer, store in begun if (problem := _problem_of_end(layer, store))]
+            if problems:
+                raise SkvqError(problems[0])
         finally:
             self._counts.capturing = False
             for layer, _ in begun:
@@ -376,6 +378,15 @@ def _prompt_fit(model: Any, config: SkvqConfig) -> PromptFit | None:
     from .calibrate.prompt import PromptFit
 
     return PromptFit(model)
+
+
+def _problem_of_end(layer: PackedLayer, store: CudaLayer) -> str | None:
+    """What is wrong with the step that a store has recorded, in words; its capture ends either way."""
+    try:
+        store.end_capture()
+    except SkvqError as error:
+        return f"layer {layer.index}: {error}"
+    return None
 
 
 def _left_padding(attention_mask: torch.Tensor) -> tuple[int, ...]:

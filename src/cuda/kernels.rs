@@ -18,7 +18,7 @@ use crate::transform::Source;
 /// Queries of one kv head that a block of attention takes at a time.
 pub const QUERY_TILE: usize = 8;
 pub const ATTEND_WARPS: usize = 4;
-const ATTEND_THREADS: usize = 32 * ATTEND_WARPS;
+pub const ATTEND_THREADS: usize = 32 * ATTEND_WARPS;
 /// Of `kernels/attend_many.cuh`; rows that a block unpacks at a time, the widest head, and the widths of keys and values together up to which there
 /// is room for two times these rows.
 const MANY_THREADS: usize = 256;

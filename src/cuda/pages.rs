@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use super::kernels::ATTEND_THREADS;
 use super::params::LevelTable;
 use crate::codebook::Codebook;
 use crate::codec::Codec;
@@ -92,14 +93,11 @@ fn packed_parts(codec: &Codec) -> u64 {
     all.enumerate().fold(0, |sum, (index, (bits, width))| sum | ((bits | (width / 16) << 3) as u64) << (8 * index))
 }
 
-/// Bytes of a page of 128 rows, up to the next page. Raw rows lie in it one behind the other.
-pub fn page_bytes(codec: &Codec) -> usize {
+/// Bytes of codes that a lane of a warp has of a row block.
+fn lane_bytes(codec: &Codec) -> usize {
     let layout = &codec.layout;
-    if let Format::Raw(dtype) = layout.format {
-        return PAGE_ROWS * layout.head_dim * dtype.size();
-    }
     let octets = layout.head_dim / 8;
-    let lane_bytes = match layout.format {
+    match layout.format {
         Format::Ternary => layout.head_dim.div_ceil(10),
         Format::Pair => (3 * octets / 2).div_ceil(2),
         Format::Parts => codec.parts.iter().map(|part| (part.bits * part.width / 8).div_ceil(2)).sum(),
@@ -108,9 +106,24 @@ pub fn page_bytes(codec: &Codec) -> usize {
         Format::Int3 => (3 * octets).div_ceil(2),
         Format::Int2 => octets,
         Format::Raw(_) => 0,
-    };
-    let bytes = PAGE_ROWS / BLOCK_ROWS * LANES * lane_bytes + PAGE_ROWS * layout.metadata_bytes;
+    }
+}
+
+/// Bytes of a page of 128 rows, up to the next page. Raw rows lie in it one behind the other.
+pub fn page_bytes(codec: &Codec) -> usize {
+    let layout = &codec.layout;
+    if let Format::Raw(dtype) = layout.format {
+        return PAGE_ROWS * layout.head_dim * dtype.size();
+    }
+    let bytes = PAGE_ROWS / BLOCK_ROWS * LANES * lane_bytes(codec) + PAGE_ROWS * layout.metadata_bytes;
     bytes.next_multiple_of(PAGE_ALIGNMENT)
+}
+
+/// Whether a block of attention has a thread for each channel of a row, each word of 16 bytes of a row block, and 16 for each group, so that a token can
+/// enter with it: `enters_inside` of `kernels/attend_once.cuh`.
+pub fn enters_inside(codec: &Codec) -> bool {
+    let (words, teams) = (LANES * lane_bytes(codec) / 16, codec.layout.groups().next_multiple_of(2));
+    codec.layout.head_dim.max(words).max(16 * teams) <= ATTEND_THREADS
 }
 
 /// The levels that codes of a stream stand for, as encoding and decoding read them: f32, codewords as pairs, those of a part of b bits

@@ -75,9 +75,11 @@ parameters! {
         kind: i32, causal: i32, softcap: f32, total_from_lengths_plus: i32,
     }
 
-    AttendParams: 512 {
+    EnterParams: 16 { window: i32, ring_rows: i32, most_tokens: i32, padding: i32 }
+
+    AttendParams: 528 {
         key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64,
-        key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64, turned: WaveParams,
+        key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64, enter: EnterParams, turned: WaveParams,
         mask: MaskParams, key_levels: LevelTable, value_levels: LevelTable,
         weight_unit: f32, page_capacity: i32, pages_per_split: i32, splits: i32, long_splits: i32, short_pages: i32,
         pages_per_key_block: i32, key_blocks: i32,
@@ -91,9 +93,9 @@ parameters! {
         kind: i32, splits: i32, rows_per_split: i32, ring_first: i32, ring_rows: i32, table_pages: i32,
     }
 
-    PlainParams: 552 {
+    PlainParams: 568 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
-        states: u64, lengths: u64, mask: MaskParams, regions: [PlainRegion; 4],
+        states: u64, lengths: u64, mask: MaskParams, enter: EnterParams, regions: [PlainRegion; 4],
         scale: f32, fresh_rows: i32, state_count: i32,
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
@@ -107,11 +109,6 @@ parameters! {
     MergeParams: 72 {
         states: u64, output: u64, output_batch_stride: i64, output_head_stride: i64, output_position_stride: i64,
         sink_logits: u64, state_count: i32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
-    }
-
-    OnceParams: 1400 {
-        fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, merge: MergeParams,
-        arrivals: u64, first_state: i32, padding: i32,
     }
 
     CodecParams: 112 {
@@ -132,6 +129,11 @@ parameters! {
     AppendParams: 344 {
         keys: AppendStream, values: AppendStream, origins: u64, refused: u64, lengths: u64,
         leaves: i32, ring_rows: i32, page_capacity: i32, kv_heads: i32,
+    }
+
+    OnceParams: 1784 {
+        fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, merge: MergeParams,
+        append: AppendParams, arrivals: u64, overflow: u64, first_state: i32, merges: i32,
     }
 
     StatisticsParams: 104 {

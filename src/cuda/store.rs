@@ -1,6 +1,6 @@
 //! One attention layer's store on a GPU: sinks | packed past | window, as `layer.rs` has it on the CPU, and the same rows in each.
 //!
-//! What it is: which kernels run on which rows, in `append.rs` (with `room.rs` and `queries.rs`), `attend.rs` (with `launches.rs`), `batch.rs`, `decode.rs`, `noise.rs` and `fixed.rs` (steps that are replayed); here what is held. Packed rows lie in
+//! What it is: which kernels run on which rows, in `append.rs` (with `room.rs` and `queries.rs`), `attend.rs` (with `launches.rs`), `batch.rs`, `decode.rs`, `noise.rs`, `entering.rs` (a token that comes with its attention) and `fixed.rs` (steps that are replayed); here what is held. Packed rows lie in
 //! reference-counted pages (`memory.rs`), found by the device through a table; a shared page is copied when it is written. Sinks lie in an
 //! array, the window in a ring, `[batch, kv heads, rows, D]` each. The host knows every length, so nothing waits for the device; the device
 //! has them too, written by the launches themselves (`poke`). What it is not: an owner of memory or streams, which are torch's, nor fit for
@@ -10,17 +10,19 @@ mod append;
 mod attend;
 mod batch;
 mod decode;
+mod entering;
 mod fixed;
 mod launches;
 mod noise;
 mod queries;
 mod room;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 pub use attend::{AttendCall, DeviceMask};
 
 use self::attend::ONE_LAUNCH;
+use self::entering::Entering;
 use self::fixed::{Reserved, Steps};
 use self::queries::Seen;
 use super::constants::{CodecConstants, SpanTable};
@@ -82,6 +84,7 @@ pub struct CudaLayer {
     held: Option<Held>,
     steps: Steps,
     one_launch: Option<bool>,
+    entering: Mutex<Entering>,
 }
 
 /// What a batch has in device memory.
@@ -128,8 +131,8 @@ impl State {
     const REFUSED: u64 = 24;
     /// i32: replayed steps for which there was no room.
     const OVERFLOW: u64 = 28;
-    /// i32 `[batch]`: position of the first packed row. Behind it, from a multiple of 8 bytes on, tokens of padding; then, likewise, `[batch × heads]` zeros
-    /// that the blocks of a launch count themselves by.
+    /// i32 `[batch]`: position of the first packed row. Behind it, from a multiple of 8 bytes on, tokens of padding; then, likewise, `[batch × heads + 1]`
+    /// zeros that the blocks of a launch count themselves by.
     const ORIGINS: u64 = 32;
 
     fn paddings(batch: usize) -> u64 {
@@ -141,7 +144,7 @@ impl State {
     }
 
     fn bytes(batch: usize, heads: usize) -> usize {
-        Self::arrivals(batch) as usize + 4 * batch * heads
+        Self::arrivals(batch) as usize + 4 * (batch * heads + 1)
     }
 }
 
@@ -228,6 +231,7 @@ impl CudaLayer {
             held: None,
             steps: Steps::Eager,
             one_launch: *ONE_LAUNCH,
+            entering: Mutex::default(),
         })
     }
 
@@ -266,6 +270,9 @@ impl CudaLayer {
         if length > self.regions.total() {
             return Err(Error::value("length", format!("at most {}", self.regions.total()), length));
         }
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
+        self.forget_ahead();
         let regions = self.regions.of_first(length);
         if let Some(held) = &mut self.held {
             for side in &mut held.sides {
@@ -288,7 +295,7 @@ impl CudaLayer {
     /// # Safety
     /// As [`Self::append`].
     unsafe fn clear_arrivals(&self, held: &Held, stream: Stream) -> Result<()> {
-        let bytes = 4 * held.batch * self.spec().num_key_value_heads;
+        let bytes = 4 * (held.batch * self.spec().num_key_value_heads + 1);
         // SAFETY: the end of the state; the caller's promise for the stream.
         unsafe { self.shared.kernels.device().fill(held.arrivals(), 0, bytes, stream) }
     }
@@ -305,6 +312,7 @@ impl CudaLayer {
     pub fn reset(&mut self) -> Result<()> {
         self.expect_eager("reset")?;
         self.held = None;
+        self.forget_ahead();
         self.regions = Regions::default();
         self.padding.clear();
         self.blocks = 0;
@@ -337,7 +345,10 @@ impl CudaLayer {
     pub unsafe fn nonfinite_rows(&self, stream: Stream) -> Result<usize> {
         let Some(held) = &self.held else { return Ok(0) };
         // SAFETY: the caller's promise.
-        unsafe { self.expect_in_step(held, stream) }?;
+        unsafe {
+            self.settle(stream)?;
+            self.expect_in_step(held, stream)?;
+        }
         let mut count = [0i32];
         // SAFETY: one number of the state; the caller's promise for the stream.
         unsafe { self.shared.kernels.device().read(&mut count, held.state.address() + State::REFUSED, stream) }?;

@@ -24,6 +24,8 @@ const WORKSPACE_BYTES: usize = 256 << 20;
 pub struct PyCudaLayer {
     layer: CudaLayer,
     place: Place,
+    /// Keys and values of a token that waits for its attention, or waited.
+    waiting: Option<[Py<PyAny>; 2]>,
 }
 
 #[pymethods]
@@ -69,11 +71,12 @@ impl PyCudaLayer {
             // SAFETY: the caller promises streams of the device, and `allocate` tensors on it.
             unsafe { CudaLayer::new(spec, Device::get(device)?, compiler, memory, workspace_bytes, stream) }
         })?;
-        Ok(Self { layer, place })
+        Ok(Self { layer, place, waiting: None })
     }
 
     /// Stores new tokens: keys `[B, Hkv, n, Dk]`, values `[B, Hkv, n, Dv]` in the layer's dtype; query `[B, Hq, L, Dk]`, where it is
-    /// known, of the last L of them. Nothing changes on an error.
+    /// known, of the last L of them. Nothing changes on an error. The token of a decode step may wait for its attention, which stores it then,
+    /// or for the next call: its tensors must not be written until then.
     #[pyo3(signature = (keys, values, query=None))]
     fn append(
         &mut self,
@@ -82,11 +85,14 @@ impl PyCudaLayer {
         values: &Bound<PyAny>,
         query: Option<Bound<PyAny>>,
     ) -> PyResult<()> {
+        let tensors = [keys, values].map(|tensor| tensor.clone().unbind());
         let (keys, values) = (self.place.tensor4(keys, "keys")?, self.place.tensor4(values, "values")?);
         let query = query.map(|query| self.place.tensor4(&query, "query")).transpose()?;
         let stream = self.place.stream(py)?;
         // SAFETY: tensors of this device, which torch keeps until the stream is past the call; the constructor's caller promised the stream.
         py.detach(|| unsafe { self.layer.append(&keys, &values, query.as_ref(), stream) })?;
+        // Those of the token before have been used by now, at the latest.
+        self.waiting = self.layer.waits().then_some(tensors);
         Ok(())
     }
 
@@ -215,7 +221,9 @@ impl PyCudaLayer {
 
     /// What follows, one append of one token and its attention, is recorded and does not run.
     fn begin_capture(&mut self, py: Python) -> PyResult<()> {
-        Ok(py.detach(|| self.layer.begin_capture())?)
+        let stream = self.place.stream(py)?;
+        // SAFETY: as in `crop`.
+        Ok(py.detach(|| unsafe { self.layer.begin_capture(stream) })?)
     }
 
     /// The layer holds what it held before the capture.
@@ -241,7 +249,7 @@ impl PyCudaLayer {
         let stream = place.stream(py)?;
         // SAFETY: as in `crop`.
         let layer = py.detach(|| unsafe { self.layer.duplicate(stream) })?;
-        Ok(Self { layer, place })
+        Ok(Self { layer, place, waiting: None })
     }
 
     /// Rows of keys and of values that were not finite; waits for the stream.

@@ -323,7 +323,7 @@ def check_graph(machine: Machine, call: Call, results: Results) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step.run()
-    fewer = machine.put(torch.tensor([call.packed // 2 + 3, call.sinks, call.window // 2], dtype=torch.int32))
+    fewer = machine.put(torch.tensor([call.packed // 2 + 3, call.sinks, call.window // 2, 0], dtype=torch.int32))
     for name, other, lengths in (("other queries", query.flip(1), step.lengths.clone()), ("fewer rows", query, fewer)):
         for one in (step, eager):
             one.query.copy_(other)

@@ -77,7 +77,7 @@ class DecodeAttention:
     """The launches of one attention call over a `Past`, with workspaces of their own.
 
     `query`, `lengths` and `output` may be written or read between runs; everything else is fixed, as a captured graph
-    has it. `lengths` is {packed, sinks, window} rows, at most those of the call.
+    has it. `lengths` is {packed, sinks, window, 0} rows, at most those of the call.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DecodeAttention:
         self.machine, self.call, self.past = machine, call, past
         self.query = query.contiguous()
         self.launches: list[Launch] = []
-        self.lengths = machine.put(torch.tensor([call.packed, call.sinks, call.window], dtype=torch.int32))
+        self.lengths = machine.put(torch.tensor([call.packed, call.sinks, call.window, 0], dtype=torch.int32))
         self._shape = {"kv_heads": call.kv_heads, "group": call.group, "length": call.length}
         self._shape |= {"query_tiles": call.query_tiles}
         self._tiles = call.kv_heads * call.query_tiles
@@ -247,6 +247,7 @@ class DecodeAttention:
         fields = {"fold": fold.kept, "attend": attend.kept, "plain": plain.kept, "values": unfold.kept.transform}
         fields |= {"merge": merge.kept, "first_state": 1 + self._window_splits}
         if self.call.merges:
+            fields["merges"] = 1
             fields["arrivals"] = self.machine.put(torch.zeros(self.call.batch, self.call.kv_heads, dtype=torch.int32))
         arguments = params("OnceParams", **fields)
         grid = (*attend.grid[:2], self.splits + 1 + self._window_splits)

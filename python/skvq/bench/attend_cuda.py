@@ -325,7 +325,7 @@ def _print_step(name: str, step: dict[str, Any]) -> None:
     whole, attention = (1e3 * step[f"{part}_milliseconds"] for part in ("step", "attend"))
     print(
         f"  {name + ', step':<26}{whole:>11.1f} µs, attention {attention:.1f}"
-        f"; host {step['host_append_microseconds']:.0f} + {step['host_attend_microseconds']:.0f} µs"
+        f"; host {step['host_step_microseconds']:.0f} µs, attention {step['host_attend_microseconds']:.0f}"
         f"{'; ' if shares else ''}{', '.join(shares)}",
         flush=True,
     )

@@ -1,9 +1,10 @@
 """A decode step of one layer on a GPU, for `skvq bench attend --device cuda`: an append of one token and attention.
 
 Is: its time as one graph that is replayed, what the host spends on putting its launches on the stream, and its kernels.
-Is not: a step of a model. With statistics of blocks many appends pack nothing, and one in 256 packs rows of a whole
-block: the kernels of an append are then the mean over a block, and the replayed steps, few of which are of that kind,
-tell no share.
+Is not: a step of a model. A token of a static layer may enter with the launch that attends to it: what an append adds
+is then the difference to attention alone, and no kernel's. With statistics of blocks many appends pack nothing, and one
+in 256 packs rows of a whole block: the kernels of a step are then the mean over a block, and the replayed steps, few of
+which are of that kind, tell no share.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def measure_step(clock: Clock, layer: CudaLayer, static: bool, query: Tensor, ro
     # Where a page begins an append asks for memory; what is captured shall be the launches of any other one.
     while not 8 <= layer.packed_tokens % PAGE_ROWS < 64:
         append()
-    host = {"host_append_microseconds": append, "host_attend_microseconds": attend}
+    host: dict[str, Callable[[], object]] = {"host_step_microseconds": step, "host_attend_microseconds": attend}
     found: dict[str, Any] = {name: clock.host(work, HOST_STEPS) * 1e6 for name, work in host.items()}
     attend_call, _ = clock.recorded(attend)
     with captured_step(clock, layer, step, rounds + 1) as (step_call, found["graph"]):
@@ -49,7 +50,7 @@ def measure_step(clock: Clock, layer: CudaLayer, static: bool, query: Tensor, ro
     found |= {f"{name}_milliseconds": timing.median * 1e3 for name, timing in times.items()}
     share = 1.0 - times["attend"].median / times["step"].median
     found["append_share"] = share if static else None
-    return found | _kernel_shares(clock, append, attend, HOST_STEPS if static else 256)
+    return found | _kernel_shares(clock, step, attend, HOST_STEPS if static else 256)
 
 
 @contextmanager
@@ -87,14 +88,16 @@ def captured_step(
 
 
 def _kernel_shares(
-    clock: Clock, append: Callable[[], object], attend: Callable[[], object], count: int
+    clock: Clock, step: Callable[[], object], attend: Callable[[], object], count: int
 ) -> dict[str, Any]:
-    """Microseconds of each kernel of an append, the mean over `count`, and of attention; the share of encoding."""
-    parts = {"append": clock.kernels(append, count), "attend": clock.kernels(attend, HOST_STEPS)}
+    """Microseconds of each kernel of a step, the mean over `count`, and of attention alone; the share of those that
+    pack, None where attention's do.
+    """
+    parts = {"step": clock.kernels(step, count), "attend": clock.kernels(attend, HOST_STEPS)}
     reason = next((one for one in parts.values() if isinstance(one, str)), None)
     if reason is not None:
         return {"kernels": None, "encode_share": None, "no_kernels_because": reason}
     kernels = {name: {k: 1e6 * s for k, s in one.items()} for name, one in parts.items() if isinstance(one, dict)}
-    whole = sum(sum(one.values()) for one in kernels.values())
-    packing = sum(kernels["append"].get(name, 0.0) for name in ("append_row", "encode", "block_statistics"))
-    return {"kernels": kernels, "encode_share": packing / whole}
+    of_step = kernels["step"]
+    packing = sum(of_step.get(name, 0.0) for name in ("append_row", "encode", "block_statistics"))
+    return {"kernels": kernels, "encode_share": packing / sum(of_step.values()) if packing else None}

@@ -7,6 +7,7 @@ use super::super::kernels::launch;
 use super::super::launch::{Function, Stream};
 use super::super::pages::{BLOCK_ROWS, Side};
 use super::super::params::{AppendParams, AppendStream, CodecParams, CopyParams, EncodeParams, StatisticsParams};
+use super::entering::Recorded;
 use super::{CudaLayer, DeviceTensor, Held, State, address, length_words, whole_rows};
 use crate::codebook::Codebook;
 use crate::codec::Rule;
@@ -59,7 +60,7 @@ impl Rows {
         Self { address: tensor.address, strides, count: tensor.shape[2] }
     }
 
-    fn skip(self, rows: usize, count: usize, element: usize) -> Self {
+    pub(super) fn skip(self, rows: usize, count: usize, element: usize) -> Self {
         let bytes = self.strides[2] * (rows * element) as i64;
         Self { address: self.address.wrapping_add_signed(bytes), count, ..self }
     }
@@ -70,8 +71,8 @@ impl CudaLayer {
     /// width]`, where they are known, are of the last L of them. Waits for nothing. Nothing changes if this is refused.
     ///
     /// # Safety
-    /// Both are memory of the device that stays as it is until the stream is past this call; the stream is a live one of the device, and
-    /// past all earlier calls of this layer and of those that it was cloned from.
+    /// Both are memory of the device that stays as it is until the stream is past this call, and past the next one of the layer where it
+    /// [`waits`](Self::waits) then; the stream is a live one of the device, and past all earlier calls of this layer and of those that it was cloned from.
     pub unsafe fn append(
         &mut self,
         keys: &DeviceTensor,
@@ -88,7 +89,13 @@ impl CudaLayer {
             return unsafe { self.append_captured([keys, values], query.is_some(), stream) };
         }
         self.expect_told("append")?;
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let plan = self.plan(keys.shape[2]);
+        if self.is_eager() && self.may_wait(plan) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.append_waiting([keys, values], plan, stream) };
+        }
         let is_new = self.held.is_none();
         let mut held = match self.held.take() {
             Some(held) => held,
@@ -99,10 +106,16 @@ impl CudaLayer {
         if appended.is_ok() || !is_new {
             self.held = Some(held);
         }
+        self.forget_ahead();
         appended?;
         self.regions = plan.regions(self.regions);
         self.blocks = plan.blocks;
-        Ok(())
+        let recorded = self.entering().recorded;
+        match &self.held {
+            // SAFETY: the caller's promise; a layer whose steps may be replayed has no copies.
+            Some(held) if recorded == Recorded::Entering => unsafe { self.pack_ahead(held, stream) },
+            _ => Ok(()),
+        }
     }
 
     /// Refuses what `append` would refuse.
@@ -184,7 +197,7 @@ impl CudaLayer {
     }
 
     /// Whether an append does no more than to pack the window's first row, if it is full, and to put the new one behind its last.
-    fn is_step(&self, plan: Plan) -> bool {
+    pub(super) fn is_step(&self, plan: Plan) -> bool {
         plan.rows == 1
             && plan.passing() == 0
             && plan.to_pack <= 1
@@ -205,7 +218,13 @@ impl CudaLayer {
         leaves: i32,
         stream: Stream,
     ) -> Result<()> {
-        let heads = self.spec().num_key_value_heads;
+        let grid = [2, self.spec().num_key_value_heads as u32, held.batch as u32];
+        let parameters = self.append_parameters(held, tensors, leaves);
+        // SAFETY: the caller's promise.
+        unsafe { launch(function, grid, 256, &parameters, stream) }
+    }
+
+    pub(super) fn append_parameters(&self, held: &Held, tensors: [&DeviceTensor; 2], leaves: i32) -> AppendParams {
         let [keys, values] = Side::BOTH.map(|side| {
             let (tensor, rows) = (tensors[side as usize], held.side(side));
             AppendStream {
@@ -217,7 +236,7 @@ impl CudaLayer {
                 codec: self.codec_parameters(held, side),
             }
         });
-        let parameters = AppendParams {
+        AppendParams {
             keys,
             values,
             origins: held.origins(),
@@ -226,10 +245,8 @@ impl CudaLayer {
             leaves,
             ring_rows: held.ring_rows as i32,
             page_capacity: held.table_pages as i32,
-            kv_heads: heads as i32,
-        };
-        // SAFETY: the caller's promise.
-        unsafe { launch(function, [2, heads as u32, held.batch as u32], 256, &parameters, stream) }
+            kv_heads: self.spec().num_key_value_heads as i32,
+        }
     }
 
     unsafe fn append_rows(&self, held: &Held, tensors: [&DeviceTensor; 2], plan: Plan, stream: Stream) -> Result<()> {
@@ -328,7 +345,14 @@ impl CudaLayer {
         [first, second, fresh].into_iter().filter(|rows| rows.count > 0)
     }
 
-    unsafe fn encode(&self, held: &Held, side: Side, rows: Rows, first_row: usize, stream: Stream) -> Result<()> {
+    pub(super) unsafe fn encode(
+        &self,
+        held: &Held,
+        side: Side,
+        rows: Rows,
+        first_row: usize,
+        stream: Stream,
+    ) -> Result<()> {
         let (shared, heads) = (&*self.shared, self.spec().num_key_value_heads);
         let Some(function) = shared.kernels.encode(side) else {
             let parameters = CopyParams {

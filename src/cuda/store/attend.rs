@@ -371,12 +371,23 @@ impl CudaLayer {
         }
         self.check_call(call)?;
         self.check_captured(call)?;
+        if let Some(call) = self.entering_call(call)? {
+            // SAFETY: the caller's promise, for both.
+            unsafe {
+                self.pack_leaving(held, stream)?;
+                self.attend_some(held, &call, 0, true, stream)?;
+            }
+            self.note_entered();
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let (length, count) = (call.query.shape[2], self.queries_at_once(call)?);
         for first in (0..length).step_by(count) {
             let part = call.part(first, count.min(length - first));
             let later = length - first - part.query.shape[2];
             // SAFETY: the caller's promise.
-            unsafe { self.attend_some(held, &part, later, stream) }?;
+            unsafe { self.attend_some(held, &part, later, false, stream) }?;
         }
         Ok(())
     }
@@ -392,8 +403,22 @@ impl CudaLayer {
         Ok(count)
     }
 
-    /// Queries behind which the call has `later` more tokens.
-    unsafe fn attend_some(&self, held: &Held, call: &AttendCall, later: usize, stream: Stream) -> Result<()> {
+    /// Whether the fresh row of a call may enter with it: one launch makes all states, and nothing in front of it reads the rows.
+    pub(super) fn takes_token(&self, call: &AttendCall) -> Result<bool> {
+        let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
+        let turns = self.shared.constants[Side::Keys as usize].transform.shift_sine != 0;
+        Ok(shape.queries == Queries::Once && (shape.turned || !turns))
+    }
+
+    /// Queries behind which the call has `later` more tokens. `enters`: its fresh row is stored by the launch.
+    unsafe fn attend_some(
+        &self,
+        held: &Held,
+        call: &AttendCall,
+        later: usize,
+        enters: bool,
+        stream: Stream,
+    ) -> Result<()> {
         let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
         let kernels = self.shared.kernels.attention(shape.queries, shape.turned)?;
         let workspace = self.shared.memory.allocate(shape.places.bytes)?;
@@ -405,6 +430,7 @@ impl CudaLayer {
             shape,
             kernels: &kernels,
             mask,
+            enters,
             workspace: workspace.address(),
             stream,
             chained: Cell::new(false),

@@ -1,15 +1,16 @@
 //! The batch in another order, with fewer or more sequences, or a copy of it: pages are shared, the rest is moved by one launch an array.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::super::launch::Stream;
-use super::super::memory::Block;
+use super::super::memory::{Block, Page};
 use super::super::pages::Side;
 use super::super::params::CopyParams;
 use super::fixed::Steps;
 use super::queries::Seen;
 use super::{CudaLayer, Held, SideRows, State, pairs, whole_rows};
 use crate::error::{Error, Result};
+use crate::format::PAGE_ROWS;
 
 impl CudaLayer {
     /// New row `i` of the batch is the old row `indices[i]`: pages are shared, all else is copied.
@@ -41,6 +42,8 @@ impl CudaLayer {
 
     unsafe fn gathered(&self, indices: &[usize], stream: Stream) -> Result<Self> {
         self.expect_eager("gather")?;
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let padding = if self.padding.is_empty() || self.held.is_none() {
             self.padding.clone()
         } else {
@@ -54,6 +57,7 @@ impl CudaLayer {
             held: None,
             steps: Steps::Eager,
             one_launch: self.one_launch,
+            entering: Mutex::default(),
         };
         if let Some(held) = &self.held {
             // SAFETY: the caller's promise.
@@ -82,6 +86,9 @@ impl CudaLayer {
             unsafe { shared.kernels.copy_rows(&parameters, heads, batch, row_bytes, stream) }?;
             Ok(Some(target))
         };
+        // A page behind them may have a row that is packed ahead of its time: whoever packs it next has a page for it alone.
+        let filled = self.regions.packed.div_ceil(PAGE_ROWS);
+        let of_rows = |pages: &Vec<Arc<Page>>| pages[..filled.min(pages.len())].to_vec();
         let side = |side: Side| -> Result<SideRows> {
             let (rows, row_bytes) = (old.side(side), shared.row_bytes(side));
             let number_bytes = 4 * shared.codec(side).layout.head_dim;
@@ -95,7 +102,7 @@ impl CudaLayer {
             };
             Ok(SideRows {
                 pool: Arc::clone(&rows.pool),
-                pages: indices.iter().flat_map(|index| rows.pages[index * heads..][..heads].to_vec()).collect(),
+                pages: indices.iter().flat_map(|index| &rows.pages[index * heads..][..heads]).map(of_rows).collect(),
                 table: gather(rows.table.as_ref(), 1, 8 * old.table_pages)?,
                 sinks: gather(rows.sinks.as_ref(), shared.spec.sinks, row_bytes)?,
                 ring: gather(rows.ring.as_ref(), old.ring_rows, row_bytes)?,

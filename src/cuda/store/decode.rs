@@ -23,6 +23,8 @@ impl CudaLayer {
     /// As [`Self::append`]; `output` is memory of the device that nobody else uses meanwhile.
     pub unsafe fn decode(&self, side: Side, output: &DeviceTensor, stream: Stream) -> Result<()> {
         self.expect_told("decode")?;
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let (shared, Regions { sinks, packed, window }) = (&*self.shared, self.regions);
         let width = shared.codec(side).layout.head_dim;
         let expected = [self.batch_size(), shared.spec.num_key_value_heads, self.regions.total(), width];

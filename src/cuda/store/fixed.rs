@@ -15,6 +15,7 @@ use super::super::pages::Side;
 use super::super::params::{AppendBlockParams, AppendBlockStream, StepParams};
 use super::append::{Plan, Rows};
 use super::attend::AttendCall;
+use super::entering::{Entering, Recorded, Waiting};
 use super::queries::Observation;
 use super::{CudaLayer, DeviceTensor, Held, State, address, length_words};
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ use crate::layer::Regions;
 
 /// Pages for rows to come, and how many tokens and packed rows those are for in all.
 pub(super) struct Reserved {
-    tokens: usize,
+    pub tokens: usize,
     /// Rows between sinks and window that there are pages for.
     packed: usize,
     /// Of keys and of values, for each `[batch × heads]` those that no row has reached, the next one last. The tables know them.
@@ -53,6 +54,14 @@ pub(super) enum Steps {
     Captured { told: bool, observed: usize },
 }
 
+/// Whether no copy shares the page that packed row `packed` goes to.
+fn has_own_page(held: &mut Held, packed: usize) -> bool {
+    let begun = !packed.is_multiple_of(PAGE_ROWS);
+    let is_shared =
+        |pages: &mut Vec<Arc<Page>>| begun && pages.last_mut().is_some_and(|page| Arc::get_mut(page).is_none());
+    !held.sides.iter_mut().any(|rows| rows.pages.iter_mut().any(is_shared))
+}
+
 impl CudaLayer {
     /// Takes pages for `tokens` tokens in all, of which there is at least one. A crop, and a copy of the layer, are without them.
     ///
@@ -75,6 +84,8 @@ impl CudaLayer {
         if tokens <= total {
             return Err(Error::value("tokens", format!("more than the {total} that there are"), tokens));
         }
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let plan = self.plan(tokens - total);
         let Some(mut held) = self.held.take() else { return Ok(()) };
         // SAFETY: the caller's promise.
@@ -86,11 +97,14 @@ impl CudaLayer {
     unsafe fn reserve_in(&self, held: &mut Held, tokens: usize, plan: Plan, stream: Stream) -> Result<()> {
         held.reserved = None;
         // SAFETY: the caller's promise.
-        unsafe { self.reserve(held, plan, self.most_window().min(tokens), stream) }?;
+        unsafe {
+            self.reserve(held, Plan { to_pack: plan.to_pack + 1, ..plan }, self.most_window().min(tokens), stream)
+        }?;
         // SAFETY: the caller's promise.
         unsafe { self.start_queries(held, stream) }?;
         let packed = plan.packed + plan.to_pack;
-        let wanted = packed.div_ceil(PAGE_ROWS);
+        // The first row of the last window may be packed ahead of its time.
+        let wanted = (packed + 1).div_ceil(PAGE_ROWS);
         // The ring may have moved.
         let mut words = length_words(held.lengths(), self.regions, held.ring_first).to_vec();
         let mut pages = [Vec::new(), Vec::new()];
@@ -109,7 +123,12 @@ impl CudaLayer {
         // SAFETY: tables with room for these pages; the caller's promise for the stream.
         unsafe { self.shared.kernels.poke(&words, stream) }?;
         held.reserved = Some(Reserved { tokens, packed, pages });
-        Ok(())
+        // Where a page is shared a capture will say so.
+        if !has_own_page(held, self.regions.packed) {
+            return Ok(());
+        }
+        // SAFETY: the page that it goes to is ours alone.
+        unsafe { self.pack_ahead(held, stream) }
     }
 
     /// Tokens that there are pages for, if that was asked for.
@@ -118,10 +137,15 @@ impl CudaLayer {
     }
 
     /// From here on launches are recorded: one append of one token, and attention of its queries.
-    pub fn begin_capture(&mut self) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`Self::append`].
+    pub unsafe fn begin_capture(&mut self, stream: Stream) -> Result<()> {
         if self.is_capturing() {
             return Err(Error::state("begin_capture", "end_capture() before", "another capture"));
         }
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let (sinks, window, regions) = (self.spec().sinks, self.spec().window, self.regions);
         let Some(held) = &mut self.held else {
             return Err(Error::state("begin_capture", "a layer with reserve(tokens)", "one without tokens"));
@@ -138,10 +162,7 @@ impl CudaLayer {
             let expected = format!("a full window, {full} tokens");
             return Err(Error::state("begin_capture", expected, regions.total()));
         }
-        let begun = !regions.packed.is_multiple_of(PAGE_ROWS);
-        let is_shared =
-            |pages: &mut Vec<Arc<Page>>| begun && pages.last_mut().is_some_and(|page| Arc::get_mut(page).is_none());
-        if held.sides.iter_mut().any(|rows| rows.pages.iter_mut().any(is_shared)) {
+        if !has_own_page(held, regions.packed) {
             let expected = "pages that no copy of the layer shares; append until a row is packed";
             return Err(Error::state("begin_capture", expected, "shared ones"));
         }
@@ -154,14 +175,17 @@ impl CudaLayer {
         Ok(())
     }
 
-    /// What was recorded has not run: the layer holds what it held before.
+    /// What was recorded has not run: the layer holds what it held before. Refuses a step whose token nobody has attended to, which must not be replayed.
     pub fn end_capture(&mut self) -> Result<()> {
         let Steps::Capturing { before, observed, .. } = self.steps else {
             return Err(Error::state("end_capture", "begin_capture() before", "no capture"));
         };
         self.regions = before;
         self.steps = Steps::Captured { told: false, observed };
-        Ok(())
+        match self.entering().waiting.take() {
+            None => Ok(()),
+            Some(_) => Err(Error::state("end_capture", "attention behind the append", "none")),
+        }
     }
 
     /// The captured step has run `steps` times since the capture, or since this was last called.
@@ -201,7 +225,12 @@ impl CudaLayer {
     pub fn release_capture(&mut self) -> Result<()> {
         self.expect_told("release_capture")?;
         self.steps = Steps::Eager;
+        self.entering().recorded = Recorded::Nothing;
         Ok(())
+    }
+
+    pub(super) fn is_eager(&self) -> bool {
+        self.steps == Steps::Eager
     }
 
     pub(super) fn is_capturing(&self) -> bool {
@@ -294,11 +323,16 @@ impl CudaLayer {
             let found = if appended { "another one".to_string() } else { format!("{} tokens", tensors[0].shape[2]) };
             return Err(Error::state("append", "in a capture one append of one token, without queries", found));
         }
-        if let Some(held) = &self.held {
+        let plan = self.plan(1);
+        let entering = *self.entering();
+        let waits = self.may_wait(plan) && entering.ahead && entering.recorded != Recorded::Apart;
+        if waits {
+            self.entering().waiting = Some(Waiting::of(tensors, true));
+        } else if let Some(held) = &self.held {
             // SAFETY: the caller's promise.
-            unsafe { self.launch_step(held, tensors, stream) }?;
+            unsafe { self.launch_step(held, tensors, &mut self.entering(), stream) }?;
         }
-        self.regions = self.plan(1).regions(before);
+        self.regions = plan.regions(before);
         self.steps = Steps::Capturing { before, appended: true, observed };
         Ok(())
     }
@@ -319,9 +353,20 @@ impl CudaLayer {
         Ok(())
     }
 
-    unsafe fn launch_step(&self, held: &Held, tensors: [&DeviceTensor; 2], stream: Stream) -> Result<()> {
+    pub(super) unsafe fn launch_step(
+        &self,
+        held: &Held,
+        tensors: [&DeviceTensor; 2],
+        entering: &mut Entering,
+        stream: Stream,
+    ) -> Result<()> {
         let kernels = &self.shared.kernels;
         let Some(append_row) = kernels.append_row() else { return Ok(()) };
+        if entering.recorded == Recorded::Entering {
+            let expected = "a step with the launches of the one that was captured before; release_capture() before";
+            return Err(Error::state("a capture", expected, "an append of its own"));
+        }
+        (entering.ahead, entering.recorded) = (false, Recorded::Apart);
         let step = StepParams {
             lengths: held.lengths(),
             overflow: held.state.address() + State::OVERFLOW,

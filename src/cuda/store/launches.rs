@@ -6,12 +6,12 @@ use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY
 use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
-    AttendParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion, TransformParams,
-    TurningParams, UnfoldParams, WaveParams,
+    AppendParams, AttendParams, EnterParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion,
+    TransformParams, TurningParams, UnfoldParams, WaveParams,
 };
 use super::attend::{AttendCall, Merge, PlainSplits, Shape};
 use super::decode::Target;
-use super::{CudaLayer, Held, address, length_words};
+use super::{CudaLayer, Held, State, address, length_words};
 use crate::error::Result;
 use crate::transform::SPAN;
 
@@ -41,6 +41,8 @@ pub(super) struct Launches<'a> {
     pub shape: Shape,
     pub kernels: &'a AttentionKernels,
     pub mask: MaskParams,
+    /// The fresh row is a token that enters with the launch.
+    pub enters: bool,
     /// Its address; `shape.places` says what lies where.
     pub workspace: u64,
     pub stream: Stream,
@@ -118,14 +120,15 @@ impl Launches<'_> {
         let shape = &self.shape;
         let splits_of_block = if matches!(shape.queries, Queries::Apart(_)) { ATTEND_WARPS } else { 1 };
         let tiles = self.heads() as u32 * shape.query_tiles.div_ceil(shape.tiles) as u32;
-        let rows = if shape.queries == Queries::Once { shape.plain_states } else { 0 };
+        let rows = if shape.queries == Queries::Once { shape.plain_states + 2 * usize::from(self.enters) } else { 0 };
         let (splits, batch) = ((shape.splits.div_ceil(splits_of_block) + rows) as u32, self.held.batch as u32);
         if shape.queries == Queries::Many { [splits, tiles, batch] } else { [tiles, batch, splits] }
     }
 
     /// Address of the lengths of what is read.
     fn lengths_read(&self) -> u64 {
-        if self.call.fresh.is_some() { self.place(self.shape.places.lengths) } else { self.held.lengths() }
+        let own = self.call.fresh.is_some() && !self.enters;
+        if own { self.place(self.shape.places.lengths) } else { self.held.lengths() }
     }
 
     /// Tells the device what is read, where that is not all that is stored.
@@ -133,7 +136,7 @@ impl Launches<'_> {
     /// # Safety
     /// As [`CudaLayer::attend`], here and in the functions below.
     pub unsafe fn lengths(&self) -> Result<()> {
-        if self.call.fresh.is_none() {
+        if self.call.fresh.is_none() || self.enters {
             return Ok(());
         }
         let words = length_words(self.lengths_read(), self.shape.regions, self.held.ring_first);
@@ -229,18 +232,33 @@ impl Launches<'_> {
         if kernels.turning.is_some() {
             self.wait();
         }
+        let merges = self.shape.merge == Merge::Inside;
         let parameters = OnceParams {
             fold,
             attend: self.attending(kernels, &fold),
             plain: self.plain_rows(),
             values: self.layer.transform(self.held, Side::Values),
             merge: self.merging(),
-            arrivals: if self.shape.merge == Merge::Inside { self.held.arrivals() } else { 0 },
+            append: self.appending(),
+            arrivals: if merges || self.enters { self.held.arrivals() } else { 0 },
+            overflow: self.held.state.address() + State::OVERFLOW,
             first_state: self.shape.plain_states as i32,
-            padding: 0,
+            merges: i32::from(merges),
         };
         // SAFETY: as above.
         unsafe { self.launch(&kernels.attend, self.attend_grid(), kernels.threads, &parameters) }
+    }
+
+    /// A token that enters, if one does.
+    fn appending(&self) -> AppendParams {
+        match &self.call.fresh {
+            Some(fresh) if self.enters => self.layer.append_parameters(self.held, fresh.each_ref(), 0),
+            _ => AppendParams::default(),
+        }
+    }
+
+    fn entering(&self) -> EnterParams {
+        if self.enters { self.layer.enter_parameters(self.held) } else { EnterParams::default() }
     }
 
     /// What folds the queries for packed rows.
@@ -334,6 +352,7 @@ impl Launches<'_> {
             key_wide_levels: 0,
             value_wide_levels: 0,
             bias_capacity: shape.regions.packed as i64,
+            enter: self.entering(),
             turned: self.turned(&fold.transform),
             mask: self.mask,
             key_levels: keys.table,
@@ -411,7 +430,13 @@ impl Launches<'_> {
             kind: region as i32,
             splits: splits.splits as i32,
             rows_per_split: splits.rows as i32,
-            ring_first: if ring { layer.ring_first(held) } else { 0 },
+            ring_first: if !ring {
+                0
+            } else if self.enters {
+                -1
+            } else {
+                layer.ring_first(held)
+            },
             ring_rows: if ring { held.ring_rows as i32 } else { 0 },
             table_pages: held.table_pages as i32,
         }
@@ -428,6 +453,7 @@ impl Launches<'_> {
             states: self.place(shape.places.states),
             lengths: self.lengths_read(),
             mask: self.mask,
+            enter: self.entering(),
             regions: Region::ALL.map(|region| self.region(region, shape.plain[region as usize])),
             scale: call.scale,
             fresh_rows: call.fresh_rows() as i32,

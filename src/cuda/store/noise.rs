@@ -18,6 +18,8 @@ impl CudaLayer {
     /// As [`Self::append`].
     pub unsafe fn score_noise(&self, query: &DeviceTensor, scale: f32, stream: Stream) -> Result<f32> {
         self.check_query(query, self.batch_size(), usize::MAX)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.settle(stream) }?;
         let (codec, rows) = (self.shared.codec(Side::Keys), self.regions.packed);
         let Some(held) = self.held.as_ref().filter(|_| rows > 0 && !codec.is_raw()) else { return Ok(0.0) };
         let (kv_heads, heads, width) = (self.spec().num_key_value_heads, query.shape[1], codec.layout.head_dim);
