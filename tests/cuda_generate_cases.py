@@ -22,6 +22,7 @@ from cuda_store_cases import STREAM, Memory, capture, refused
 from skvq import QuantizedDynamicCache, SkvqConfig, cuda_store
 from skvq._native import CudaLayer, Layer
 from skvq.attention import register_attention
+from skvq.bench import layers
 from skvq.layer import PackedLayer
 from skvq.packed import PackedStates, Snapshot
 
@@ -321,6 +322,53 @@ def fitted_prompt(place: torch.device, family: str, attention: str) -> dict[str,
     return {"error": max(errors), "limit": limit}
 
 
+# Of the largest number of an output.
+STEP_ERROR = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
+
+
+def steps_of_one_launch(
+    place: torch.device, form: str, shape: layers.Shape, dtype: str, steps: int = 300
+) -> dict[str, Any]:
+    """Steps whose token enters with its attention leave the rows of steps by launches apart, to the last bit, and give
+    the same attention, over ends of pages and of the ring; some tokens have two readers, some none.
+    """
+    plan = layers.layer_plan(shape, form, static=True)
+    with on_device(place):
+        one, apart = (layers.cuda_layer(shape, plan, dtype=dtype, device=place) for _ in range(2))
+    apart.one_launch = False
+    kind, generator = getattr(torch, dtype), torch.Generator(place).manual_seed(0)
+    for rows in layers.random_rows(shape, kind, device=place):
+        one.append(*rows)
+        apart.append(*rows)
+    worst = 0.0
+    for step in range(steps):
+        size = (shape.batch, shape.num_key_value_heads, 1, shape.head_dim)
+        rows = tuple(torch.randn(size, generator=generator, device=place).to(kind) for _ in range(2))
+        one.append(*rows)
+        apart.append(*rows)
+        for _ in range((1, 1, 2, 1, 0)[step % 5]):
+            size = (shape.batch, shape.num_attention_heads, 1, shape.head_dim)
+            query = torch.randn(size, generator=generator, device=place).to(kind)
+            outputs = [torch.full_like(query, float("nan")) for _ in range(2)]
+            for layer, output in zip((one, apart), outputs, strict=True):
+                layer.attend(query, output, scale=shape.head_dim**-0.5)
+            worst = max(worst, difference(*(output.float() for output in outputs)))
+    for name in ("decode_keys", "decode_values"):
+        whole = (shape.batch, shape.num_key_value_heads, one.length, shape.head_dim)
+        found = [torch.empty(whole, dtype=kind, device=place) for _ in range(2)]
+        for layer, output in zip((one, apart), found, strict=True):
+            getattr(layer, name)(output)
+        assert torch.equal(*found), f"{name}: {int((found[0] != found[1]).any(-1).sum())} rows differ"
+    limit = STEP_ERROR[dtype]
+    assert worst <= limit, f"attention differs by {worst:.2e} of the largest, limit {limit:g}"
+    return {"error": worst, "limit": limit, "tokens": one.length}
+
+
+def small_steps(place: torch.device) -> dict[str, Any]:
+    """`steps_of_one_launch` of a small layer."""
+    return steps_of_one_launch(place, "K2V1.6", layers.Shape(2, 4, 2, 250, head_dim=64), "float32", steps=25)
+
+
 def changes_of_a_cache(place: torch.device) -> dict[str, Any]:
     """Copies, crops, selections and resets, and what is refused."""
     model = model_of("llama")
@@ -465,6 +513,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "fitted": fitted_prompt,
     "changes": changes_of_a_cache,
     "replayed": replayed_steps,
+    "steps": small_steps,
 }
 
 

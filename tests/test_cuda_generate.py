@@ -67,6 +67,10 @@ def test_logits_are_close_at_low_bits(stand_ins: tuple[Path, str], family: str, 
     check(stand_ins, "close", family, attention)
 
 
+def test_steps_of_one_launch_are_those_of_launches_apart(stand_ins: tuple[Path, str]) -> None:
+    check(stand_ins, "steps")
+
+
 def test_a_wrong_scale_is_found(stand_ins: tuple[Path, str]) -> None:
     check(stand_ins, "wrong", "gemma2", "skvq")
 

@@ -1,14 +1,16 @@
 """Generation with a cache on a GPU: the tokens and logits of caches that are known to be right.
 
 Is: tiny random models (../cuda_generate_cases.py), their lossless cache against transformers' own, token by token, the
-default's bits against the store on the CPU, and a captured step against steps that the host launches; likewise a real
-model, `--model PATH`, if there is one. Models run in float32, so that what differs is the cache's. Is not: timed.
+default's bits against the store on the CPU, a captured step against steps that the host launches, and layers whose
+tokens enter with their attention against launches apart; likewise a real model, `--model PATH`, if there is one. Models
+run in float32, so that what differs is the cache's. Is not: timed.
 `--device cpu` is for the stand-in of kernels/emu.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -26,6 +28,7 @@ import cuda_generate_cases as cases
 import tiny_models
 from skvq import QuantizedDynamicCache, SkvqConfig, _native
 from skvq.attention import register_attention
+from skvq.bench import layers
 from skvq.model_layers import cache_argument
 
 MODEL_ERROR = 2e-2  # of the largest logit: a code on the edge of two levels may fall either way
@@ -35,6 +38,14 @@ FULL: list[tuple[str, Callable[..., dict[str, Any]], tuple[str, ...]]] = [
     *[("logits", cases.close_logits, case) for case in (("llama", "sdpa"), ("gemma2", "skvq"))],
     *[("fitted", cases.fitted_prompt, case) for case in (("llama", "sdpa"), ("gemma2", "skvq"))],
     ("changes", cases.changes_of_a_cache, ()),
+]
+# Steps whose token enters with its attention: few splits and many, one query of a kv head and eight.
+STEPS = [
+    ("K2V1.6", layers.Shape(8, 32, 1, 1500), "float16"),
+    ("K2V1.6", layers.Shape(4, 4, 5, 700), "bfloat16"),
+    ("K4V3", layers.Shape(2, 16, 2, 9000, head_dim=64), "float16"),
+    ("fitted", layers.Shape(8, 32, 2, 1500), "float16"),
+    ("plan", layers.Shape(4, 8, 1, 2000), "bfloat16"),
 ]
 SMALL = [case for case in FULL if case[2] in (("llama", "sdpa", "greedy"), ("llama", "sdpa"))]
 
@@ -181,6 +192,9 @@ def main() -> int:
     if place.type == "cuda":
         for name, config in (("static", cases.STATIC), ("fitted", cases.FITTED), ("blocks", cases.LOW)):
             results.run("graph", f"llama, {name}", lambda config=config: captured_tokens(place, config))
+        for form, shape, dtype in STEPS:
+            run = functools.partial(cases.steps_of_one_launch, place, form, shape, dtype)
+            results.run("steps", f"{form}, {shape}, {dtype}", run)
     else:
         print("skip graph    needs a GPU")
     if options.model:
