@@ -390,6 +390,27 @@ def test_many_blocks_do_not_each_multiply_with_a_matrix(driver: Path, nvrtc: str
     assert bool(kernel_launches(launches, "fold")) != once
 
 
+LONG = """
+import torch
+pair = cases.Pair(cases.CASES["static"], nvrtc)
+generator = torch.Generator().manual_seed(0)
+pair.append(*pair.rows(generator, 3000))
+print("made", file=sys.stderr, flush=True)
+pair.check_attention(generator, 1, both=False)
+"""
+
+
+@pytest.mark.parametrize(("resident", "splits"), [("4", 1), ("3", 3), ("2", 1)])
+def test_splits_fill_the_blocks_that_fit(driver: Path, nvrtc: str, resident: str, splits: int) -> None:
+    # Four of (kv head, sequence), one multiprocessor.
+    options = {"FAKE_CUDA_LOG": "1", "FAKE_CUDA_MULTIPROCESSORS": "1", "FAKE_CUDA_RESIDENT": resident}
+    _, seen = run_code(LONG, driver, nvrtc, **options)
+    (launch,) = kernel_launches(seen.split("made\n")[1].splitlines(), "attend_once")
+    rows = re.search(r"grid 2,2,(\d+)", launch)
+    assert rows
+    assert int(rows[1]) - 2 == splits, launch  # beside sinks and window
+
+
 @pytest.mark.parametrize("setting", [{"SKVQ_OVERLAP": "0"}, {"FAKE_CUDA_CAPABILITY": "80"}], ids=["asked", "sm_80"])
 def test_launches_that_are_kept_apart(driver: Path, nvrtc: str, setting: dict[str, str]) -> None:
     options = {"FAKE_CUDA_LOG": "1", "SKVQ_ONE_LAUNCH": "0", **setting}

@@ -3,7 +3,7 @@
 // Is: what loaders, streams, events and copies of a backend need, so that its real launch code runs; capture of a stream's launches, copies and
 // fills into a graph, which replays them with the parameters that they had. Is not: asynchronous (every call is done when it returns), nor a
 // check of a CUBIN beyond its first bytes. Instances are those of the table in EMULATED_INSTANCES.
-// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 90. FAKE_CUDA_MULTIPROCESSORS: 108. FAKE_CUDA_LOG: launches and waits are told on stderr.
+// FAKE_CUDA_DEVICES: how many (1). FAKE_CUDA_CAPABILITY: 90. FAKE_CUDA_MULTIPROCESSORS: 108. FAKE_CUDA_RESIDENT: blocks that share one, 4. FAKE_CUDA_LOG: launches and waits are told on stderr.
 #ifndef EMULATED_INSTANCES
 #define EMULATED_INSTANCES "instances.hpp"
 #endif
@@ -138,6 +138,7 @@ DRIVER cuModuleGetFunction(Handle* function, Handle, const char* name) {
     return *function = const_cast<emulator::Instance*>(instance), instance ? success : not_found;
 }
 DRIVER cuFuncSetAttribute(Handle, int, int) { return success; }
+DRIVER cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Handle, int, size_t) { return *blocks = setting("FAKE_CUDA_RESIDENT", 4), success; }
 DRIVER cuFuncGetAttribute(int* value, int, Handle) { return *value = 0, success; }
 /// CUlaunchConfig of cuda.h, and its attributes, of which the one that counts lets a launch begin early.
 struct LaunchAttribute {

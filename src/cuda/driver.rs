@@ -35,6 +35,7 @@ function_table! { Functions:
     load_module = "cuModuleLoadData": fn(*mut CUmodule, *const c_void) -> c_int;
     function = "cuModuleGetFunction": fn(*mut CUfunction, CUmodule, *const c_char) -> c_int;
     set_function_attribute = "cuFuncSetAttribute": fn(CUfunction, FunctionAttribute, c_int) -> c_int;
+    resident_blocks = "cuOccupancyMaxActiveBlocksPerMultiprocessor": fn(*mut c_int, CUfunction, c_int, usize) -> c_int;
     launch = "cuLaunchKernelEx": fn(*const CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void) -> c_int;
     copy = "cuMemcpyAsync": fn(CUdeviceptr, CUdeviceptr, usize, CUstream) -> c_int;
     fill = "cuMemsetD8Async": fn(CUdeviceptr, u8, usize, CUstream) -> c_int;

@@ -87,6 +87,8 @@ pub struct PackedKernels {
     /// Of a block of `attend`, and the bytes of shared memory that it asks for.
     pub threads: usize,
     pub shared_bytes: usize,
+    /// Its blocks that share a multiprocessor.
+    pub resident: usize,
 }
 
 impl Kernels {
@@ -204,7 +206,8 @@ impl Kernels {
                 Ok([fold, self.load("merge.cuh", "unfold", &[value_width])?])
             };
             let fold_and_unfold = (queries != Queries::Once).then(apart).transpose()?;
-            Ok(PackedKernels { turning, attend, fold_and_unfold, threads, shared_bytes })
+            let resident = attend.resident_blocks(threads, shared_bytes)?;
+            Ok(PackedKernels { turning, attend, fold_and_unfold, threads, shared_bytes, resident })
         };
         let kernels = Arc::new(AttentionKernels {
             packed: self.names.packed.then(packed).transpose()?,

@@ -121,6 +121,18 @@ impl Function {
         self.device.driver.check("cuLaunchKernelEx", status)
     }
 
+    /// Blocks of so many threads that share a multiprocessor, at least one.
+    pub fn resident_blocks(&self, threads: usize, shared_bytes: usize) -> Result<usize> {
+        let _active = self.device.activate()?;
+        self.allow_shared(shared_bytes)?;
+        let mut blocks = 0;
+        let count = self.device.driver.functions.resident_blocks;
+        // SAFETY: a live function of the current context; points to an integer of this frame.
+        let status = unsafe { count(&raw mut blocks, self.raw, threads as c_int, shared_bytes) };
+        self.device.driver.check("cuOccupancyMaxActiveBlocksPerMultiprocessor", status)?;
+        Ok(blocks.max(1) as usize)
+    }
+
     /// Raises the kernel's limit of dynamic shared memory where a launch needs it.
     fn allow_shared(&self, bytes: usize) -> Result<()> {
         // Held over the call: of two threads, the one that needs less must not set its limit last.

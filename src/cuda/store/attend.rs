@@ -33,7 +33,7 @@ const PLAIN_ROWS: usize = 32;
 /// Splits that become one state, at most: where each has a transform to undo, and where all share one. Where there are few, fewer of them one after the other.
 const SPLITS_PER_STATE: usize = 4;
 const STATIC_SPLITS_PER_STATE: usize = 8;
-/// Blocks of threads for each multiprocessor: how many fit at once.
+/// Blocks of threads for each multiprocessor, where no kernel says how many fit at once.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// Blocks that pass over so many pages and more make way for others, up to so many turns of the device: warps do not come to their end at once, and
 /// the last ones have a multiprocessor to themselves.
@@ -246,8 +246,6 @@ impl CudaLayer {
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
         let multiprocessors = self.shared.kernels.multiprocessors();
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
-        let resident = if many { 1 } else { BLOCKS_PER_MULTIPROCESSOR };
-        let at_once = resident * multiprocessors;
         // Each block folds the queries for itself: where that is a product with a matrix, it pays for few blocks only.
         let has_matrix = keys.transform.inverse != 0 || values.transform.inverse != 0;
         let pays = !has_matrix || others * (pages / FEWEST_PAGES).max(1) <= 2 * multiprocessors;
@@ -255,6 +253,14 @@ impl CudaLayer {
         let (frequencies, width) = (keys.waves.frequencies as usize, spec.keys.layout.head_dim);
         let can_turn = is_half && width <= TURNED_WIDTH && (1..=width / 2).contains(&frequencies);
         let once = self.one_launch.unwrap_or(pays || can_turn) && is_packed && packed > 0 && !many && query_tiles == 1;
+        // With statistics of blocks a kernel is chosen by the splits, not the other way round.
+        let kind = if once { Queries::Once } else { Queries::Tiles(tiles) };
+        let resident = match (many, self.block_rows()) {
+            (true, _) => 1,
+            (_, 0) if is_packed && packed > 0 => self.resident(kind, once && can_turn)?,
+            _ => BLOCKS_PER_MULTIPROCESSOR,
+        };
+        let at_once = resident * multiprocessors;
         let turns = (pages / even_splits(others, at_once).max(1) / LONG_SPLIT).clamp(1, MOST_TURNS);
         let most_wanted = if once { (multiprocessors / others).max(pages / FEWEST_PAGES).max(1) } else { usize::MAX };
         let wanted_splits = even_splits(others, turns * at_once).min(most_wanted);
@@ -317,6 +323,12 @@ impl CudaLayer {
         };
         shape.places = self.places(&shape);
         Ok(shape)
+    }
+
+    /// Blocks of threads that share a multiprocessor.
+    fn resident(&self, queries: Queries, turned: bool) -> Result<usize> {
+        let kernels = self.shared.kernels.attention(queries, turned)?;
+        Ok(kernels.packed.as_ref().map_or(BLOCKS_PER_MULTIPROCESSOR, |packed| packed.resident))
     }
 
     fn places(&self, shape: &Shape) -> Places {
