@@ -130,9 +130,10 @@ template <class T, class L>
 __device__ __forceinline__ void enter_row(const OnceParams& p, const AppendStream& stream, u8* shared) {
     if constexpr (enters_inside<L>) {
         append_to<T, L, attend_threads>(p.append, stream, block_x_here(), blockIdx.y, *reinterpret_cast<AppendSpace<L>*>(shared), [&]() -> AppendPlaces {
-            const Lengths lengths(p.plain.lengths, p.plain.enter);
-            // With the token the window is full, and its first row is the next to leave.
-            return {lengths.first + lengths.window, lengths.first, lengths.packed, lengths.window + 1 == p.plain.enter.window};
+            const Lengths before(p.plain.lengths), lengths(p.plain.lengths, p.plain.enter);
+            // With the token the window is full, and its first row is the next to leave. Without room it may have no page, and stays.
+            const bool leaves = before.stored() < p.plain.enter.most_tokens && lengths.window + 1 == p.plain.enter.window;
+            return {lengths.first + lengths.window, lengths.first, lengths.packed, leaves};
         });
     }
 }

@@ -19,6 +19,7 @@ import torch
 
 from parts_examples import codec_options, frequencies_of
 from skvq import SkvqError, _native
+from skvq.config import PAGE_ROWS
 from skvq.warmup import QUERY_TILE
 
 STREAM = 3
@@ -702,6 +703,40 @@ def replay_too_often(case: Case, nvrtc: str) -> None:
     refused(lambda: pair.cuda.replayed(1), "steps: expected at most 0")
 
 
+def reserve_again(case: Case, nvrtc: str) -> None:
+    """A second `reserve` where a page has just ended gives other pages, also to the row that is packed ahead."""
+    for captures in (True, False):
+        pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
+        prompt = case.sinks + case.window + PAGE_ROWS
+        pair.append(*pair.rows(generator, prompt))
+        assert pair.cuda.packed_tokens == PAGE_ROWS
+        pair.cuda.reserve(prompt + 10)
+        pair.cuda.reserve(prompt + 20)
+        step = Step(pair, generator)
+        run: Callable[[], object] = step.on_cuda
+        if captures:
+            pair.cuda.begin_capture()
+            run = capture(step.on_cuda, pair.memory)
+            pair.cuda.end_capture()
+        for _ in range(3):
+            step.renew()
+            run()
+            step.on_others()
+            step.compare()
+        if captures:
+            pair.cuda.replayed(3)
+            pair.cuda.one_launch = False
+            step.renew()
+            step.on_cuda()  # the step that is replayed finds its row packed all the same
+            step.on_others()
+            step.renew()
+            run()
+            step.on_others()
+            step.compare()
+            pair.cuda.replayed(1)
+        pair.check(generator)
+
+
 def replay_without_a_block(case: Case, nvrtc: str) -> None:
     """All that is reserved waits for the rest of the first block: attention has no packed rows, at no replay."""
     pair, generator = Pair(case, nvrtc), torch.Generator().manual_seed(0)
@@ -729,6 +764,8 @@ def main_replay(nvrtc: str, name: str) -> None:
     replay_program((CASES | REPLAYED)[name], nvrtc)
     if name in ("static", "blocks"):
         replay_too_often(CASES[name], nvrtc)
+    if name == "static":
+        reserve_again(CASES[name], nvrtc)
     if name == "blocks":
         replay_without_a_block(CASES[name], nvrtc)
     print("equal")

@@ -510,6 +510,9 @@ class CudaLayer:
     ) -> None:
         """Attention over all T tokens, softmax(scale·q·kᵀ + mask)·v; a query that sees nothing gives zeros.
 
+        Behind an append of one token the call may store it, too (:meth:`append`): a graph that is captured outside
+        `begin_capture` must not hold this one.
+
         Args:
             query: [B, Hq, L, Dk].
             output: [B, Hq, L, Dv], written.

@@ -383,15 +383,18 @@ impl CudaLayer {
         }
         self.check_call(call)?;
         self.check_captured(call)?;
-        if let Some(call) = self.entering_call(call)? {
+        // Held until it has entered: another thread that attends would take it along, too.
+        let mut entering = self.entering();
+        if let Some(call) = self.entering_call(&entering, call)? {
             // SAFETY: the caller's promise, for both.
             unsafe {
-                self.pack_leaving(held, stream)?;
+                self.pack_leaving(&mut entering, held, stream)?;
                 self.attend_some(held, &call, 0, true, stream)?;
             }
-            self.note_entered();
+            self.note_entered(&mut entering);
             return Ok(());
         }
+        drop(entering);
         // SAFETY: the caller's promise.
         unsafe { self.settle(stream) }?;
         let (length, count) = (call.query.shape[2], self.queries_at_once(call)?);

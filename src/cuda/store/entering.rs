@@ -71,12 +71,16 @@ impl CudaLayer {
 
     /// Whether an append of one token may wait for its attention.
     pub(super) fn may_wait(&self, plan: Plan) -> bool {
+        self.one_launch != Some(false) && self.can_enter(plan)
+    }
+
+    /// Whether the token of an append can enter with its attention.
+    fn can_enter(&self, plan: Plan) -> bool {
         let spec = self.spec();
         self.is_step(plan)
             && plan.packed > 0
             && self.block_rows() == 0
             && spec.window >= LEAST_WINDOW
-            && self.one_launch != Some(false)
             && self.shared.kernels.append_row().is_some()
             && [&spec.keys, &spec.values].into_iter().all(enters_inside)
     }
@@ -149,8 +153,7 @@ impl CudaLayer {
     }
 
     /// The call with the token as a fresh row, if it may enter with it.
-    pub(super) fn entering_call(&self, call: &AttendCall) -> Result<Option<AttendCall>> {
-        let entering = *self.entering();
+    pub(super) fn entering_call(&self, entering: &Entering, call: &AttendCall) -> Result<Option<AttendCall>> {
         let Some(Waiting { tensors, .. }) = entering.waiting.filter(|_| call.fresh.is_none()) else { return Ok(None) };
         // In a capture launches are those of a step like all others.
         if call.query.shape[2] != 1 || (self.is_capturing() && !entering.ahead) {
@@ -164,8 +167,7 @@ impl CudaLayer {
     ///
     /// # Safety
     /// As [`Self::append`].
-    pub(super) unsafe fn pack_leaving(&self, held: &Held, stream: Stream) -> Result<()> {
-        let mut entering = self.entering();
+    pub(super) unsafe fn pack_leaving(&self, entering: &mut Entering, held: &Held, stream: Stream) -> Result<()> {
         if entering.waiting.is_some_and(|waiting| waiting.leaves) && !entering.ahead {
             let place = (held.ring_first + held.ring_rows - 1) % held.ring_rows.max(1);
             // SAFETY: the caller's promise; its page is there.
@@ -192,7 +194,7 @@ impl CudaLayer {
     /// As [`Self::append`]; no copy of the layer shares that page.
     pub(super) unsafe fn pack_ahead(&self, held: &Held, stream: Stream) -> Result<()> {
         let has_page = held.reserved.as_ref().is_some_and(|reserved| self.regions.total() <= reserved.tokens);
-        let may = has_page && self.may_wait(self.plan(1)) && self.is_full(self.regions.window);
+        let may = has_page && self.can_enter(self.plan(1)) && self.is_full(self.regions.window);
         let mut entering = self.entering();
         if may && !entering.ahead {
             // SAFETY: the caller's promise.
@@ -203,8 +205,7 @@ impl CudaLayer {
     }
 
     /// The token has entered.
-    pub(super) fn note_entered(&self) {
-        let mut entering = self.entering();
+    pub(super) fn note_entered(&self, entering: &mut Entering) {
         (entering.waiting, entering.ahead) = (None, self.is_full(self.regions.window));
         if self.is_capturing() {
             entering.recorded = Recorded::Entering;

@@ -95,7 +95,9 @@ impl CudaLayer {
     }
 
     unsafe fn reserve_in(&self, held: &mut Held, tokens: usize, plan: Plan, stream: Stream) -> Result<()> {
+        // The row that is packed ahead may lie in one of its pages.
         held.reserved = None;
+        self.entering().ahead = false;
         // SAFETY: the caller's promise.
         unsafe {
             self.reserve(held, Plan { to_pack: plan.to_pack + 1, ..plan }, self.most_window().min(tokens), stream)
