@@ -44,6 +44,8 @@ def measure_step(clock: Clock, layer: CudaLayer, static: bool, query: Tensor, ro
         append()
     host: dict[str, Callable[[], object]] = {"host_step_microseconds": step, "host_attend_microseconds": attend}
     found: dict[str, Any] = {name: clock.host(work, HOST_STEPS) * 1e6 for name, work in host.items()}
+    if clock.device.is_cuda:
+        layer.reserve(layer.length + rounds + 1)  # what is recorded now must find the tables where they are then
     attend_call, _ = clock.recorded(attend)
     with captured_step(clock, layer, step, rounds + 1) as (step_call, found["graph"]):
         times = time_in_turns({"attend": attend_call, "step": step_call}, rounds=rounds, once=clock.once)
