@@ -400,11 +400,6 @@ class Pair:
         expected, found = (layer.score_noise(query, 0.125) for layer in (self.cpu, self.cuda))
         assert abs(expected - found) <= 1e-5 * expected, (expected, found)
 
-    def found_alike(self, output: torch.Tensor, found: torch.Tensor) -> bool:
-        """Whether two stores on the device have attended alike, whose splits may be others."""
-        error = float((output.float() - found.float()).abs().max())
-        return error <= self.case.limit * max(1.0, float(found.float().abs().max()))
-
     def check_bits(self) -> None:
         """Replayed steps have left the rows of launched ones, to the last bit, in the same regions."""
         for name in ("length", "sink_tokens", "packed_tokens", "window_tokens", "wants_queries"):
@@ -559,10 +554,20 @@ class Step:
         if self.pair.launched is not None and self.pair.cpu.length % 3:
             again = torch.empty_like(self.found)
             self.pair.launched.attend(self.query, again, scale=0.125, softcap=30.0)
-            assert self.pair.found_alike(again, self.found)
+            self.expect_alike(self.found, again)
 
     def compare(self) -> None:
-        expected, found = self.expected.float(), self.found.float()
+        self.expect_alike(self.expected, self.found)
+
+    def go(self, run: Callable[[], object]) -> None:
+        """Another token, by `run` and on the others, compared."""
+        self.renew()
+        run()
+        self.on_others()
+        self.compare()
+
+    def expect_alike(self, expected: torch.Tensor, found: torch.Tensor) -> None:
+        expected, found = expected.float(), found.float()
         error = float((expected - found).abs().max()) / max(1.0, float(expected.abs().max()))
         assert error <= self.pair.case.limit, f"after {self.pair.cpu.length} tokens: {error:.2e}"
 
@@ -632,10 +637,7 @@ def replay_program(case: Case, nvrtc: str) -> None:
 
     told = 0
     for count in range(1, replays + 1):
-        step.renew()
-        replay()
-        step.on_others()
-        step.compare()
+        step.go(replay)
         if count in (1, 40, replays):
             if count > 1:
                 refused(pair.cuda.nonfinite_rows, "expected replayed(steps) for every replay")
@@ -646,10 +648,7 @@ def replay_program(case: Case, nvrtc: str) -> None:
     assert pair.cuda.nbytes == held
     # Eager steps go on where replays end, and the other way round.
     for run in (step.on_cuda, replay, step.on_cuda):
-        step.renew()
-        run()
-        step.on_others()
-        step.compare()
+        step.go(run)
         if run is replay:
             pair.cuda.replayed(1)
     pair.check_bits()
@@ -691,10 +690,7 @@ def replay_too_often(case: Case, nvrtc: str) -> None:
     replay = capture(step.on_cuda, pair.memory)
     pair.cuda.end_capture()
     for _ in range(8):
-        step.renew()
-        replay()
-        step.on_others()
-        step.compare()
+        step.go(replay)
     pair.cuda.replayed(8)
     pair.check(generator)
     assert pair.cuda.nonfinite_rows() == 0
@@ -719,20 +715,12 @@ def reserve_again(case: Case, nvrtc: str) -> None:
             run = capture(step.on_cuda, pair.memory)
             pair.cuda.end_capture()
         for _ in range(3):
-            step.renew()
-            run()
-            step.on_others()
-            step.compare()
+            step.go(run)
         if captures:
             pair.cuda.replayed(3)
             pair.cuda.one_launch = False
-            step.renew()
-            step.on_cuda()  # the step that is replayed finds its row packed all the same
-            step.on_others()
-            step.renew()
-            run()
-            step.on_others()
-            step.compare()
+            step.go(step.on_cuda)  # the step that is replayed finds its row packed all the same
+            step.go(run)
             pair.cuda.replayed(1)
         pair.check(generator)
 
@@ -749,10 +737,7 @@ def replay_without_a_block(case: Case, nvrtc: str) -> None:
     pair.cuda.end_capture()
     steps = case.keys["block"] - 1 - case.window - 10
     for _ in range(steps):
-        step.renew()
-        replay()
-        step.on_others()
-        step.compare()
+        step.go(replay)
     pair.cuda.replayed(steps)
     pair.check(generator)
     pair.cuda.release_capture()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,9 +266,8 @@ class QuantizedDynamicCache(Cache):
             self._counts.capturing = True
             yield
         except BaseException:
-            for _, store in begun:
-                with suppress(SkvqError):  # of a token that nobody has attended to
-                    store.end_capture()
+            for layer, store in begun:
+                _problem_of_end(layer, store)
                 store.replayed(0)  # what was recorded in vain does not run
             raise
         else:

@@ -385,11 +385,11 @@ impl CudaLayer {
         self.check_captured(call)?;
         // Held until it has entered: another thread that attends would take it along, too.
         let mut entering = self.entering();
-        if let Some(call) = self.entering_call(&entering, call)? {
+        if let Some((call, shape)) = self.entering_call(&entering, call)? {
             // SAFETY: the caller's promise, for both.
             unsafe {
                 self.pack_leaving(&mut entering, held, stream)?;
-                self.attend_some(held, &call, 0, true, stream)?;
+                self.attend_some(held, &call, &shape, 0, true, stream)?;
             }
             self.note_entered(&mut entering);
             return Ok(());
@@ -402,7 +402,7 @@ impl CudaLayer {
             let part = call.part(first, count.min(length - first));
             let later = length - first - part.query.shape[2];
             // SAFETY: the caller's promise.
-            unsafe { self.attend_some(held, &part, later, false, stream) }?;
+            unsafe { self.attend_some(held, &part, &self.shape_of(&part)?, later, false, stream) }?;
         }
         Ok(())
     }
@@ -418,11 +418,14 @@ impl CudaLayer {
         Ok(count)
     }
 
-    /// Whether the fresh row of a call may enter with it: one launch makes all states, and nothing in front of it reads the rows.
-    pub(super) fn takes_token(&self, call: &AttendCall) -> Result<bool> {
-        let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
+    pub(super) fn shape_of(&self, call: &AttendCall) -> Result<Shape> {
+        self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())
+    }
+
+    /// Whether the fresh row of such a call may enter with it: one launch makes all states, and nothing in front of it reads the rows.
+    pub(super) fn takes_token(&self, shape: &Shape) -> bool {
         let turns = self.shared.constants[Side::Keys as usize].transform.shift_sine != 0;
-        Ok(shape.queries == Queries::Once && (shape.turned || !turns))
+        shape.queries == Queries::Once && (shape.turned || !turns)
     }
 
     /// Queries behind which the call has `later` more tokens. `enters`: its fresh row is stored by the launch.
@@ -430,11 +433,11 @@ impl CudaLayer {
         &self,
         held: &Held,
         call: &AttendCall,
+        shape: &Shape,
         later: usize,
         enters: bool,
         stream: Stream,
     ) -> Result<()> {
-        let shape = self.shape(call.query.shape[1], call.query.shape[2], call.fresh_rows())?;
         let kernels = self.shared.kernels.attention(shape.queries, shape.turned)?;
         let workspace = self.shared.memory.allocate(shape.places.bytes)?;
         let mask = self.mask(held, call, later);
@@ -442,7 +445,7 @@ impl CudaLayer {
             layer: self,
             held,
             call,
-            shape,
+            shape: *shape,
             kernels: &kernels,
             mask,
             enters,

@@ -11,7 +11,7 @@ use super::super::launch::Stream;
 use super::super::pages::{Side, enters_inside};
 use super::super::params::EnterParams;
 use super::append::Plan;
-use super::attend::AttendCall;
+use super::attend::{AttendCall, Shape};
 use super::{CudaLayer, DeviceTensor, Held, length_words};
 use crate::error::Result;
 
@@ -152,15 +152,16 @@ impl CudaLayer {
         Ok(())
     }
 
-    /// The call with the token as a fresh row, if it may enter with it.
-    pub(super) fn entering_call(&self, entering: &Entering, call: &AttendCall) -> Result<Option<AttendCall>> {
+    /// The call with the token as a fresh row, and how it is cut, if the token may enter with it.
+    pub(super) fn entering_call(&self, entering: &Entering, call: &AttendCall) -> Result<Option<(AttendCall, Shape)>> {
         let Some(Waiting { tensors, .. }) = entering.waiting.filter(|_| call.fresh.is_none()) else { return Ok(None) };
         // In a capture launches are those of a step like all others.
         if call.query.shape[2] != 1 || (self.is_capturing() && !entering.ahead) {
             return Ok(None);
         }
         let call = AttendCall { fresh: Some(tensors), ..*call };
-        Ok(self.takes_token(&call)?.then_some(call))
+        let shape = self.shape_of(&call)?;
+        Ok(self.takes_token(&shape).then_some((call, shape)))
     }
 
     /// Before the launch that the token enters with: the row that it pushes out is packed, if it is not yet.
