@@ -70,7 +70,7 @@ struct FoldedQueries {
                 unit[n][side] *= log2_e * (Bytes ? p.key_levels.step : p.key_levels.correction);
                 shifted[n][side] *= log2_e;
                 if constexpr (K::is_parts) noise[n][side] *= log2_e;
-                if constexpr (Bytes) middle[n][side] *= -1.5f * unit[n][side];
+                if constexpr (Bytes) middle[n][side] *= -unit[n][side];
             }
         });
     }
@@ -473,13 +473,13 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
 template <class K, class V, int Tiles, bool Apart, bool Turned, class Around>
 __device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared, const Around& around) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
-    constexpr bool bytes = by_bytes<K, Tiles>, remainders = has_remainders<V>;
-    const bool even = bytes && p.as_bytes;
+    constexpr bool bytes = by_bytes<K, Tiles>, always = bytes && K::is_even, remainders = has_remainders<V>;
+    const bool even = always || (bytes && p.as_bytes);
     if constexpr (remainders) {
-        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, false, false, Turned>(p, shared, around);
+        if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, always, false, Turned>(p, shared, around);
     }
     even ? attend_split<K, V, Tiles, Apart, bytes, remainders, Turned>(p, shared, around)
-         : attend_split<K, V, Tiles, Apart, false, remainders, Turned>(p, shared, around);
+         : attend_split<K, V, Tiles, Apart, always, remainders, Turned>(p, shared, around);
 }
 
 template <class K, class V, int Tiles, bool Apart>

@@ -107,15 +107,18 @@ struct AloneInLaunch {
     }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool turning_takes_more = true;
+#if defined(__CUDA_ARCH__)
+constexpr int compiled_for = __CUDA_ARCH__;
 #else
-constexpr bool turning_takes_more = false;
+constexpr int compiled_for = 0;
 #endif
-/// Rows in f32 take more registers, and a mean that turns does as the compiler has it for sm_100 and newer.
+/// Whether a mean that turns takes more registers than a fourth block leaves, as the compiler has it for newer architectures.
+template <class K>
+constexpr bool turning_takes_more = compiled_for >= (K::is_even ? 1200 : 1000);
+/// Rows in f32 take more, too.
 template <class T, class K, class V>
 constexpr int once_blocks =
-    (sizeof(T) == 4 || (turns_inside<T, K> && turning_takes_more)) && resident_blocks<K, V, 1> > 3 ? 3 : resident_blocks<K, V, 1>;
+    (sizeof(T) == 4 || (turns_inside<T, K> && turning_takes_more<K>)) && resident_blocks<K, V, 1> > 3 ? 3 : resident_blocks<K, V, 1>;
 
 /// States of a slice on their way to a merge in this launch (`merges_at_once` of src/cuda/store/attend.rs).
 template <class V>

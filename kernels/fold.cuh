@@ -16,6 +16,12 @@ namespace skvq {
 
 constexpr int extras_head = 4;
 
+/// The distance of evenly spaced levels of parts, of least error for a normal variable (FORMAT.md §6).
+constexpr float even_step_of(int bits) {
+    constexpr float steps[6] = {0.0f, 1.5957691f, 0.9956867f, 0.5860194f, 0.3352006f, 0.1881388f};
+    return steps[bits];
+}
+
 /// A query as f16 fragments, pairs of channels; `fragments`: of the query's first lane. Of two steps of 16 channels the lanes 8o + 2t and 8o + 2t + 1
 /// have a pair of each: the first lane writes the one, the other lane the other. Adds to `sums` what the lane's elements are rounded to.
 template <class K>
@@ -42,7 +48,7 @@ template <class Rows>
 constexpr int transform_floats = rows_per_block * (Rows::is_parts ? product_parts(Rows::head_dim) : 1) * Rows::head_dim;
 /// Of a tile: words of q'; numbers of a query's extras, and of all.
 template <class K>
-constexpr int folded_words = K::head_dim / 16 * 64;
+constexpr int folded_words = K::is_even ? (K::head_dim / 16 + 1) / 2 * 128 : K::head_dim / 16 * 64;
 template <class K>
 constexpr int extras_width = extras_head + K::groups;
 template <class K>
@@ -83,9 +89,13 @@ __device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int he
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) {
             if (p.noise) noise += 0.5f * reinterpret_cast<const float*>(p.noise)[lane + 16 * k] * row[k] * row[k];
-            largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);
             shifted += row[k] * 0.0f;  // what is not finite makes the scores NaN
         }
+        if constexpr (K::is_even) {
+            for_each<per_lane>([&](auto k) { row[decltype(k)::value] *= even_step_of(K::part_bits(K::tile_part(decltype(k)::value))); });
+        }
+#pragma unroll
+        for (int k = 0; k < per_lane; ++k) largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);
         shifted = add_lanes(shifted);
         noise = add_lanes(noise);
         largest = fold_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
@@ -102,7 +112,10 @@ __device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int he
     // Zero points meet the sum of what the scores are made of: the rounded elements.
     float sums[K::groups] = {};
     if constexpr (by_bytes<K, 1>) {
-        if (as_bytes) sums[0] = write_query_bytes<D>(row, fragments + 16 * query, lane);
+        if (as_bytes) {
+            if constexpr (K::is_even) sums[0] = write_even_query_bytes<K>(row, fragments + 16 * query, lane);
+            else sums[0] = write_query_bytes<D>(row, fragments + 16 * query, lane);
+        }
     }
     if (!as_bytes) write_query_halves<K>(row, sums, fragments + 8 * query, lane);
     float* own_extras = extras + query * extras_width<K>;

@@ -73,8 +73,9 @@ __device__ __forceinline__ void sorted_place(int bit, int& octet, int& i) {
     i = bit / 32 % 2 * 2 + bit / 4 % 2;
 }
 
-/// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits.
-template <int Stream, int HeadDim, int Format, int GroupSize, int Symmetric, int NumberBytes, u64 Parts = 0>
+/// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits. `Even`: keys whose parts have evenly
+/// spaced levels, and their codes in the order of products of bytes (bytes.cuh).
+template <int Stream, int HeadDim, int Format, int GroupSize, int Symmetric, int NumberBytes, u64 Parts = 0, int Even = 0>
 struct Layout {
     static constexpr int stream = Stream, head_dim = HeadDim, format = Format, group_size = GroupSize, number_bytes = NumberBytes;
     static constexpr bool symmetric = Symmetric != 0;
@@ -82,6 +83,8 @@ struct Layout {
     static_assert(HeadDim % 16 == 0 && HeadDim <= 256, "head sizes are multiples of 16 up to 256");
     static_assert(HeadDim % GroupSize == 0 && GroupSize % 16 == 0, "groups divide the head");
     static_assert(!is_parts || (Parts != 0 && GroupSize == HeadDim && Symmetric), "a row of parts is one symmetric group");
+    static constexpr bool is_even = Even != 0;
+    static_assert(!is_even || (is_parts && Stream == keys), "values are no operands of products of bytes");
 
     static constexpr int groups = HeadDim / GroupSize;
     /// Scales, then zero points, of a row.
@@ -147,13 +150,47 @@ struct Layout {
         return offset;
     }
 
+    // Even parts. A plane of a tile, 16 channels of `size` bits in 16 rows, takes `size` places of a lane's words: each byte of a word has four places in its
+    // low nibble, for row g, and the same four in its high nibble, for row g + 8. Bytes 0 and 1 are channels 2t and 2t + 1 of the tile's first octet, 2 and 3 of its
+    // second one. Wide planes come first, so none straddles a word.
+    static constexpr int even_place(int part, int size) {
+        int place = 0;
+        for (int wide = 4; wide >= 1; wide /= 2) {
+            for (int other = 0; other < parts; ++other) {
+                if (wide == size && other == part) return place;
+                if (has_plane(other, wide)) place += wide * part_width(other) / 16;
+            }
+        }
+        return place;
+    }
+    static constexpr int even_places = even_place(parts, 0), even_words = even_places / 4, even_rest = even_places % 4;
+    /// The first bit of a place's field for row g + 8·side and byte `byte`. What is left behind whole words has no room for all four places: two of
+    /// them fill 16 bits, one 8, in which the bytes lie between each other.
+    static __device__ constexpr int even_bit(int place, int side, int byte) {
+        const int word = place / 4, at = place % 4;
+        if (word < even_words) return 32 * word + 8 * byte + 4 * side + at;
+        if (even_rest >= 2 && at < 2) return 32 * even_words + 8 * (byte % 2) + 2 * (byte / 2) + 4 * side + at;
+        return 32 * even_words + (even_rest == 3 ? 16 : 0) + byte + 4 * side;
+    }
+    /// Of a tile: its part, the place of its widest plane, which has the low bits, and of the one that has the rest of three or five bits.
+    static constexpr int tile_part(int tile) { return part_of_octet(2 * tile); }
+    static constexpr int low_bits(int part) { return part_bits(part) >= 4 ? 4 : part_bits(part) >= 2 ? 2 : 1; }
+    static constexpr int low_place(int tile) {
+        const int part = tile_part(tile), size = low_bits(part);
+        return even_place(part, size) + size * (tile - part_first(part) / 16);
+    }
+    static constexpr int high_place(int tile) {
+        const int part = tile_part(tile);
+        return even_place(part, 1) + tile - part_first(part) / 16;
+    }
+
     // Ternary: word w of a lane has digit n of octet 5·w + n in its four bytes; a byte of the rest has the first four of its digits in one octet.
     static constexpr int ternary_bytes = (4 * code_octets + 4) / 5;
     static constexpr int ternary_words = ternary_bytes / 4;
     static_assert(!is_ternary || code_octets - 5 * ternary_words <= ternary_bytes % 4, "the rest of a lane holds the last octets");
 
     /// Bytes of codes of a lane in a row block.
-    static constexpr int lane_bytes = is_ternary ? ternary_bytes : plane_offset(parts, 0);
+    static constexpr int lane_bytes = is_ternary ? ternary_bytes : is_even ? even_places : plane_offset(parts, 0);
     static constexpr int lane_words = (lane_bytes + 3) / 4;
     static constexpr int block_bytes = 32 * lane_bytes;
     static constexpr int page_code_bytes = blocks_per_page * block_bytes;

@@ -177,7 +177,43 @@ struct LaneCodes {
     __device__ __forceinline__ u32 one_bit() const {
         return among_bits<First, Octets, Octet, At>() & (0x1111u << At);
     }
+
+    /// Even parts: a word with all its places; of the last one, what is not asked for may be anything.
+    template <int Word>
+    __device__ __forceinline__ u32 even_word() const {
+        if constexpr (Word < L::even_words) {
+            return words[Word];
+        } else {
+            const u32 rest = words[L::lane_words - 1];
+            u32 two = 0, one = 0;
+            if constexpr (L::even_rest >= 2) two = permute_bytes(rest, rest >> 2, 0x5410);
+            if constexpr (L::even_rest % 2 != 0) {
+                const u32 byte = L::even_rest == 3 ? rest >> 16 : rest, pair = permute_bytes(byte, byte >> 1, 0x0040);
+                one = permute_bytes(pair, pair >> 2, 0x5410);
+            }
+            if constexpr (L::even_rest == 3) return (two & 0x33333333u) | (one << 2 & 0x44444444u);
+            else return L::even_rest == 2 ? two : one;
+        }
+    }
+    /// Four codes of row g + 8·Side as bytes: a quarter of an operand of products of bytes. They are 2^(low_place % 4) times what they are.
+    template <int Tile, int Side>
+    __device__ __forceinline__ u32 even_operand() const {
+        constexpr int bits = L::part_bits(L::tile_part(Tile)), low = L::low_bits(L::tile_part(Tile)), place = L::low_place(Tile), at = place % 4;
+        const u32 word = even_word<place / 4>(), codes = (Side ? word >> 4 : word) & ((1u << low) - 1 << at) * 0x01010101u;
+        if constexpr (bits == low) {
+            return codes;
+        } else {
+            constexpr int high = L::high_place(Tile), from = high % 4 + 4 * Side, to = at + low;
+            const u32 bit = even_word<high / 4>();
+            return codes | ((to > from ? bit << (to > from ? to - from : 0) : bit >> (to > from ? 0 : from - to)) & (0x01010101u << to));
+        }
+    }
 };
+
+/// What codes of evenly spaced levels are less than the level in units of its step: half of the largest one.
+constexpr float middle_of(int bits) { return 0.5f * static_cast<float>((1 << bits) - 1); }
+/// That, negative, as f16.
+constexpr u32 negative_middle_half(int bits) { return bits == 1 ? 0xb800u : bits == 2 ? 0xbe00u : bits == 3 ? 0xc300u : bits == 4 ? 0xc780u : 0xcbc0u; }
 
 /// Turns the octets of a lane into fragments. Octets of ternary codes are asked for in ascending order.
 template <class L>
@@ -196,6 +232,12 @@ struct LaneDecoder {
     __device__ __forceinline__ void octet(u32& x, u32& y) {
         if constexpr (L::is_ternary) {
             levels_of<2>(table, table_of(2), ternary<Octet>(), x, y);
+        } else if constexpr (L::is_even) {
+            // In units of the part's step, which the queries have (fold.cuh). 0x6400 | c is 1024 + c; both steps are exact.
+            constexpr int tile = Octet / 2, bits = L::part_bits(L::tile_part(tile)), selector = Octet % 2 ? 0x4342 : 0x4140;
+            constexpr u32 unit = (0x3c00u - (L::low_place(tile) % 4 << 10)) * 0x10001u, middle = negative_middle_half(bits) * 0x10001u;
+            auto levels = [&](u32 bytes) { return fma_halves(add_halves(permute_bytes(bytes, 0x64646464u, selector), 0xe400e400u), unit, middle); };
+            x = levels(codes.template even_operand<tile, 0>()), y = levels(codes.template even_operand<tile, 1>());
         } else if constexpr (L::is_pairs) {
             // Channels G / 2 apart share an index: group · G/16 octets of indices, each of which serves two octets of channels.
             constexpr int per_group = L::group_size / 8, inner = Octet % per_group, half = per_group / 2;

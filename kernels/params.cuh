@@ -10,7 +10,7 @@
 namespace skvq {
 
 /// The levels of a stream as f16, bytes apart, as byte permutations look them up: `low` has their low, `high` their high bytes, four to a word.
-/// Of four levels that are evenly spaced around 0 `step` is the distance, else 0 (bytes.cuh). Sums of f16 levels are to be multiplied by `correction`:
+/// Of four levels that are evenly spaced around 0 `step` is the distance, of evenly spaced ones of parts 1, else 0 (bytes.cuh). Sums of f16 levels are to be multiplied by `correction`:
 /// what rounding to f16 has done to all of three or four levels, it would do to every output.
 /// The table of a codebook of 2^b levels begins at word {b = 1: 0, 2: 1, 3: 2, 4: 4, 5: 8}; three levels have the place of four; the second
 /// coordinates of codewords of pairs follow the first ones, at word 4.
@@ -56,7 +56,7 @@ struct FoldParams {
     u64 query;  // [batch, heads, length, D]
     i64 query_batch_stride, query_head_stride, query_position_stride;
     u64 folded;  // f16 [batch, kv heads, blocks, query tiles, D / 16, 32 lanes, 2 registers of 2], as fragments; or bytes, see as_bytes
-    u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, Σ of integers (bytes), sums over groups
+    u64 extras;  // f32 [batch, kv heads, blocks, query tiles, 8, 4 + groups]: unit, q·μ, noise, Σ of integers times their codes' middle (bytes), sums over groups
     u64 noise;   // f32 [D] or 0
     u64 lengths;   // where blocks of statistics may have no rows yet, and then no queries are folded for them; or 0
     TransformParams transform;

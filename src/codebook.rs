@@ -129,6 +129,15 @@ pub fn lloyd_max(levels: usize) -> &'static [f32] {
     }
 }
 
+/// Evenly spaced levels that minimise the mean squared error of N(0, 1), for 2, 4, 8, 16 and 32 levels.
+/// Errors: 0.3634, 0.1188, 0.03744, 0.01154, 0.003495 (Max 1960).
+pub fn evenly_spaced(levels: usize) -> Vec<f32> {
+    let step = EVEN_STEPS[levels.ilog2() as usize];
+    (0..levels).map(|code| (code as f32 - (levels as f32 - 1.0) * 0.5) * step).collect()
+}
+
+/// By bits.
+const EVEN_STEPS: [f32; 6] = [0.0, 1.595_769, 0.995_686_7, 0.586_019_4, 0.335_200_6, 0.188_138_8];
 const LLOYD_MAX_2: [f32; 2] = [-0.797_884_6, 0.797_884_6];
 const LLOYD_MAX_3: [f32; 3] = [-1.224_006_4, 0.0, 1.224_006_4];
 const LLOYD_MAX_4: [f32; 4] = [-1.510_417_6, -0.452_780_04, 0.452_780_04, 1.510_417_6];

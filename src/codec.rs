@@ -6,7 +6,7 @@
 use crate::codebook::Codebook;
 use crate::error::{Error, Result};
 use crate::format::{Format, MAX_HEAD_DIM, RowLayout, pack, unpack};
-use crate::parts::Part;
+use crate::parts::{Part, PartLevels};
 use crate::transform::{Affine, Matrix, Permutation, Rotation, Source, TurningMean};
 
 /// How a group's scale is found.
@@ -59,6 +59,11 @@ pub struct Codec {
 }
 
 impl Codec {
+    /// Rows of parts whose levels are evenly spaced.
+    pub fn has_even_parts(&self) -> bool {
+        self.parts.first().is_some_and(|part| part.levels == PartLevels::Even)
+    }
+
     pub fn is_of_parts(&self) -> bool {
         self.layout.format == Format::Parts
     }

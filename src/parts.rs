@@ -2,12 +2,37 @@
 //!
 //! What it is: which channels and bytes a part has, its levels, packing and unpacking. What it is not: arithmetic (`codec.rs`).
 
-use crate::codebook::{Codebook, lloyd_max};
+use crate::codebook::{Codebook, evenly_spaced, lloyd_max};
 use crate::error::{Error, Result};
 use crate::format::{Format, Metadata, RowLayout};
 
 /// The most bits of a code.
 pub const MAX_BITS: usize = 5;
+
+/// Which levels the codes of parts stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PartLevels {
+    LloydMax,
+    Even,
+}
+
+impl PartLevels {
+    /// "lloyd-max" or "uniform".
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "lloyd-max" => Ok(Self::LloydMax),
+            "uniform" => Ok(Self::Even),
+            _ => Err(Error::value("codebook", "\"lloyd-max\" or \"uniform\" with parts", name)),
+        }
+    }
+
+    fn codebook(self, bits: usize) -> Codebook {
+        Codebook::ascending(match self {
+            Self::LloydMax => lloyd_max(1 << bits).to_vec(),
+            Self::Even => evenly_spaced(1 << bits),
+        })
+    }
+}
 
 /// Channels `first .. first + width` of a transformed row.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +43,7 @@ pub struct Part {
     pub first: usize,
     /// Code bytes of the row before its own.
     pub offset: usize,
+    pub levels: PartLevels,
     pub codebook: Codebook,
 }
 
@@ -55,7 +81,12 @@ impl Part {
 }
 
 /// The stored parts of a row of `head_dim` channels and its layout, from (bits, width) of every part.
-pub fn parts_of_row(head_dim: usize, metadata: Metadata, list: &[(usize, usize)]) -> Result<(RowLayout, Vec<Part>)> {
+pub fn parts_of_row(
+    head_dim: usize,
+    metadata: Metadata,
+    list: &[(usize, usize)],
+    levels: PartLevels,
+) -> Result<(RowLayout, Vec<Part>)> {
     let whole = RowLayout::new(Format::Parts, head_dim, head_dim, metadata, true)?;
     let mut parts = Vec::with_capacity(list.len());
     let (mut first, mut offset) = (0, 0);
@@ -68,8 +99,7 @@ pub fn parts_of_row(head_dim: usize, metadata: Metadata, list: &[(usize, usize)]
             return Err(Error::value("parts", "widths that are multiples of 16", width));
         }
         if bits > 0 {
-            let codebook = Codebook::ascending(lloyd_max(1 << bits).to_vec());
-            parts.push(Part { bits, width, first, offset, codebook });
+            parts.push(Part { bits, width, first, offset, levels, codebook: levels.codebook(bits) });
         }
         first += width;
         offset += bits * width / 8;
@@ -108,7 +138,7 @@ mod tests {
     #[test]
     fn parts_unpack_what_they_packed() {
         let list = [(5, 32), (4, 16), (3, 48), (2, 16), (1, 32), (0, 48)];
-        let (layout, parts) = parts_of_row(192, Metadata::E4m3, &list).unwrap();
+        let (layout, parts) = parts_of_row(192, Metadata::E4m3, &list, PartLevels::LloydMax).unwrap();
         assert_eq!(layout.code_bytes, 20 + 8 + 18 + 4 + 4);
         assert_eq!(layout.row_bytes(), 55);
         for part in &parts {
@@ -124,9 +154,22 @@ mod tests {
     }
 
     #[test]
+    fn even_levels_are_a_step_apart() {
+        let (_, parts) =
+            parts_of_row(80, Metadata::E4m3, &[(5, 16), (4, 16), (3, 16), (2, 16), (1, 16)], PartLevels::Even).unwrap();
+        for part in &parts {
+            let Codebook::Levels { levels, .. } = &part.codebook else { unreachable!("listed levels") };
+            let step = levels[1] - levels[0];
+            assert_eq!(levels.len(), 1 << part.bits);
+            assert!(levels.windows(2).all(|pair| (pair[1] - pair[0] - step).abs() < 1e-6), "{levels:?}");
+            assert!((levels[0] + levels[levels.len() - 1]).abs() < 1e-6);
+        }
+    }
+
+    #[test]
     fn parts_that_make_no_row_are_refused() {
         for list in [&[(2, 48)][..], &[(0, 64)], &[(0, 32), (2, 32)], &[(6, 64)], &[(2, 8), (2, 56)], &[]] {
-            assert!(parts_of_row(64, Metadata::E4m3, list).is_err(), "{list:?}");
+            assert!(parts_of_row(64, Metadata::E4m3, list, PartLevels::Even).is_err(), "{list:?}");
         }
     }
 }

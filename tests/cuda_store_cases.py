@@ -122,6 +122,16 @@ CASES = {
         "float32",
     ),
     "parts": Case(parts(1), parts(1, turning=False, noise=False), "float16", sinks=2, window=33),
+    "even parts": Case(
+        parts(1, codebook="uniform"), {"head_dim": 64, "format": "1.6", **statics(64, 1)}, "float16", sinks=2, window=33
+    ),
+    "even parts of wide heads": Case(
+        parts(0, head_dim=80, codebook="uniform"),
+        parts(1, turning=False, noise=False),
+        "bfloat16",
+        seeds=(18,),
+        many=MANY,
+    ),
     "parts, float32": Case(parts(0), parts(1, turning=False, noise=False), "float32", sinks=2, window=33),
     # Few frequencies in a wide head: a launch of their own, too.
     "parts, some channels turn": Case(

@@ -42,27 +42,38 @@ def assert_equal(options: dict[str, Any], rows: torch.Tensor, head: int, positio
 
 
 @pytest.mark.parametrize(("head_dim", "index"), CASES)
-@pytest.mark.parametrize("turning", [True, False])
+@pytest.mark.parametrize(("turning", "codebook"), [(True, "lloyd-max"), (False, "lloyd-max"), (True, "uniform")])
 @pytest.mark.parametrize("position", [0, 5, 200, 4096 - 70, -300])
-def test_bytes_and_rows_equal_the_twin(head_dim: int, index: int, turning: bool, position: int) -> None:
-    assert_equal(codec_options(head_dim, index, turning=turning), rows_of(head_dim), 1, position)
+def test_bytes_and_rows_equal_the_twin(head_dim: int, index: int, turning: bool, codebook: str, position: int) -> None:
+    assert_equal(codec_options(head_dim, index, turning=turning, codebook=codebook), rows_of(head_dim), 1, position)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     metadata=st.sampled_from(["e4m3", "fp16"]),
+    codebook=st.sampled_from(["lloyd-max", "uniform"]),
     clip=st.sampled_from([1.0, 0.92, 1.3]),
     turning=st.booleans(),
     head=st.integers(0, 2),
     position=st.integers(-1000, 140_000),
     seed=st.integers(0, 2**16),
 )
-@example(case=(16, 0), metadata="fp16", clip=1.0, turning=True, head=0, position=0, seed=121)  # a scale at a tie
+@example(
+    case=(16, 0), metadata="fp16", codebook="lloyd-max", clip=1.0, turning=True, head=0, position=0, seed=121
+)  # a scale at a tie
 def test_any_options_and_positions(
-    case: tuple[int, int], metadata: str, clip: float, turning: bool, head: int, position: int, seed: int
+    case: tuple[int, int],
+    metadata: str,
+    codebook: str,
+    clip: float,
+    turning: bool,
+    head: int,
+    position: int,
+    seed: int,
 ) -> None:
-    options = codec_options(*case, heads=3, seed=seed, turning=turning, metadata=metadata, clip=clip)
+    static = {"heads": 3, "seed": seed, "turning": turning}
+    options = codec_options(*case, **static, metadata=metadata, codebook=codebook, clip=clip)
     assert_equal(options, rows_of(case[0], 40, seed), head, position)
 
 
@@ -107,7 +118,8 @@ def test_sizes_equal_the_twin(head_dim: int, index: int) -> None:
         ({"noise": torch.zeros(63)}, "noise"),
         ({"group_size": 32}, "parts"),
         ({"symmetric": False}, "parts"),
-        ({"codebook": "uniform"}, "parts"),
+        ({"codebook": "nf4"}, "codebook"),
+        ({"codebook": [-1.0, 1.0]}, "codebook"),
         ({"rule": "range"}, "parts"),
         ({"refinements": 1}, "parts"),
         ({"unbiased": True}, "parts"),

@@ -205,7 +205,7 @@ def test_parts_bring_their_bits() -> None:
         ({"bits": 2}, "bits=2: expected 1.5"),
         ({"group_size": 32}, "group_size=32: expected None with parts"),
         ({"symmetric": False}, "symmetric=False: expected True with parts"),
-        ({"codebook": "lloyd-max"}, "codebook='lloyd-max': expected None with parts"),
+        ({"codebook": "nf4"}, "codebook='nf4': expected None or 'lloyd-max' or 'uniform' with parts"),
         ({"codebook": (-1.0, 1.0)}, "codebook="),
         ({"rule": "range"}, "rule='range': expected None or 'norm' with parts"),
         ({"refinements": 1}, "refinements=1: expected 0 with parts"),

@@ -24,6 +24,7 @@ from pipeline import Call
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
 
 TWO = codec()
+LEVEL = {"codebook": "uniform"}
 UNEVEN, EVEN, LEVELS = [-1.25, 0.25, 1.0], [-1.0, 0.25, 1.5], [-2.0, -0.25, 0.5, 1.75]
 CALLS = [
     Call(codec(head_dim=128), codec("1.6", 128), group=4, name="2 and ternary, 128"),
@@ -33,6 +34,40 @@ CALLS = [
     Call(parts(64, 1, turning=False), parts(96, 0, turning=False, noise=False), group=3, name="parts, 64 and 96"),
     Call(parts(256, 1, turning=False), parts(80, 0, turning=False, noise=False), packed=40, name="parts, 256 and 80"),
     Call(codec(codebook="lloyd-max"), TWO, group=4, packed=300, name="2, levels looked up"),
+    # Evenly spaced: products of bytes, of an even and an odd number of tiles, of more than there are registers for.
+    Call(parts(128, 1, **LEVEL), codec("1.6", 128), group=8, packed=300, name="even parts, 128"),
+    Call(
+        parts(128, 0, **LEVEL),
+        TWO,
+        dtype=torch.bfloat16,
+        group=4,
+        packed=300,
+        name="even parts and channels without codes",
+    ),
+    Call(
+        parts(80, 0, **LEVEL),
+        codec("1.6", 80, codebook=UNEVEN),
+        group=2,
+        length=3,
+        packed=400,
+        name="even parts, uneven values",
+    ),
+    Call(
+        parts(192, 0, **LEVEL),
+        codec("2", 192),
+        dtype=torch.float32,
+        group=3,
+        packed=190,
+        name="even parts, 192, float32",
+    ),
+    Call(
+        parts(256, 0, turning=False, **LEVEL),
+        parts(80, 0, turning=False, noise=False, **LEVEL),
+        packed=40,
+        name="even parts, 256 and 80",
+    ),
+    Call(parts(96, 0, **LEVEL), TWO, group=16, tiles=2, packed=290, name="even parts, two tiles"),
+    Call(parts(192, 1, **LEVEL), TWO, group=12, tiles=2, packed=290, name="even parts, two wide tiles"),
     Call(codec(head_dim=96), codec("1.6", 96), group=4, packed=300, name="2 and ternary, a word alone"),
     Call(codec(head_dim=32), codec(head_dim=32), group=2, packed=300, name="2, one word"),
     Call(TWO, TWO, dtype=torch.bfloat16, batch=2, group=8, packed=333, pages_per_split=2, name="2, batch, bfloat16"),
@@ -90,6 +125,9 @@ APART = [
     Call(codec(head_dim=128), codec("1.6", 128), batch=2, group=4, packed=512, name="2 and ternary, 128"),
     Call(TWO, codec("4"), group=8, packed=700, rising=2.0, name="rising, 4"),
     Call(parts(128, 1), parts(128, 0, turning=False, noise=False), group=8, packed=300, name="parts, turning"),
+    Call(
+        parts(64, 1, **LEVEL), parts(64, 0, turning=False, noise=False), group=8, packed=600, name="even parts, turning"
+    ),
     Call(codec("8", 64, symmetric=False, group_size=64), codec("8", 64, metadata="fp16"), packed=600, name="8"),
     Call(TWO, TWO, group=4, length=4, tiles=2, causal=True, softcap=7.0, packed=290, name="causal, softcap, two tiles"),
     Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=600, group=2, name="padding"),
@@ -128,6 +166,36 @@ ONCE += [
     ),
     Call(
         parts(128, 1), TWO, group=2, length=3, causal=True, softcap=5.0, packed=290, once=True, name="turned, softcap"
+    ),
+    Call(
+        parts(128, 1, **LEVEL),
+        codec("1.6", 128),
+        group=4,
+        packed=1000,
+        pages_per_split=4,
+        once=True,
+        name="turned, even parts",
+    ),
+    Call(
+        parts(64, 1, **LEVEL),
+        TWO,
+        dtype=torch.bfloat16,
+        batch=2,
+        paddings=(0, 270),
+        packed=650,
+        once=True,
+        name="turned, even parts, padding",
+    ),
+    Call(
+        parts(112, 0, **LEVEL),
+        codec("1.6", 112),
+        group=2,
+        length=3,
+        causal=True,
+        softcap=5.0,
+        packed=290,
+        once=True,
+        name="turned, even parts, softcap",
     ),
     Call(parts(112, 0), TWO, dtype=torch.float32, group=2, packed=390, once=True, name="a launch before, float32"),
     Call(parts(192, 0), codec("2", 192), group=2, packed=290, once=True, name="a launch before, 192"),

@@ -38,12 +38,18 @@ def parts(stream: str, head_dim: int, *pieces: tuple[int, int]) -> str:
     return PageFormat(stream, head_dim, "parts", head_dim, parts=pieces).expression
 
 
+def even_parts(head_dim: int, *pieces: tuple[int, int]) -> str:
+    return PageFormat("keys", head_dim, "parts", head_dim, parts=pieces, even=True).expression
+
+
 K2, V2, V16 = layout("keys", "2"), layout("values", "2"), layout("values", "1.6")
 K4, V3 = layout("keys", "4", 64, symmetric=False), layout("values", "3", 64, group_size=32)
 KP = parts("keys", 128, (4, 32), (3, 32), (2, 32), (1, 32))
 VP = parts("values", 128, (3, 32), (2, 64), (0, 32))
-# Of a fit to the prompt.
-KF = parts("keys", 128, (5, 32), (2, 32), (1, 32), (0, 32))
+# Of a fit to the prompt, of a plan of two bits, of a fit to three.
+KF = even_parts(128, (5, 32), (2, 32), (1, 32), (0, 32))
+KE = even_parts(128, (4, 32), (3, 32), (1, 64))
+K3 = parts("keys", 128, (5, 32), (3, 64), (1, 32))
 TURNED = f"skvq::attend_once<skvq::Half, {KF}, {V16}>"
 ATTEND = {
     f"skvq::attend<{K2}, {V16}, 1>": FOUR_BLOCKS,
@@ -51,6 +57,9 @@ ATTEND = {
     f"skvq::attend_apart<{K2}, {V16}, 1>": FOUR_BLOCKS,
     f"skvq::attend<{K2}, {V2}, 2>": TWO_BLOCKS,
     f"skvq::attend<{KP}, {VP}, 1>": THREE_BLOCKS,
+    f"skvq::attend<{KF}, {V16}, 1>": FOUR_BLOCKS,
+    f"skvq::attend<{KE}, {VP}, 2>": TWO_BLOCKS,
+    f"skvq::attend<{even_parts(96, (5, 32), (1, 32), (0, 32))}, {layout('values', '1.6', 96)}, 1>": FOUR_BLOCKS,
     f"skvq::attend<{layout('keys', '2', 256)}, {layout('values', '2', 256)}, 1>": TWO_BLOCKS,
     f"skvq::attend<{K4}, {V3}, 1>": THREE_BLOCKS,
     f"skvq::attend<{layout('keys', '1.5')}, {layout('values', '8')}, 1>": TWO_BLOCKS,
@@ -60,6 +69,8 @@ ONCE = {
     f"skvq::attend_once<skvq::BFloat, {K2}, {V2}>": FOUR_BLOCKS,
     TURNED: FOUR_BLOCKS,
     f"skvq::attend_once<skvq::Half, {KP}, {VP}>": THREE_BLOCKS,
+    f"skvq::attend_once<skvq::Half, {KE}, {VP}>": THREE_BLOCKS,
+    f"skvq::attend_once<skvq::BFloat, {K3}, {V16}>": THREE_BLOCKS,
     f"skvq::attend_once<float, {K2}, {V16}>": THREE_BLOCKS,
     f"skvq::attend_once<skvq::Half, {layout('keys', '2', 256)}, {layout('values', '2', 256)}>": TWO_BLOCKS,
 }
@@ -75,6 +86,7 @@ OTHERS = {
     f"skvq::append_block<skvq::BFloat, {KP}, {V16}>": 128,
     f"skvq::fold<skvq::BFloat, {K2}>": 64,
     f"skvq::fold<skvq::BFloat, {KP}>": 96,
+    f"skvq::fold<skvq::Half, {KF}>": 96,
     f"skvq::encode<skvq::Half, {KP}>": 96,
     f"skvq::encode<skvq::BFloat, {V16}>": 96,
     f"skvq::decode<skvq::Half, {VP}>": 64,
@@ -99,7 +111,7 @@ OTHERS = {
     "skvq::poke<skvq::ManyWords>": 32,
 }
 # One block of 256 threads.
-MANY = [(K2, V16), (K2, V2), (KP, VP), (layout("keys", "2", 192), layout("values", "2", 192)), (K4, V3)]
+MANY = [(K2, V16), (K2, V2), (KP, VP), (KF, V16), (layout("keys", "2", 192), layout("values", "2", 192)), (K4, V3)]
 MANY += [
     (layout("keys", "1.5"), layout("values", "8")),
     (layout("keys", "8", 192, group_size=64), layout("values", "8", 192)),
@@ -206,7 +218,7 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     assert used
     arch, expression = job
     most = {**ATTEND, **ATTEND_MANY, **ONCE, **OTHERS}[expression]
-    if expression == TURNED and arch in ("sm_100a", "sm_120a"):
+    if expression == TURNED and arch == "sm_120a":
         most = THREE_BLOCKS
     assert int(used[1]) <= most
 

@@ -43,6 +43,17 @@ def codecs() -> list[ReferenceCodec]:
 
 CASES = [(stream, codec) for index, codec in enumerate(codecs()) for stream in (("keys", "values")[index % 2],)]
 CASES += [(stream, ReferenceCodec(head_dim=128, format=name)) for stream in ("keys", "values") for name in ("2", "4")]
+
+
+def even(head_dim: int, parts: tuple[tuple[int, int], ...]) -> ReferenceCodec:
+    matrix = torch.eye(head_dim)[None]
+    static = {"matrix": matrix, "inverse": matrix}
+    return ReferenceCodec(head_dim=head_dim, format="parts", parts=parts, codebook="uniform", **static)
+
+
+# Keys whose levels are evenly spaced have an order of their own, with every number of places in the last word.
+CASES += [("keys", even(head_dim, parts)) for head_dim, lists in PARTS.items() for parts in lists]
+CASES += [("keys", even(128, ((5, 32), (2, 32), (1, 32), (0, 32)))), ("values", even(64, PARTS[64][1]))]
 KERNEL_NAMES = ("rows_to_page", "page_to_rows", "fragments_to_rows", "sizes_of_layout")
 
 
@@ -88,6 +99,9 @@ def test_rows_go_in_and_come_out(kernels: harness.Kernels, case: int) -> None:
         codes = codes.unflatten(-1, (-1, codec.group_size // 2))
     exact = codec.coder.values(codes)
     exact = exact.flatten(1)[:, : levels.shape[1]]
+    if page_format.even:  # in units of a part's step
+        middles = [(2**bits - 1) / 2 for bits, width in page_format.parts if bits for _ in range(width)]
+        exact = codes - torch.tensor(middles)
     assert torch.equal(levels[:count], exact.to(torch.float16))
     assert pages.shape[-1] >= page_format.page_bytes
 

@@ -15,6 +15,7 @@ from skvq import SkvqError
 from skvq.calibrate import Statistics, collect
 from skvq.calibrate.allocate import (
     ALLOWED_BITS,
+    ERRORS,
     MSE,
     Candidate,
     Share,
@@ -31,8 +32,7 @@ from skvq.calibrate.spectral import Chain, Spectrum, noise_of
 from skvq.calibrate.spectral_plan import SpectralOptions, fit_keys, fit_values, output_weights, spectral_plan
 from skvq.calibrate.transform import balanced_transform, cost, damped
 from skvq.plan import StreamPlan
-from skvq.reference_codes import lloyd_max_levels
-from skvq.reference_parts import HeadMap, RowParts
+from skvq.reference_parts import HeadMap, RowParts, part_levels
 
 PARTS = ((4, 32), (3, 32), (1, 32), (0, 32))
 
@@ -72,19 +72,25 @@ def coded(stream: tuple[torch.Tensor, torch.Tensor], parts: Any, rows: torch.Ten
 # ---- constants and shapes
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_errors_are_those_of_the_codebooks(bits: int) -> None:
+@pytest.mark.parametrize("codebook", list(ERRORS))
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+def test_errors_are_those_of_the_codebooks(bits: int, codebook: str) -> None:
     """Against the levels themselves, by integration."""
-    levels = torch.tensor([-1.0, 1.0]) * (2 / torch.pi) ** 0.5 if bits == 1 else torch.tensor(lloyd_max_levels(2**bits))
+    levels, expected = part_levels(bits, codebook), ERRORS[codebook][bits]
     x = torch.linspace(-10, 10, 400_001, dtype=torch.float64)
     density = torch.exp(-0.5 * x * x) / (2 * torch.pi) ** 0.5 * (x[1] - x[0])
     read = levels.double()[torch.bucketize(x, (levels[1:] + levels[:-1]).double() / 2)]
-    assert float((density * (x - read).square()).sum()) == pytest.approx(MSE[bits], abs=2e-7)
+    assert float((density * (x - read).square()).sum()) == pytest.approx(expected, abs=2e-7)
     # what the gain makes of it
-    gained = read / (1 - MSE[bits])
-    assert float((density * (x - gained).square()).sum()) == pytest.approx(MSE[bits] / (1 - MSE[bits]), rel=1e-4)
-    noise = float((density * (read - (1 - MSE[bits]) * x).square()).sum())
-    assert noise == pytest.approx(float(noise_of(((bits, 16),))[0]), rel=1e-4)
+    gained = read / (1 - expected)
+    assert float((density * (x - gained).square()).sum()) == pytest.approx(expected / (1 - expected), rel=1e-4)
+    noise = float((density * (read - (1 - expected) * x).square()).sum())
+    assert noise == pytest.approx(float(noise_of(((bits, 16),), codebook)[0]), rel=1e-4)
+    if codebook == "uniform":  # no other distance has less error
+        for factor in (0.98, 1.02):
+            other = levels.double() * factor
+            read = other[torch.bucketize(x, (other[1:] + other[:-1]) / 2)]
+            assert float((density * (x - read).square()).sum()) > expected + 1e-6
 
 
 def test_equal_error_goes_through_whole_bits() -> None:

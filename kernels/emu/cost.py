@@ -20,9 +20,9 @@ COUNTED = {
 MANY_COUNTED = {"sm_80": (3134, 722, 247, 128), "sm_90a": (2606, 704, 233, 128)}
 # Of a row block and 16 queries by attend.cuh, which the store would take otherwise: all, of integers and bits, matrix.
 SIXTEEN_COUNTED = {"sm_80": (260, 96, 36), "sm_90a": (247, 96, 36)}
-# attend_once.cuh, a row block of layers whose mean turns in it, keys of 5, 2, 1, 0 bits, ternary values (a fit to a
-# prompt): all, of integers and bits, products of f16.
-TURNED_COUNTED = {"sm_80": (373, 174, 24), "sm_90a": (345, 167, 24)}
+# attend_once.cuh, a row block of layers whose mean turns in it, keys of 5, 2, 1, 0 bits with evenly spaced levels,
+# ternary values (a fit to a prompt): all, of integers and bits, products of f16 and bytes.
+TURNED_COUNTED = {"sm_80": (269, 96, 24), "sm_90a": (257, 95, 24)}
 MANY_ROWS, MANY_QUERIES, MANY_WARPS = 64, 128, 8
 # Bytes of a row's keys and values, one E4M3 scale each.
 ROW_BYTES = {"2 + 2 bits": 33 + 33, "2 bits + ternary": 33 + 27}

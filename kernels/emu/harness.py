@@ -54,12 +54,14 @@ class PageFormat:
     symmetric: bool = True
     metadata: str = "e4m3"
     parts: tuple[tuple[int, int], ...] = ()
+    even: bool = False
 
     @classmethod
     def of(cls, stream: str, codec: Any) -> PageFormat:
         """The format of a `ReferenceCodec`."""
         parts = codec.coder.parts if codec.format == "parts" else ()
-        return cls(stream, codec.head_dim, codec.format, codec.group_size, codec.symmetric, codec.metadata, parts)
+        even = stream == "keys" and bool(parts) and codec.coder.codebook == "uniform"
+        return cls(stream, codec.head_dim, codec.format, codec.group_size, codec.symmetric, codec.metadata, parts, even)
 
     @property
     def expression(self) -> str:
@@ -68,6 +70,7 @@ class PageFormat:
         number_bytes = {"e4m3": 1, "fp16": 2}[self.metadata]
         arguments = [f"skvq::{self.stream}", self.head_dim, FORMAT_ARGUMENTS[self.format], self.group_size]
         arguments += [int(self.symmetric), number_bytes] + ([f"{parts}ull"] if parts else [])
+        arguments += ["1"] if self.even else []
         return f"skvq::Layout<{', '.join(map(str, arguments))}>"
 
     @property
@@ -113,6 +116,8 @@ def level_table(codec: Any) -> Structure:
         put({"4": 4, "3": 2, "2": 1, "1.6": 1}[codec.format], coder.levels)
     if codec.format == "2":
         table.step = even_step(coder.levels.double().tolist())
+    if codec.format == "parts" and coder.codebook == "uniform":
+        table.step = 1.0  # queries have the steps
     table.correction = 1.0
     if codec.format in ("1.6", "2"):
         levels = coder.levels.double().flatten()

@@ -101,6 +101,8 @@ class Call:
     def as_bytes(self) -> bool:
         """Whether queries are folded to bytes, as `takes_bytes` of src/cuda/constants.rs."""
         keys, values = self.formats
+        if keys.even:
+            return not self.many and sum(width for bits, width in keys.parts if bits) * self.tiles <= 256
         fits = keys.head_dim % 32 == 0 and keys.head_dim * self.tiles <= 256 and keys.group_size == keys.head_dim
         levels = self.values.coder.levels.tolist() if values.format == "1.6" else [-1.0, 0.0, 1.0]
         even = levels == [-levels[2], 0.0, levels[2]]
@@ -363,7 +365,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure, shared_bytes: int = 0) -> None:
         kernels.launch(f"skvq::{name}", grid, threads, arguments, shared_bytes=shared_bytes, schedule=call.schedule)
 
-    folded = aligned(batch, heads, key_blocks, tiles, width_k // 16 * 64, dtype=torch.int32)
+    folded = aligned(batch, heads, key_blocks, tiles, (width_k + 31) // 32 * 128, dtype=torch.int32)
     extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}

@@ -75,8 +75,8 @@ class Codec:
         shift: static shift, float32 ``[heads, D]``; not together with block.
         scale: static scale, float32 ``[heads, D]``; not together with block.
         parts: bits and width of every part, with format ``"parts"`` only: 1 to 5 bits, for the last also 0, widths
-            that are multiples of 16 and add up to head_dim. Of the arguments above, head_dim, metadata, clip and shift
-            go with parts.
+            that are multiples of 16 and add up to head_dim. Of the arguments above, head_dim, metadata, the name of a
+            codebook, clip and shift go with parts.
         matrix: M, with which rows of parts are packed, float32 ``[heads, D, D]``.
         inverse: B, with which they are read, float32 ``[heads, D, D]``.
         shift_sine: shift turned by a quarter, float32 ``[heads, D]``: the mean turns with a row's position.

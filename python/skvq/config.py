@@ -134,7 +134,7 @@ _DEFAULT_BITS = _DefaultBits(2)
 _WITH_PARTS: dict[str, tuple[Any, ...]] = {
     "group_size": (None,),
     "symmetric": (True,),
-    "codebook": (None,),
+    "codebook": (None, "lloyd-max", "uniform"),
     "rule": (None, "norm"),
     "refinements": (0,),
     "unbiased": (False,),
@@ -160,7 +160,8 @@ class StreamOptions:
         symmetric: a scale only; otherwise a scale and a zero point.
         codebook: "lloyd-max" (optimal for a normal variable), "uniform", or the levels themselves, ascending (for
             1.5 bits: eight pairs). None: "uniform" for 8 bits, which has no other, and for 2, where it has 1 % more
-            error and attention on a GPU needs no look-up; "lloyd-max" for other bits.
+            error and attention on a GPU needs no look-up; "lloyd-max" for other bits. With parts one of the names,
+            "uniform" being levels as far from each other as has the least error for each part's bits.
         rule: "norm" (scale from the root mean square) or "range" (from the largest magnitude, or minimum and maximum).
             None: "range" with the uniform codebook if it is named or has 8 bits, else "norm".
         clip: factor on the scale, SKVQ's alpha.
@@ -174,8 +175,9 @@ class StreamOptions:
         query_exponent: power of what the prompt's queries put on a channel, by which its scale in a block is smaller;
             for keys only. ½ beside a scale_exponent of ½ costs least if channels are independent.
         parts: bits and width of every part of a row behind a calibrated matrix (src/FORMAT.md section 6): 1 to 5 bits,
-            for the last also 0, and widths that are multiples of 16 and add up to the head's size. Only `metadata` and
-            `clip` go with them; the rotation is "identity", since the matrix is in its place, and the rule "norm".
+            for the last also 0, and widths that are multiples of 16 and add up to the head's size. Only `metadata`,
+            `clip` and the name of a codebook go with them; the rotation is "identity", since the matrix is in its
+            place, and the rule "norm".
     """
 
     bits: float = _DEFAULT_BITS
@@ -244,9 +246,10 @@ class StreamOptions:
         return self.format != "raw"
 
     def resolved(self) -> StreamOptions:
-        """The same options with codebook, rule and metadata chosen where they are None; every part has its codebook."""
+        """The same options with codebook, rule and metadata chosen where they are None."""
         if self.parts is not None:
-            return dataclasses.replace(self, rule="norm", metadata=self.metadata or "e4m3")
+            codebook = self.codebook or "lloyd-max"
+            return dataclasses.replace(self, codebook=codebook, rule="norm", metadata=self.metadata or "e4m3")
         codebook = self.codebook or ("uniform" if self.bits in (2, 8) else "lloyd-max")
         # Four levels a unit apart are, to 0.4 %, those that a normal variable of that deviation has least error with.
         by_norm = codebook != "uniform" or (self.codebook is None and self.bits == 2)

@@ -108,7 +108,7 @@ def _cells(plan: QuantizationPlan, index: int, name: str) -> tuple[str, ...]:
     codebook = options.codebook if isinstance(options.codebook, str) else f"own, {len(options.codebook or ())}"
     group = "auto" if options.group_size is None else str(options.group_size)
     if options.parts is not None:
-        codebook, group = "lloyd-max", "row"
+        group = "row"
     rule = str(options.rule) + ("" if options.symmetric else " + zero") + (" unbiased" if options.unbiased else "")
     transform = [x for x in _static(stream) if x not in ("frequencies", "inverse")]
     transform += [] if "matrix" in transform else [options.rotation]

@@ -112,7 +112,7 @@ def _draw_codebook(axis: Any, stream: StreamPlan) -> None:
         _empty(axis, "rows are kept as they are")
         return
     if stream.options.parts is not None:
-        _draw_parts(axis, stream.options.parts)
+        _draw_parts(axis, stream.options.parts, str(stream.options.resolved().codebook))
         return
     options = stream.options.resolved()
     levels = LevelCodes(options.format, options.codebook).levels
@@ -128,11 +128,11 @@ def _draw_codebook(axis: Any, stream: StreamPlan) -> None:
     axis.set_xlabel("level (dotted: borders), in scales")
 
 
-def _draw_parts(axis: Any, parts: Parts) -> None:
+def _draw_parts(axis: Any, parts: Parts, codebook: str) -> None:
     """The levels of every part, the first on top."""
     axis.set_title(f"levels of {len(parts)} parts", fontsize=10)
     for row, (bits, _) in enumerate(parts):
-        levels = part_levels(bits) if bits else torch.zeros(1)
+        levels = part_levels(bits, codebook) if bits else torch.zeros(1)
         axis.vlines(levels, row - 0.35, row + 0.35, color=_AFTER, linewidth=2)
     axis.set_yticks(range(len(parts)), [f"{bits}·{width}" for bits, width in parts])
     axis.invert_yaxis()

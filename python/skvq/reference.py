@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class ReferenceCodec:
             raise ValueError(f"head_dim={head_dim}: expected a positive multiple of {LANES}")
         of_parts = {"parts": parts, "matrix": matrix, "inverse": inverse, "shift_sine": shift_sine}
         of_parts |= {"frequencies": frequencies, "noise": noise}
-        of_others = {"group_size": group_size, "codebook": codebook, "permutation": permutation, "scale": scale}
+        of_others: dict[str, Any] = {"group_size": group_size, "permutation": permutation, "scale": scale}
         of_others |= {"symmetric": None if symmetric else False, "rule": None if rule == "norm" else rule}
         of_others |= {"refinements": refinements or None, "unbiased": unbiased or None, "block": block or None}
         for name, value in (of_others if format == "parts" else of_parts).items():
@@ -141,7 +142,9 @@ class ReferenceCodec:
         self.map: HeadMap | None = None
         self._coder: LevelCodes | RowParts | None = None
         if format == "parts":
-            self._coder = RowParts(parts or (), head_dim)
+            if not isinstance(codebook, str | None):
+                raise ValueError(f"codebook={codebook!r}: expected a name with parts")
+            self._coder = RowParts(parts or (), head_dim, codebook or "lloyd-max")
             self.map = HeadMap(head_dim, matrix, inverse, shift, shift_sine, frequencies, noise)
         elif format != "raw":
             self._coder = LevelCodes(format, codebook)

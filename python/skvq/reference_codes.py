@@ -31,6 +31,10 @@ NORMAL_PAIRS = (
 )
 
 
+# Distance of so many evenly spaced levels of least mean squared error for a standard normal variable.
+EVEN_STEPS = {2: 1.5957691, 4: 0.9956867, 8: 0.5860194, 16: 0.3352006, 32: 0.1881388}
+
+
 @cache
 def lloyd_max_levels(count: int) -> tuple[float, ...]:
     """Levels of least mean squared error for a standard normal variable, rounded to float32 (ascending)."""
@@ -51,6 +55,13 @@ def lloyd_max_levels(count: int) -> tuple[float, ...]:
         raise ArithmeticError(f"Lloyd-Max levels for count={count} did not converge")
     levels = torch.cat([-positive.flip(0), torch.zeros(count % 2, dtype=torch.float64), positive])
     return tuple(levels.to(torch.float32).tolist())
+
+
+@cache
+def evenly_spaced_levels(count: int) -> tuple[float, ...]:
+    """The same of levels that are evenly spaced around 0: 2, 4, 8, 16 or 32 of them (src/FORMAT.md section 6)."""
+    step = torch.tensor(EVEN_STEPS[count], dtype=torch.float32)
+    return tuple(((torch.arange(count, dtype=torch.float32) - (count - 1) * 0.5) * step).tolist())
 
 
 def _cell_centroids(positive: Tensor, odd: bool) -> tuple[Tensor, Tensor, Tensor]:

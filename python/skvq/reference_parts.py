@@ -12,16 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference_codes import lloyd_max_levels, nearest_level, pack_string, unpack_string
+from .reference_codes import evenly_spaced_levels, lloyd_max_levels, nearest_level, pack_string, unpack_string
 
 PART_WIDTH_UNIT = 16
 MOST_BITS = 5
 SPAN = 256  # positions that share an entry of the tables of large angles
 
 
-def part_levels(bits: int) -> Tensor:
-    """Levels [2**bits] of a part's codes."""
-    return torch.tensor(lloyd_max_levels(1 << bits), dtype=torch.float32)
+CODEBOOKS = {"lloyd-max": lloyd_max_levels, "uniform": evenly_spaced_levels}
+
+
+def part_levels(bits: int, codebook: str = "lloyd-max") -> Tensor:
+    """Levels [2**bits] of a part's codes, of the codebook "lloyd-max" or "uniform"."""
+    return torch.tensor(CODEBOOKS[codebook](1 << bits), dtype=torch.float32)
 
 
 class RowParts:
@@ -30,7 +33,10 @@ class RowParts:
     Codes [..., n] are those of the n channels with bits, which come first.
     """
 
-    def __init__(self, parts: Sequence[tuple[int, int]], head_dim: int) -> None:
+    def __init__(self, parts: Sequence[tuple[int, int]], head_dim: int, codebook: str = "lloyd-max") -> None:
+        if codebook not in CODEBOOKS:
+            raise ValueError(f"codebook={codebook!r}: expected one of {', '.join(map(repr, CODEBOOKS))} with parts")
+        self.codebook = codebook
         self.parts = tuple((int(bits), int(width)) for bits, width in parts)
         for index, (bits, width) in enumerate(self.parts):
             if not 0 <= bits <= MOST_BITS or (bits == 0 and (index + 1 < len(self.parts) or index == 0)):
@@ -42,7 +48,7 @@ class RowParts:
         self.head_dim = head_dim
         self._bits = [bits for bits, _ in self.parts if bits]
         self._widths = [width for bits, width in self.parts if bits]
-        self._levels = [part_levels(bits) for bits in self._bits]
+        self._levels = [part_levels(bits, codebook) for bits in self._bits]
 
     def bytes_of(self, width: int) -> int:
         """Bytes of the codes of a row, whose width is known."""

@@ -84,7 +84,9 @@ def layout(stream: str, head_dim: int, options: StreamOptions) -> str:
         group = head_dim
         # A byte for each part: its bits in the low three, its width / 16 in the high five bits.
         packed = sum((bits | width // 16 << 3) << 8 * index for index, (bits, width) in enumerate(options.parts))
-        parts = (f"{packed}ull",)
+        # Keys whose levels are evenly spaced are in the order of products of bytes.
+        even = stream == "keys" and options.codebook == "uniform"
+        parts = (f"{packed}ull", "1") if even else (f"{packed}ull",)
     number_bytes = 2 if options.metadata == "fp16" else 1
     arguments = (f"skvq::{stream}", head_dim, _FORMATS[options.format], group, int(options.symmetric), number_bytes)
     return f"skvq::Layout<{', '.join(map(str, arguments + parts))}>"

@@ -10,6 +10,7 @@ use crate::codec::{Codec, group_metadata};
 use crate::error::{Error, Result};
 use crate::format::{MAX_HEAD_DIM, PAGE_ROWS};
 use crate::layer::{Layer, Stream};
+use crate::parts::{Part, PartLevels};
 use crate::tensor::TensorView;
 use crate::transform::{Affine, Source};
 
@@ -88,9 +89,12 @@ pub fn error_weights(
     let mut folded = vec![0.0f32; width];
     if let Some(matrix) = codec.matrix(kv_head) {
         matrix.fold(isa, query, &mut folded);
-        let part = |part: &crate::parts::Part| {
+        let part = |part: &Part| {
             let squares: f64 = folded[part.channels()].iter().map(|q| f64::from(q * q)).sum();
-            let error = squared_error(&part.codebook);
+            let error = match part.levels {
+                PartLevels::LloydMax => squared_error(&part.codebook),
+                PartLevels::Even => EVEN_ERRORS[part.bits],
+            };
             // B has the gain 1 / (1 − error), which takes the shrinking of a centroid back.
             squares * error * (1.0 - error)
         };
@@ -113,6 +117,9 @@ pub fn error_weights(
         *weight = error * group.iter().map(|q| f64::from(q * q)).sum::<f64>();
     }
 }
+
+/// The same of evenly spaced levels of parts, by bits.
+const EVEN_ERRORS: [f64; 6] = [1.0, 0.3634, 0.1188, 0.037_44, 0.011_54, 0.003_495];
 
 /// The mean squared error of a codebook on a standard normal variable, in units of the squared scale.
 fn squared_error(codebook: &Codebook) -> f64 {

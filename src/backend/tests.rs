@@ -10,7 +10,7 @@ use crate::codebook::Codebook;
 use crate::codec::{Codec, Rule};
 use crate::format::{Format, Metadata, RowLayout};
 use crate::layer::{Layer, LayerSpec, NonFinite, Regions};
-use crate::parts::parts_of_row;
+use crate::parts::{PartLevels, parts_of_row};
 use crate::tensor::{Dtype, MaskView, TensorView, TensorViewMut};
 use crate::transform::{Affine, BlockRule, Matrix, Permutation, Rotation, Source, TurningMean, Turns};
 use half::bf16;
@@ -107,6 +107,7 @@ fn random_codec_of_parts(noise: &mut Noise, head_dim: usize, heads: usize, turni
         list.push((if left == 0 { noise.below(6) } else { 1 + noise.below(5) }, width));
     }
     let metadata = [Metadata::E4m3, Metadata::Fp16][noise.below(2)];
+    let levels = if noise.uniform() < 0.5 { PartLevels::LloydMax } else { PartLevels::Even };
     let square = |noise: &mut Noise| {
         (0..head_dim * head_dim).map(|_| noise.normal() / (head_dim as f32).sqrt()).collect::<Vec<_>>()
     };
@@ -120,7 +121,7 @@ fn random_codec_of_parts(noise: &mut Noise, head_dim: usize, heads: usize, turni
     } else {
         Source::Static((0..heads).map(|_| Affine::new(row(noise), vec![1.0; head_dim])).collect())
     };
-    let (layout, parts) = parts_of_row(head_dim, metadata, &list).unwrap();
+    let (layout, parts) = parts_of_row(head_dim, metadata, &list, levels).unwrap();
     let codec = Codec {
         layout,
         codebook: Codebook::named("lloyd-max", Format::Parts).unwrap(),
@@ -935,7 +936,8 @@ fn golden_bytes_of_parts_never_change() {
             .map(|part| part.split_once('x').unwrap())
             .map(|(bits, width)| (bits.parse().unwrap(), width.parse().unwrap()))
             .collect();
-        let metadata = Metadata::from_name(options[2]).unwrap();
+        let (metadata, levels) = options[2].split_once('/').unwrap_or((options[2], "lloyd-max"));
+        let (metadata, levels) = (Metadata::from_name(metadata).unwrap(), PartLevels::from_name(levels).unwrap());
         let position: i64 = options[3].parse().unwrap();
         // The static data of tests/golden/make_parts.py.
         let entry = |i: usize| ((31 * (i / d) + 17 * (i % d) + (i / d) * (i % d)) % 101) as f32 - 50.0;
@@ -944,7 +946,7 @@ fn golden_bytes_of_parts_never_change() {
         let sine: Vec<f32> = (0..d).map(|c| shift[(c + d / 2) % d]).collect();
         let frequencies: Vec<f32> = (0..d).map(|c| 1.0 / (1 + c % (d / 2)) as f32).collect();
         let turning = TurningMean::new(shift, sine, Turns::shared(&frequencies).unwrap()).unwrap();
-        let (layout, parts) = parts_of_row(d, metadata, &list).unwrap();
+        let (layout, parts) = parts_of_row(d, metadata, &list, levels).unwrap();
         let codec = Codec {
             layout,
             codebook: Codebook::named("lloyd-max", Format::Parts).unwrap(),

@@ -58,6 +58,8 @@ pub struct CodecConstants {
     pub weight_unit: f32,
     /// Ternary levels that are not −c, 0, c.
     pub uneven: bool,
+    /// Of keys whose parts have evenly spaced levels, tiles of 16 channels that have codes; else 0.
+    even_tiles: usize,
     /// Of a mean that turns; otherwise none.
     pub waves: Waves,
     _block: Block,
@@ -123,13 +125,18 @@ impl CodecConstants {
             channels: at(Some(channels)),
             frequencies: frequencies as i32,
         });
-        Ok(Self { transform, levels, noise, table, weight_unit, uneven, waves, _block: block })
+        let even_tiles = if codec.has_even_parts() { codec.stored_channels() / 16 } else { 0 };
+        Ok(Self { transform, levels, noise, table, weight_unit, uneven, even_tiles, waves, _block: block })
     }
 
-    /// Whether `tiles` query tiles of a warp meet these keys as bytes: `by_bytes` of `kernels/bytes.cuh`, and levels that are evenly spaced.
-    pub fn takes_bytes(&self, layout: &RowLayout, tiles: usize) -> bool {
+    /// Whether `tiles` query tiles of a warp meet these keys as bytes, always or where both streams allow it: `by_bytes` of `kernels/bytes.cuh`, and levels
+    /// that are evenly spaced.
+    pub fn takes_bytes(&self, layout: &RowLayout, tiles: usize, allowed: bool) -> bool {
+        if self.even_tiles != 0 {
+            return self.even_tiles * tiles <= 16;
+        }
         let fits = layout.head_dim.is_multiple_of(32) && layout.head_dim * tiles <= 256;
-        layout.format == Format::Int2 && layout.groups() == 1 && fits && self.table.step != 0.0
+        allowed && layout.format == Format::Int2 && layout.groups() == 1 && fits && self.table.step != 0.0
     }
 }
 

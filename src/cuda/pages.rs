@@ -82,7 +82,16 @@ pub fn layout_expression(side: Side, codec: &Codec) -> String {
         layout.head_dim,
         layout.group_size
     );
-    if codec.is_of_parts() { format!("{common}, {}ull>", packed_parts(codec)) } else { format!("{common}>") }
+    match codec.is_of_parts() {
+        false => format!("{common}>"),
+        true if takes_even_order(side, codec) => format!("{common}, {}ull, 1>", packed_parts(codec)),
+        true => format!("{common}, {}ull>", packed_parts(codec)),
+    }
+}
+
+/// Whether pages have the codes of keys of parts in the order of products of bytes: `Layout::is_even` of `kernels/layout.cuh`.
+pub fn takes_even_order(side: Side, codec: &Codec) -> bool {
+    side == Side::Keys && codec.has_even_parts()
 }
 
 /// A byte for each part: its bits in the low three, its width / 16 in the high five; the channels without bits come last.
@@ -170,6 +179,8 @@ pub fn level_table(codec: &Codec) -> LevelTable {
     }
     if codec.layout.format == Format::Int2 {
         table.step = even_step(&all).unwrap_or(0.0);
+    } else if codec.has_even_parts() {
+        table.step = 1.0; // queries have the steps, which differ
     }
     let few = matches!(codec.layout.format, Format::Ternary | Format::Int2);
     table.correction = if few { correction(&all) } else { 1.0 };
@@ -210,7 +221,7 @@ mod tests {
     use super::*;
     use crate::codec::Rule;
     use crate::format::RowLayout;
-    use crate::parts::parts_of_row;
+    use crate::parts::{PartLevels, parts_of_row};
     use crate::transform::{Affine, Rotation, Source};
 
     fn codec(format: Format, head_dim: usize) -> Codec {
@@ -270,7 +281,8 @@ mod tests {
     fn layouts_are_spelled_as_kernels_take_them() {
         let two = codec(Format::Int2, 128);
         assert_eq!(layout_expression(Side::Keys, &two), "skvq::Layout<skvq::keys, 128, 2, 128, 1, 1>");
-        let (layout, parts) = parts_of_row(64, Metadata::E4m3, &[(4, 16), (2, 32), (0, 16)]).unwrap();
+        let (layout, parts) =
+            parts_of_row(64, Metadata::E4m3, &[(4, 16), (2, 32), (0, 16)], PartLevels::LloydMax).unwrap();
         let behind = Codec { layout, parts, ..two };
         let expected = (4 | 1 << 3) | (2 | 2 << 3) << 8 | (1 << 3) << 16;
         assert_eq!(
@@ -278,5 +290,10 @@ mod tests {
             format!("skvq::Layout<skvq::values, 64, 0, 64, 1, 1, {expected}ull>")
         );
         assert_eq!(page_bytes(&behind), 128 * (16 + 1));
+        let mut even = behind.clone();
+        even.parts.iter_mut().for_each(|part| part.levels = PartLevels::Even);
+        let (keys, values) = (layout_expression(Side::Keys, &even), layout_expression(Side::Values, &even));
+        assert_eq!(keys, format!("skvq::Layout<skvq::keys, 64, 0, 64, 1, 1, {expected}ull, 1>"));
+        assert_eq!(values, layout_expression(Side::Values, &behind));
     }
 }

@@ -13,7 +13,7 @@ use crate::codec::{Codec, Rule};
 use crate::dlpack::{ImportedTensor, OwnedTensor};
 use crate::error::{Error, Result};
 use crate::format::{Format, Metadata, RowLayout};
-use crate::parts::parts_of_row;
+use crate::parts::{PartLevels, parts_of_row};
 use crate::tensor::Dtype;
 use crate::transform::{Affine, BlockRule, Matrix, Permutation, Rotation, Source, TurningMean, Turns, spans_of};
 
@@ -237,13 +237,19 @@ impl PyCodec {
     ) -> PyResult<Self> {
         let precision = Metadata::from_name(metadata)?;
         let (layout, codebook, parts) = if format == "parts" || parts.is_some() {
-            if format != "parts" || group_size.is_some_and(|size| size != head_dim) || !symmetric || codebook.is_some()
-            {
-                let expected = "format \"parts\", one symmetric group and no codebook with parts";
+            if format != "parts" || group_size.is_some_and(|size| size != head_dim) || !symmetric {
+                let expected = "format \"parts\" and one symmetric group with parts";
                 return Err(Error::value("parts", expected, format!("format \"{format}\" or another of them")).into());
             }
             let missing = || Error::value("parts", "a list of (bits, width) for format \"parts\"", "None");
-            let (layout, parts) = parts_of_row(head_dim, precision, &parts.ok_or_else(missing)?)?;
+            let levels = match codebook {
+                None => PartLevels::LloydMax,
+                Some(name) => match name.extract::<String>() {
+                    Ok(name) => PartLevels::from_name(&name)?,
+                    Err(_) => return Err(Error::value("codebook", "a name with parts", name).into()),
+                },
+            };
+            let (layout, parts) = parts_of_row(head_dim, precision, &parts.ok_or_else(missing)?, levels)?;
             (layout, Codebook::named("lloyd-max", Format::Parts)?, parts)
         } else {
             let format = Format::from_name(format, Dtype::F32)?;

@@ -1,7 +1,8 @@
 """Writes parts.txt: packed bytes of rows of parts (src/FORMAT.md section 6), which Rust and Python must always produce.
 
-One line is one case: head size, parts as BITSxWIDTH joined by commas, metadata, position of the first row, `|`, and the
-hexadecimal bytes of rows 0, 1 and 2 (those of make_rows.py). All numbers are exact in float32 or rounded once:
+One line is one case: head size, parts as BITSxWIDTH joined by commas, metadata, with /uniform behind it where levels
+are evenly spaced, position of the first row, `|`, and the hexadecimal bytes of rows 0, 1 and 2 (those of make_rows.py).
+All numbers are exact in float32 or rounded once:
 M[j][c] = ((31 j + 17 c + j c) mod 101 - 50) / 64, shift μ_c = (13 c mod 29 - 14) / 8, shift_sine ν_c = μ of channel
 c + D/2 mod D, frequencies θ_c = 1 / (1 + c mod D/2). Run it only to add cases: the bytes of an old case never change.
 """
@@ -26,6 +27,8 @@ CASES = (
     (128, "4x32,3x32,1x32,0x32", "e4m3", 1000000),
     (192, "5x48,1x144", "e4m3", 12),
     (256, "4x64,2x128,0x64", "e4m3", 257),
+    (128, "5x32,2x32,1x32,0x32", "e4m3/uniform", 4096),
+    (80, "5x16,4x16,3x16,2x16,1x16", "fp16/uniform", 31),
 )
 
 
@@ -47,7 +50,9 @@ def static(head_dim: int) -> dict[str, Any]:
 def options(head_dim: int, parts: str, metadata: str) -> dict[str, Any]:
     """Keywords of a codec."""
     listed = [(int(x.split("x")[0]), int(x.split("x")[1])) for x in parts.split(",")]
-    return {"head_dim": head_dim, "format": "parts", "parts": listed, "metadata": metadata} | static(head_dim)
+    metadata, _, codebook = metadata.partition("/")
+    named = {"codebook": codebook} if codebook else {}
+    return {"head_dim": head_dim, "format": "parts", "parts": listed, "metadata": metadata} | named | static(head_dim)
 
 
 def main() -> None:

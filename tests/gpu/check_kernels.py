@@ -52,6 +52,7 @@ class CodecCase:
 
 TWO = codec()
 NO_MEAN: dict[str, Any] = {"turning": False, "noise": False}
+EVEN: dict[str, Any] = {"codebook": "uniform"}
 RANGE: dict[str, Any] = {"rule": "range", "clip": 0.9}
 REFINED = codec("2", 128, refinements=2, unbiased=True, **statics(128))
 SMALL_CODECS = [
@@ -63,6 +64,8 @@ SMALL_CODECS = [
 CODECS = [
     *SMALL_CODECS,
     CodecCase("keys", parts(128, 1)),
+    CodecCase("keys", parts(128, 1, **EVEN), torch.float16),
+    CodecCase("keys", parts(80, 1, **EVEN), torch.bfloat16),
     CodecCase("values", parts(96, 0, **NO_MEAN), torch.float16),
     CodecCase("values", codec("2", 64, symmetric=False, metadata="fp16", group_size=32, codebook="uniform", **RANGE)),
     CodecCase("keys", codec("2", 80, codebook=[-2.0, -0.25, 0.5, 1.75], rotation="identity", **RANGE)),
@@ -82,6 +85,7 @@ SMALL_CALLS = [
     Call(TWO, TWO, group=4, length=33, many=True, packed=200, name="many queries"),
     Call(*PAIR, group=4, once=True, name="one launch, 2 and ternary"),
     Call(parts(64, 1), parts(64, 1, **NO_MEAN), group=2, packed=200, once=True, name="one launch, parts, turning"),
+    Call(parts(64, 1, **EVEN), codec("1.6"), group=2, packed=400, once=True, name="one launch, even parts, turning"),
 ]
 SPLIT = {"packed": 3001, "window": 131, "pages_per_split": 3}
 CALLS = [
@@ -99,6 +103,16 @@ CALLS = [
     Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=200, group=2, once=True, name="one launch, padding"),
     Call(parts(128, 1), codec("1.6", 128), group=4, once=True, name="one launch, parts, ternary, ratio 4", **SPLIT),
     Call(parts(128, 1), codec("1.6", 128), group=4, name="parts, turning, ternary, ratio 4", **SPLIT),
+    Call(parts(128, 1, **EVEN), codec("1.6", 128), group=4, once=True, name="one launch, even parts, ratio 4", **SPLIT),
+    Call(parts(128, 0, **EVEN), parts(128, 0, **NO_MEAN), group=8, name="even parts, turning, ratio 8", **SPLIT),
+    Call(
+        parts(80, 1, **EVEN), codec("2", 80), dtype=torch.bfloat16, packed=450, once=True, name="one launch, even, 80"
+    ),
+    Call(
+        parts(192, 0, **EVEN), codec("2", 192), dtype=torch.float32, group=3, name="even parts, 192, float32", **SPLIT
+    ),
+    Call(parts(128, 1, **EVEN), codec("1.6", 128), group=16, tiles=2, name="even parts, ratio 16", **SPLIT),
+    Call(parts(128, 1, **EVEN), codec("1.6", 128), length=64, many=True, name="many queries, even parts", **SPLIT),
     Call(parts(64, 1), codec("1.6"), batch=2, paddings=(0, 270), packed=650, once=True, name="one launch, one query"),
     Call(parts(96, 0), codec("2", 96), dtype=torch.bfloat16, group=3, packed=450, once=True, name="one launch, 96"),
     Call(codec(codebook="lloyd-max"), TWO, group=4, packed=300, name="2, levels looked up"),

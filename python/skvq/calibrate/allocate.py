@@ -24,27 +24,36 @@ from .._native import SkvqError
 # Mean squared error of the Lloyd-Max quantizer of a standard normal variable, by bits: J. Max, "Quantizing for minimum
 # distortion", IRE Trans. Inf. Theory 6 (1960), table I, with more digits. One bit: 1 - 2/π; no bits: the variance.
 MSE: dict[int, float] = {0: 1.0, 1: 1.0 - 2.0 / math.pi, 2: 0.1174818, 3: 0.0345478, 4: 0.0095010, 5: 0.0025047}
+# The same of levels that are evenly spaced, as far as has the least error (table II there).
+EVEN_MSE: dict[int, float] = {0: 1.0, 1: 1.0 - 2.0 / math.pi, 2: 0.1188461, 3: 0.0374397, 4: 0.0115429, 5: 0.0034952}
+ERRORS = {"lloyd-max": MSE, "uniform": EVEN_MSE}  # by the codebook of `StreamOptions`
 ALLOWED_BITS = tuple(MSE)
+MOST_EVEN_BITS = 2.5
 WIDTH_UNIT = 16  # channels of a part: a multiple (src/FORMAT.md section 6)
 
 Parts = tuple[tuple[int, int], ...]
 Key = TypeVar("Key")
 
 
-def error_of(bits: int) -> float:
+def error_of(bits: int, codebook: str = "lloyd-max") -> float:
     """What the bits of a channel of unit variance are chosen by: the quantizer's error, before the decoder's gain.
 
     The error of a decoded channel is MSE / (1 - MSE), since the decoder divides by 1 - MSE. Choosing by that gives
     fewer parts with one bit, and measured KL divergences that are a third higher (tests/bench/LOG.md).
     """
-    return MSE[bits]
+    return ERRORS[codebook][bits]
 
 
-def equal_error(bits: float) -> float:
+def even_if_few(bits: float) -> str:
+    """Codebook of the parts of keys of so many mean bits."""
+    return "uniform" if bits <= MOST_EVEN_BITS else "lloyd-max"
+
+
+def equal_error(bits: float, codebook: str = "lloyd-max") -> float:
     """`error_of` for channels alike that have `bits` on average, from the two nearest whole numbers of bits."""
     low = min(math.floor(bits), max(ALLOWED_BITS) - 1)
     share = bits - low
-    return (1.0 - share) * error_of(low) + share * error_of(low + 1)
+    return (1.0 - share) * error_of(low, codebook) + share * error_of(low + 1, codebook)
 
 
 def part_count(head_dim: int, wanted: int) -> int:

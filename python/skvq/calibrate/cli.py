@@ -20,13 +20,14 @@ from ..arguments import (
     region_counts,
     whole_number,
 )
-from .run import CHUNKS, METHODS, PACKAGED_CHUNKS, options_of, run_calibration
+from .run import CHUNKS, METHODS, OF_SPECTRAL, PACKAGED_CHUNKS, options_of, run_calibration
 
 if TYPE_CHECKING:
     from ..plan_file import QuantizationPlan
 
 WEIGHTS = ("query", "attention")  # as in spectral_plan.py, which loads torch
-OPTIONS = ("method", "key_bits", "value_bits", "bits", "parts", "weights", "chunks", "tokens", "window", "sinks")
+KEY_LEVELS = ("uniform", "lloyd-max")
+OPTIONS = ("method", "key_bits", "value_bits", "bits", *OF_SPECTRAL[1:], "chunks", "tokens", "window", "sinks")
 
 
 def add_commands(commands: Any) -> None:
@@ -99,6 +100,12 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=WEIGHTS,
         help="what errors are weighed by: all queries alike, or what attention does with them (default: attention)",
+    )
+    group.add_argument(
+        "--key-levels",
+        choices=KEY_LEVELS,
+        help="of the parts of keys: evenly spaced, which a GPU need not look up, or of least error "
+        "(default: uniform up to 2.5 bits of keys on average, lloyd-max above)",
     )
     group.add_argument("--no-noise", action="store_true", help="do not correct scores for the noise of packed keys")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..config import VALUE_DEFAULTS, StreamOptions, is_default_method
-from .allocate import Parts, merged, part_count
+from .allocate import Parts, even_if_few, merged, part_count
 
 # Bits of the quarters of a head, by mean. One choice for all layers and texts, so that a GPU's kernels are known ahead;
 # the best of every layer is predicted to lose 1 to 10 % less (tests/bench/LOG.md).
@@ -29,8 +29,14 @@ def fitted_key_options(options: StreamOptions, head_dim: int) -> StreamOptions |
 
 
 def of_parts(options: StreamOptions, parts: Parts) -> StreamOptions:
-    """Options of parts that keep what goes with them of `options`."""
-    return StreamOptions(parts=parts, clip=options.clip, metadata=options.metadata)
+    """Options of parts of keys that keep what goes with them of `options`."""
+    codebook = fitted_codebook(options)
+    return StreamOptions(parts=parts, codebook=codebook, clip=options.clip, metadata=options.metadata)
+
+
+def fitted_codebook(options: StreamOptions) -> str:
+    """Of the parts of keys of these options."""
+    return even_if_few(options.bits)
 
 
 def fitted_value_options(options: StreamOptions) -> StreamOptions:

@@ -28,7 +28,7 @@ from ..plan import LayerPlan, StreamPlan
 from ..sinks import sink_order
 from ..waiting import SeenQueries, WaitingRows
 from .allocate import cheapest
-from .fitted_options import fitted_key_options, fitted_value_options, of_parts
+from .fitted_options import fitted_codebook, fitted_key_options, fitted_value_options, of_parts
 from .prompt_sums import PromptMoments, PromptSums, Scoring
 from .side_by_side import one_core_each
 from .spectral_plan import fit_key_moments, key_plan
@@ -134,9 +134,9 @@ def _keys(moments: PromptMoments, given: StreamOptions) -> StreamPlan:
     options = fitted_key_options(given, moments.query_moment.shape[-1])
     if options is not None:
         assert options.parts is not None
-        plan = key_plan(*found, options.parts, damping=DAMPING)
+        plan = key_plan(*found, options.parts, damping=DAMPING, codebook=fitted_codebook(given))
     else:
-        fit = fit_key_moments(*found, damping=DAMPING)
+        fit = fit_key_moments(*found, damping=DAMPING, codebook=fitted_codebook(given))
         parts = cheapest("key_bits", fit.candidates(4, fit.own), given.bits).parts
         options, plan = of_parts(given, parts), fit.plan(parts, noise=True)
     return dataclasses.replace(plan, options=options)

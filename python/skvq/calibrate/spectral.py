@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import StreamOptions
 from ..plan import StreamPlan
-from .allocate import MSE, Candidate, Parts, candidates, equal_error, error_of
+from .allocate import ERRORS, Candidate, Parts, candidates, equal_error, error_of
 from .side_by_side import side_by_side
 from .transform import factor_and_inverse, flat_rotation
 
@@ -91,11 +91,11 @@ class Spectrum:
         """What an error of variance 1 in a channel costs by another weight [H, D, D]: [H, D]."""
         return (self.inverse * (weight @ self.inverse)).sum(-2)
 
-    def cost(self, parts: Parts, harm: Tensor) -> float:
+    def cost(self, parts: Parts, harm: Tensor, codebook: str = "lloyd-max") -> float:
         """Predicted cost of all heads. A flat rotation spreads the errors of a part over its channels."""
-        return self.costs(harm)(parts)
+        return self.costs(harm, codebook)(parts)
 
-    def costs(self, harm: Tensor) -> Callable[[Parts], float]:
+    def costs(self, harm: Tensor, codebook: str = "lloyd-max") -> Callable[[Parts], float]:
         """`cost` of many parts, of which several have the same channels."""
 
         @cache
@@ -105,16 +105,17 @@ class Spectrum:
         def of_parts(parts: Parts) -> float:
             ends = list(accumulate(width for _, width in parts))
             return sum(
-                error_of(bits) * of_channels(end - width, end) for (bits, width), end in zip(parts, ends, strict=True)
+                error_of(bits, codebook) * of_channels(end - width, end)
+                for (bits, width), end in zip(parts, ends, strict=True)
             )
 
         return of_parts
 
-    def matrices(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def matrices(self, parts: Parts, codebook: str = "lloyd-max") -> tuple[Tensor, Tensor]:
         """M and B of src/FORMAT.md section 6, float32: y = M (x − m) has unit variance, B has the gain 1 / (1 − MSE)
         for channels with codes.
         """
-        rotation, mean, gain = _of_parts(parts)
+        rotation, mean, gain = _of_parts(parts, codebook)
         deviation = (self.spread @ mean).sqrt()
         forward = rotation @ (self.basis / deviation[..., :, None])
         back = (self.inverse * (deviation * gain)[..., None, :]) @ rotation.mT
@@ -122,24 +123,29 @@ class Spectrum:
 
 
 @lru_cache(maxsize=8)
-def _of_parts(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+def _of_parts(parts: Parts, codebook: str) -> tuple[Tensor, Tensor, Tensor]:
     """Of every part, side by side: its rotation and what gives a channel the mean of its part, float64 [D, D]; the
     decoder's gain, float64 [D]. Not to be written into.
     """
     unit: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     rotation = torch.block_diag(*(flat_rotation(width) for _, width in parts))
     mean = torch.block_diag(*(torch.full((width, width), 1.0 / width, **unit) for _, width in parts))
-    gain = [torch.full((width,), 1.0 / (1.0 - MSE[bits]) if bits else 1.0, **unit) for bits, width in parts]
+    error = ERRORS[codebook]
+    gain = [torch.full((width,), 1.0 / (1.0 - error[bits]) if bits else 1.0, **unit) for bits, width in parts]
     return rotation, mean, torch.cat(gain)
 
 
-def noise_of(parts: Parts) -> Tensor:
+def noise_of(parts: Parts, codebook: str = "lloyd-max") -> Tensor:
     """κ of src/FORMAT.md section 6, float32 [D]: the variance of the errors of ŷ, in units of the scale squared.
 
-    Of a Lloyd-Max quantizer E[ŷ²] = E[y ŷ] = 1 − MSE, so ŷ = (1 − MSE) y + an error of variance MSE (1 − MSE). (Behind
-    the gain of B that is MSE / (1 − MSE).) A channel without codes is off by itself.
+    Of a Lloyd-Max quantizer, and of one whose evenly spaced levels are as far apart as is best, E[ŷ²] = E[y ŷ] =
+    1 − MSE, so ŷ = (1 − MSE) y + an error of variance MSE (1 − MSE). (Behind the gain of B that is MSE / (1 − MSE).)
+    A channel without codes is off by itself.
     """
-    return torch.cat([torch.full((width,), MSE[bits] * (1.0 - MSE[bits]) if bits else 1.0) for bits, width in parts])
+    error = ERRORS[codebook]
+    return torch.cat(
+        [torch.full((width,), error[bits] * (1.0 - error[bits]) if bits else 1.0) for bits, width in parts]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,16 +161,18 @@ class Mean:
     shift_sine: Tensor | None = None
     frequencies: Tensor | None = None
 
-    def plan(self, parts: Parts, matrix: Tensor, inverse: Tensor, *, noise: bool) -> StreamPlan:
+    def plan(
+        self, parts: Parts, matrix: Tensor, inverse: Tensor, *, noise: bool, codebook: str = "lloyd-max"
+    ) -> StreamPlan:
         """Of rows of parts about it, with M and B float32 [H, D, D]."""
         return StreamPlan(
-            StreamOptions(parts=parts),
+            StreamOptions(parts=parts, codebook=codebook),
             shift=self.shift.float(),
             shift_sine=None if self.shift_sine is None else self.shift_sine.float(),
             frequencies=self.frequencies,
             matrix=matrix,
             inverse=inverse,
-            noise=noise_of(parts) if noise else None,
+            noise=noise_of(parts, codebook) if noise else None,
         )
 
 
@@ -190,6 +198,7 @@ class StreamFit:
         output: the squared error of the attention output, relative to its power; None if it was not asked for.
         static_variance, variance: of the channels about the static mean and about the mean that is used [H, D].
         mean: that mean.
+        codebook: of the parts.
     """
 
     spectrum: Spectrum
@@ -198,6 +207,7 @@ class StreamFit:
     static_variance: Tensor
     variance: Tensor
     mean: Mean
+    codebook: str = "lloyd-max"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -206,21 +216,22 @@ class StreamFit:
 
     def candidates(self, parts: int, objective: Objective) -> list[Candidate]:
         """What the stream may be given, with costs by the objective."""
-        costs = self.spectrum.costs(self.spectrum.harm(objective.weight))
+        costs = self.spectrum.costs(self.spectrum.harm(objective.weight), self.codebook)
         return candidates(self.shape[1], parts, lambda x: costs(x) / objective.unit)
 
     def chain(self, objective: Objective, bits: float, parts: Parts) -> Chain:
         """Predicted costs, those before the parts with equal `bits`."""
-        harm, equal = self.spectrum.harm(objective.weight), equal_error(bits)
+        harm, equal = self.spectrum.harm(objective.weight), equal_error(bits, self.codebook)
         diagonal = objective.weight.diagonal(dim1=-2, dim2=-1)
         costs = (
             equal * float((diagonal * self.static_variance).sum()),
             equal * float((diagonal * self.variance).sum()),
             equal * float((self.spectrum.spread.mean(-1) * harm.sum(-1)).sum()),
-            self.spectrum.cost(parts, harm),
+            self.spectrum.cost(parts, harm, self.codebook),
         )
         return Chain(*(cost / objective.unit for cost in costs))
 
     def plan(self, parts: Parts, *, noise: bool) -> StreamPlan:
         """With bits."""
-        return self.mean.plan(parts, *self.spectrum.matrices(parts), noise=noise)
+        matrices = self.spectrum.matrices(parts, self.codebook)
+        return self.mean.plan(parts, *matrices, noise=noise, codebook=self.codebook)

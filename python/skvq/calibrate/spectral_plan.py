@@ -16,7 +16,7 @@ from torch import Tensor
 from .._native import SkvqError
 from ..config import StreamOptions
 from ..plan import StreamPlan
-from .allocate import MSE, Candidate, Parts, Share, allocate, cheapest
+from .allocate import ERRORS, MSE, Candidate, Parts, Share, allocate, cheapest, even_if_few
 from .moments import AttentionMoments, StreamMoments
 from .output_weight import output_weight
 from .side_by_side import side_by_side
@@ -39,6 +39,9 @@ class SpectralOptions:
         key_bits, value_bits: mean bits of the codes of every layer, up to 5, or 16 to leave the rows as they are.
         bits: instead of both, counted bits of an element (with the scales) over all layers, keys and values together.
         parts: wanted parts of a row, of equal width, before those with equal bits are joined.
+        key_levels: of the parts of keys. "uniform": evenly spaced, which kernels of a GPU need not look up;
+            "lloyd-max": the other has 1 % more error for codes of two bits, 40 % for those of five. None: the former
+            for up to 2.5 mean bits of keys (`even_if_few`).
         weights: "query" weighs keys by all queries alike and values alike; "attention" weighs queries by what errors
             of their scores do to the output, and values by the attention they get.
         noise: whether scores are corrected for the noise of packed keys.
@@ -49,6 +52,7 @@ class SpectralOptions:
     value_bits: float = 1.5
     bits: float | None = None
     parts: int = 4
+    key_levels: str | None = None
     weights: str = "attention"
     noise: bool = True
     damping: float = 1e-3
@@ -62,10 +66,17 @@ class SpectralOptions:
                 raise SkvqError(f"{name}={value!r}: expected a number above 0 and up to {most}{raw}")
         if not isinstance(self.parts, int) or self.parts < 1:
             raise SkvqError(f"parts={self.parts!r}: expected an integer of at least 1")
+        if self.key_levels is not None and self.key_levels not in ERRORS:
+            raise SkvqError(f"key_levels={self.key_levels!r}: expected one of {', '.join(map(repr, ERRORS))}")
         if self.weights not in WEIGHTS:
             raise SkvqError(f"weights={self.weights!r}: expected one of {', '.join(map(repr, WEIGHTS))}")
         if self.damping < 0.0:
             raise SkvqError(f"damping={self.damping!r}: expected a number of at least 0")
+
+    @property
+    def key_codebook(self) -> str:
+        """Of the parts of keys."""
+        return self.key_levels or even_if_few(self.key_bits if self.bits is None else self.bits)
 
     def stream_bits(self, stream: str) -> float:
         """Of "keys" or "values"."""
@@ -106,7 +117,14 @@ def fit_keys(layer: LayerStatistics, index: int, output: Tensor, options: Spectr
         gain = output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         joint = Objective(gain * found.query_moment.cpu(), _output_power(found, output))
     turned = None if layer.keys_turned is None else KeyMoments.turned(layer.keys_turned)
-    return fit_key_moments(weight, KeyMoments.static(layer.keys), turned, damping=options.damping, output=joint)
+    return fit_key_moments(
+        weight,
+        KeyMoments.static(layer.keys),
+        turned,
+        damping=options.damping,
+        output=joint,
+        codebook=options.key_codebook,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +151,13 @@ class KeyMoments:
 
 
 def fit_key_moments(
-    weight: Tensor, static: KeyMoments, turned: KeyMoments | None, *, damping: float, output: Objective | None = None
+    weight: Tensor,
+    static: KeyMoments,
+    turned: KeyMoments | None,
+    *,
+    damping: float,
+    output: Objective | None = None,
+    codebook: str = "lloyd-max",
 ) -> StreamFit:
     """Keys, from what their errors cost, float64 or float32 [H, D, D], and their moments about either mean."""
     about = _nearer(weight, static, turned, damping)
@@ -145,21 +169,28 @@ def fit_key_moments(
         static_variance=damped_diagonal(static.covariance, damping),
         variance=damped_diagonal(about.covariance, damping),
         mean=about.mean,
+        codebook=codebook,
     )
 
 
 def key_plan(
-    weight: Tensor, static: KeyMoments, turned: KeyMoments | None, parts: Parts, *, damping: float
+    weight: Tensor,
+    static: KeyMoments,
+    turned: KeyMoments | None,
+    parts: Parts,
+    *,
+    damping: float,
+    codebook: str = "lloyd-max",
 ) -> StreamPlan:
     """`fit_key_moments(…).plan(parts, noise=True)`, in one task for every head."""
     about = _nearer(weight, static, turned, damping)
 
     def matrices(head: int) -> tuple[Tensor, Tensor]:
         covariance, harm = damped(about.covariance[head], damping), damped(weight[head], damping)
-        return Spectrum.of_head(covariance, harm).matrices(parts)
+        return Spectrum.of_head(covariance, harm).matrices(parts, codebook)
 
     matrix, inverse = zip(*side_by_side(matrices, weight.shape[0]), strict=True)
-    return about.mean.plan(parts, torch.stack(matrix), torch.stack(inverse), noise=True)
+    return about.mean.plan(parts, torch.stack(matrix), torch.stack(inverse), noise=True, codebook=codebook)
 
 
 def _nearer(weight: Tensor, static: KeyMoments, turned: KeyMoments | None, damping: float) -> KeyMoments:

@@ -240,9 +240,9 @@ impl CudaLayer {
         let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
         let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
         let [keys, values] = &self.shared.constants;
-        // A query as two bytes is off by more than rows in f32 may expect.
+        // A query as two bytes is off by more than rows in f32 may expect; keys of parts have kernels for no other one.
         let is_half = spec.dtype != Dtype::F32;
-        let as_bytes = is_half && !many && !values.uneven && keys.takes_bytes(&spec.keys.layout, tiles);
+        let as_bytes = !many && keys.takes_bytes(&spec.keys.layout, tiles, is_half && !values.uneven);
         let (batch, pages) = (self.batch_size(), packed.div_ceil(PAGE_ROWS));
         let multiprocessors = self.shared.kernels.multiprocessors();
         let others = (batch * heads * query_tiles.div_ceil(tiles)).max(1);
@@ -344,7 +344,7 @@ impl CudaLayer {
             end += bytes.next_multiple_of(ALIGNMENT);
             start
         };
-        let folded = place(between * tiles * shape.key_blocks * keys.head_dim * QUERY_TILE * 2);
+        let folded = place(between * tiles * shape.key_blocks * keys.head_dim.next_multiple_of(32) * QUERY_TILE * 2);
         let extras = place(between * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
         // `BiasPlace` of kernels/state.cuh: a range of each query, two bytes a row.
         let bias = place(packed * usize::from(turns && !shape.turned) * queries * (4 + 2 * shape.regions.packed));
