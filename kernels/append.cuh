@@ -69,7 +69,7 @@ __device__ __forceinline__ void put_row(u8* bytes, int row, const u8* codes, boo
         here = lane_byte_of<L>(lane, byte, [&](int other, int code, int bits, int drop, int size, int at) {
             const int mask = (1 << size) - 1;
             if (other < row) return L::is_ternary ? ternary_digit(old, at) : old >> at & mask;
-            return page_code<L>(bits, other == row && finite ? codes[code] : 0) >> drop & mask;
+            return page_code<L>(bits, other, other == row && finite ? codes[code] : 0) >> drop & mask;
         });
     }
 }

@@ -190,16 +190,16 @@ __device__ __forceinline__ int first_page_of(const AttendParams& p, int split) {
 /// Where the work of a split lies: which tiles of queries, of which (sequence, kv head).
 struct SplitPlace {
     int split, batch, head_tile;
+    int head, first_tile;  // of the kv head
 
-    __device__ __forceinline__ int head(const AttendParams& p) const { return head_tile / p.query_tiles; }
-    __device__ __forceinline__ int first_tile(const AttendParams& p) const { return head_tile % p.query_tiles; }
-    __device__ __forceinline__ i64 sequence(const AttendParams& p) const { return static_cast<i64>(batch) * p.kv_heads + head(p); }
+    __device__ __forceinline__ i64 sequence(const AttendParams& p) const { return static_cast<i64>(batch) * p.kv_heads + head; }
 };
 
 /// What comes before and after a split: queries that a launch before has folded, states that one behind unfolds.
 template <class K, class V, int Tiles, bool Apart>
 struct AmongLaunches {
     static constexpr int shared_bytes = 0;  // beside rows on their way and states
+    static constexpr bool one_tile = false;
     __device__ __forceinline__ Lengths lengths(const AttendParams& p) const { return Lengths(p.lengths); }
     template <bool Turned>
     __device__ __forceinline__ NoPages turned_rows(const AttendParams&, int) const {
@@ -210,31 +210,31 @@ struct AmongLaunches {
     __device__ __forceinline__ void bring(FoldedQueries<K, Tiles, Bytes, Turned>& queries, const AttendParams& p, const SplitPlace& place, int statistics,
                                           int lane) const {
         wait_for_earlier_launches();
-        const int first = place.first_tile(p);
+        const int first = place.first_tile;
         const i64 tile = (place.sequence(p) * p.key_blocks + statistics) * p.query_tiles + first;
         queries.load(p, first, reinterpret_cast<const u32*>(p.folded) + tile * folded_words<K>,
                      reinterpret_cast<const float*>(p.extras) + tile * extras_floats<K>, FromLaunch(), lane);
     }
-    template <bool Remainders>
-    __device__ __forceinline__ void write(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, const SplitPlace& place, float* shared) const {
+    template <bool Integers>
+    __device__ __forceinline__ void write(RunningState<V, Tiles, Integers>& state, const AttendParams& p, const SplitPlace& place, float* shared) const {
         if constexpr (Apart) {
-            write_own_states<V, Tiles, Remainders>(state, p, place.batch, place.head_tile, p.kv_heads * p.query_tiles, place.split);
+            write_own_states<V, Tiles, Integers>(state, p, place.batch, place.head_tile, p.kv_heads * p.query_tiles, place.split);
         } else {
             __syncthreads();
-            write_states<V, Tiles, Remainders>(state, p, place.batch, place.head_tile, p.kv_heads * p.query_tiles, place.split, shared);
+            write_states<V, Tiles, Integers>(state, p, place.batch, place.head_tile, p.kv_heads * p.query_tiles, place.split, shared);
         }
     }
 };
 
 /// A split of the past: all that a block does, or that a warp does where each has its own (`Apart`). `around`: as AmongLaunches. `Turned`: the keys'
 /// mean turns here.
-template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Remainders, bool Turned, class Around>
+template <class K, class V, int Tiles, bool Apart, bool Bytes, bool Integers, bool Turned, class Around>
 __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, const Around& around) {
     const int thread = __shfl_xor_sync(whole_warp, threadIdx.x, 0), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = Apart ? blockIdx.z * attend_warps + warp : blockIdx.z, batch = blockIdx.y, head_tiles = p.kv_heads * p.query_tiles;
     const int head_tile = blockIdx.x * Tiles;
-    const SplitPlace place_of_split = {split, batch, head_tile};
-    const int head = place_of_split.head(p), first_query_tile = place_of_split.first_tile(p);
+    const int head = Around::one_tile ? head_tile : head_tile / p.query_tiles, first_query_tile = Around::one_tile ? 0 : head_tile % p.query_tiles;
+    const SplitPlace place_of_split = {split, batch, head_tile, head, first_query_tile};
     if (Apart && split >= p.splits) return;
     // What does not depend on the lengths is asked for before they are known: a short split is all latency.
     const int first_page = first_page_of(p, split);
@@ -250,12 +250,12 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     const Lengths lengths = around.lengths(p);
     const int sinks = lengths.sinks, total = lengths.total(p.mask);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
-    constexpr bool wholes = (Remainders || !has_remainders<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
+    constexpr bool wholes = (Integers || !has_integers<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
     const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths.packed, sinks, total, wholes, K::is_parts);
 
     const auto turned_rows = around.template turned_rows<Turned>(p, batch);
 
-    RunningState<V, Tiles, Remainders> state;
+    RunningState<V, Tiles, Integers> state;
     state.clear(p.weight_unit);
     if (first_page * page_rows < limits.end) {
         using Rows = LaneRows<K, V>;
@@ -473,13 +473,13 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
 template <class K, class V, int Tiles, bool Apart, bool Turned, class Around>
 __device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared, const Around& around) {
     static_assert(K::stream == keys && V::stream == values, "keys, then values");
-    constexpr bool bytes = by_bytes<K, Tiles>, always = bytes && K::is_even, remainders = has_remainders<V>;
+    constexpr bool bytes = by_bytes<K, Tiles>, always = bytes && K::is_even, integers = has_integers<V>;
     const bool even = always || (bytes && p.as_bytes);
-    if constexpr (remainders) {
+    if constexpr (has_remainders<V>) {
         if (!ternary_is_symmetric(p.value_levels)) return attend_split<K, V, Tiles, Apart, always, false, Turned>(p, shared, around);
     }
-    even ? attend_split<K, V, Tiles, Apart, bytes, remainders, Turned>(p, shared, around)
-         : attend_split<K, V, Tiles, Apart, always, remainders, Turned>(p, shared, around);
+    even ? attend_split<K, V, Tiles, Apart, bytes, integers, Turned>(p, shared, around)
+         : attend_split<K, V, Tiles, Apart, always, integers, Turned>(p, shared, around);
 }
 
 template <class K, class V, int Tiles, bool Apart>

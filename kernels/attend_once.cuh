@@ -40,6 +40,7 @@ struct AloneInLaunch {
         TileWaves<turned_width> tile;
     };
     static constexpr int shared_bytes = sizeof(Shared);
+    static constexpr bool one_tile = true;  // of queries of a kv head
     const OnceParams& once;
     Shared& own;
 
@@ -57,13 +58,13 @@ struct AloneInLaunch {
         wait_for_earlier_launches();
         const int head = block_x_here();  // of one tile each
         if constexpr (Turned) fold_waves<T>(once.fold, p.turned, place.batch, head, own.tile);
-        fold_tile<T, K>(once.fold, place.batch, head, place.first_tile(p), statistics, own.buffer, own.fragments, own.extras);
+        fold_tile<T, K>(once.fold, place.batch, head, 0, statistics, own.buffer, own.fragments, own.extras);
         __syncthreads();
-        queries.load(p, place.first_tile(p), own.fragments, own.extras, FromShared(), lane);
+        queries.load(p, 0, own.fragments, own.extras, FromShared(), lane);
     }
 
-    template <bool Remainders>
-    __device__ __forceinline__ void write(RunningState<V, 1, Remainders>& state, const AttendParams& p, const SplitPlace& place, float* shared) const {
+    template <bool Integers>
+    __device__ __forceinline__ void write(RunningState<V, 1, Integers>& state, const AttendParams& p, const SplitPlace& place, float* shared) const {
         using Exchange = StateExchange<V, 1>;
         constexpr int D = V::head_dim, per_lane = D / 16;
         __syncthreads();
@@ -98,7 +99,7 @@ struct AloneInLaunch {
                 if (transform.shift) row[k] += weight * transform.shift[lane + 16 * k];
             }
         }
-        if (!query_at(head, p.group, p.length, place.first_tile(p) * query_tile + query).exists) return;
+        if (!query_at(head, p.group, p.length, query).exists) return;
         float* to = state_at(once.plain.states, place.batch, place.head_tile, p.kv_heads * p.query_tiles, query, once.plain.state_count,
                              once.first_state + place.split, D);
         if (lane == 0) to[0] = from[0], to[1] = joined(1), to[2] = 0.0f, to[3] = 0.0f;

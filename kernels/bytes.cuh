@@ -76,8 +76,8 @@ __device__ __forceinline__ float write_even_query_bytes(const float (&row)[K::he
         constexpr int first = 2 * decltype(index)::value, count = first + 1 < K::tiles ? 2 : 1;
         u32 bytes[2] = {};  // high, low
         for_each<count>([&](auto inner) {
-            constexpr int tile = first + decltype(inner)::value, place = K::low_place(tile) % 4;
-            constexpr float unit = 1.0f / (1 << place), middle = middle_of(K::part_bits(K::tile_part(tile))) * (1 << place);
+            constexpr int tile = first + decltype(inner)::value, place = K::low_place(2 * tile) % 4;
+            constexpr float unit = 1.0f / (1 << place), middle = middle_of(K::part_bits(K::part_of_octet(2 * tile))) * (1 << place);
             const float rounded = __fadd_rn(row[tile] * unit, integer_magic);
             sum += middle * __fsub_rn(rounded, integer_magic);
             const u32 integer = __float_as_uint(rounded);

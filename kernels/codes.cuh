@@ -20,11 +20,13 @@ __device__ __forceinline__ int ternary_byte(const int (&digits)[5]) {
     return (256 * value + 242) / 243;
 }
 
-/// A code of `bits` bits as a page has it, and the other way round. Four and five bits of parts, whose levels are symmetric and are looked up, are the number of a level's
+/// A code of `bits` bits of row `row` as a page has it, and the other way round. Evenly spaced levels of values are counted from the other end in odd rows
+/// (masked.cuh). Four and five bits of parts, whose levels are symmetric and are looked up, are the number of a level's
 /// size, from the smallest on, below a bit that is set where it is positive.
 template <class L>
-__device__ __forceinline__ int page_code(int bits, int code) {
-    if (!L::is_parts || L::is_even || bits < 4) return code;
+__device__ __forceinline__ int page_code(int bits, int row, int code) {
+    if (L::is_even) return L::stream == values && row % 2 ? code ^ ((1 << bits) - 1) : code;
+    if (!L::is_parts || bits < 4) return code;
     const int top = 1 << (bits - 1);
     return code & top ? code : code ^ (top - 1);
 }
@@ -61,13 +63,13 @@ __device__ __forceinline__ int read_code(const u8* block, int row, int code) {
         for (int size = 8; size >= 1; size /= 2) {  // from wide to narrow: the wide plane has the low bits
             if (!L::has_plane(p, size)) continue;
             int bit;
-            if constexpr (L::is_even) bit = L::even_bit(L::even_place(p, size) + size * (octet / 2), place.i / 2, 2 * (octet % 2) + place.i % 2);
+            if constexpr (L::is_even) bit = L::even_bit(L::even_place(p, size) + size * (octet / L::even_unit), octet, place.i);
             else bit = 8 * L::plane_offset(p, size) + (L::sorts_rows ? sorted_bit(octet, place.i) : plane_bit(size, L::part_width(p) / 8, octet, place.i));
             const int byte = block[lane_byte<L>(place.lane, bit / 8)];
             found |= (byte >> bit % 8 & ((1 << size) - 1)) << shift;
             shift += size;
         }
-        found = page_code<L>(L::part_bits(p), found);
+        found = page_code<L>(L::part_bits(p), row, found);
     });
     return found;
 }
@@ -90,16 +92,16 @@ __device__ __forceinline__ u8 lane_byte_of(int lane, int byte, const F& field) {
         }
         bits = page_byte<L>(byte, ternary_byte(digits));
     } else if constexpr (L::is_even) {
-        for_each<L::tiles>([&](auto index) {
-            constexpr int tile = decltype(index)::value, p = L::tile_part(tile), all = L::part_bits(p), low = L::low_bits(p);
+        for_each<L::code_octets>([&](auto index) {
+            constexpr int octet = decltype(index)::value, p = L::part_of_octet(octet), all = L::part_bits(p), low = L::low_bits(p);
             for_each<(all > low ? 2 : 1)>([&](auto plane) {
                 constexpr bool high = decltype(plane)::value != 0;
-                constexpr int size = high ? 1 : low, place = high ? L::high_place(tile) : L::low_place(tile);
-                for_each<8>([&](auto which) {
-                    constexpr int side = decltype(which)::value / 4, inner = decltype(which)::value % 4, bit = L::even_bit(place, side, inner);
+                constexpr int size = high ? 1 : low, place = high ? L::high_place(octet) : L::low_place(octet);
+                for_each<4>([&](auto which) {
+                    constexpr int i = decltype(which)::value, bit = L::even_bit(place, octet, i);
                     if (byte != bit / 8) return;
                     int row, code;
-                    row_and_code<L>({lane, 2 * tile + inner / 2, 2 * side + inner % 2}, row, code);
+                    row_and_code<L>({lane, octet, i}, row, code);
                     bits |= static_cast<u32>(field(row, code, all, high ? low : 0, size, bit % 8)) << bit % 8;
                 });
             });
@@ -136,7 +138,7 @@ template <class L>
 __device__ void write_lane(u8* block, int lane, const u8* codes) {
     for (int byte = 0; byte < L::lane_bytes; ++byte) {
         block[lane_byte<L>(lane, byte)] = lane_byte_of<L>(lane, byte, [&](int row, int code, int bits, int drop, int size, int) {
-            return page_code<L>(bits, codes[row * L::codes + code]) >> drop & ((1 << size) - 1);
+            return page_code<L>(bits, row, codes[row * L::codes + code]) >> drop & ((1 << size) - 1);
         });
     }
 }

@@ -16,12 +16,6 @@ namespace skvq {
 
 constexpr int extras_head = 4;
 
-/// The distance of evenly spaced levels of parts, of least error for a normal variable (FORMAT.md §6).
-constexpr float even_step_of(int bits) {
-    constexpr float steps[6] = {0.0f, 1.5957691f, 0.9956867f, 0.5860194f, 0.3352006f, 0.1881388f};
-    return steps[bits];
-}
-
 /// A query as f16 fragments, pairs of channels; `fragments`: of the query's first lane. Of two steps of 16 channels the lanes 8o + 2t and 8o + 2t + 1
 /// have a pair of each: the first lane writes the one, the other lane the other. Adds to `sums` what the lane's elements are rounded to.
 template <class K>
@@ -92,7 +86,7 @@ __device__ __forceinline__ void fold_tile(const FoldParams& p, int batch, int he
             shifted += row[k] * 0.0f;  // what is not finite makes the scores NaN
         }
         if constexpr (K::is_even) {
-            for_each<per_lane>([&](auto k) { row[decltype(k)::value] *= even_step_of(K::part_bits(K::tile_part(decltype(k)::value))); });
+            for_each<per_lane>([&](auto k) { row[decltype(k)::value] *= even_step_of(K::part_bits(K::part_of_octet(2 * decltype(k)::value))); });
         }
 #pragma unroll
         for (int k = 0; k < per_lane; ++k) largest = fmaxf(largest, row[k] < 0.0f ? -row[k] : row[k]);

@@ -73,8 +73,8 @@ __device__ __forceinline__ void sorted_place(int bit, int& octet, int& i) {
     i = bit / 32 % 2 * 2 + bit / 4 % 2;
 }
 
-/// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits. `Even`: keys whose parts have evenly
-/// spaced levels, and their codes in the order of products of bytes (bytes.cuh).
+/// One stream's format. `Parts` has a byte for each part: bits in its low three, width / 16 in its high five bits. `Even`: levels are evenly spaced, and
+/// codes lie where a mask makes operands of them: of keys of parts (bytes.cuh), and of values of two bits or of parts (masked.cuh).
 template <int Stream, int HeadDim, int Format, int GroupSize, int Symmetric, int NumberBytes, u64 Parts = 0, int Even = 0>
 struct Layout {
     static constexpr int stream = Stream, head_dim = HeadDim, format = Format, group_size = GroupSize, number_bytes = NumberBytes;
@@ -84,7 +84,7 @@ struct Layout {
     static_assert(HeadDim % GroupSize == 0 && GroupSize % 16 == 0, "groups divide the head");
     static_assert(!is_parts || (Parts != 0 && GroupSize == HeadDim && Symmetric), "a row of parts is one symmetric group");
     static constexpr bool is_even = Even != 0;
-    static_assert(!is_even || (is_parts && Stream == keys), "values are no operands of products of bytes");
+    static_assert(!is_even || is_parts || (Stream == values && Format == 2 && GroupSize == HeadDim && Symmetric), "parts, or values of two bits");
 
     static constexpr int groups = HeadDim / GroupSize;
     /// Scales, then zero points, of a row.
@@ -150,38 +150,45 @@ struct Layout {
         return offset;
     }
 
-    // Even parts. A plane of a tile, 16 channels of `size` bits in 16 rows, takes `size` places of a lane's words: each byte of a word has four places in its
-    // low nibble, for row g, and the same four in its high nibble, for row g + 8. Bytes 0 and 1 are channels 2t and 2t + 1 of the tile's first octet, 2 and 3 of its
-    // second one. Wide planes come first, so none straddles a word.
+    // Even levels. A plane of an octet takes `size` places of a lane's words, where it is `size` bits of each of the octet's four codes. Wide planes come
+    // first, so none straddles a word.
+    // Values: a byte of a word has eight places of one code. Byte i is code i: rows 2t, 2t + 1, 2t + 8, 2t + 9.
+    // Keys: a place is one of a tile, two octets: a byte has four places in its low nibble, for row g, and the same four in its high one, for
+    // row g + 8. Bytes 0 and 1 are channels 2t and 2t + 1 of the tile's first octet, 2 and 3 of its second one.
+    static constexpr int even_unit = Stream == keys ? 2 : 1, places_of_word = Stream == keys ? 4 : 8;  // octets of a place
     static constexpr int even_place(int part, int size) {
         int place = 0;
         for (int wide = 4; wide >= 1; wide /= 2) {
             for (int other = 0; other < parts; ++other) {
                 if (wide == size && other == part) return place;
-                if (has_plane(other, wide)) place += wide * part_width(other) / 16;
+                if (has_plane(other, wide)) place += wide * part_width(other) / (8 * even_unit);
             }
         }
         return place;
     }
-    static constexpr int even_places = even_place(parts, 0), even_words = even_places / 4, even_rest = even_places % 4;
-    /// The first bit of a place's field for row g + 8·side and byte `byte`. What is left behind whole words has no room for all four places: two of
-    /// them fill 16 bits, one 8, in which the bytes lie between each other.
-    static __device__ constexpr int even_bit(int place, int side, int byte) {
-        const int word = place / 4, at = place % 4;
-        if (word < even_words) return 32 * word + 8 * byte + 4 * side + at;
-        if (even_rest >= 2 && at < 2) return 32 * even_words + 8 * (byte % 2) + 2 * (byte / 2) + 4 * side + at;
-        return 32 * even_words + (even_rest == 3 ? 16 : 0) + byte + 4 * side;
+    static constexpr int even_places = even_place(parts, 0), even_words = even_places / places_of_word;
+    /// What is left behind whole words, in quarters of one: two fill 16 bits, one 8, in which the bytes lie between each other.
+    static constexpr int even_rest = even_places % places_of_word / (places_of_word / 4);
+    /// The first bit of code `i` of octet `octet` in a field that begins at a place.
+    static __device__ constexpr int even_bit(int place, int octet, int i) {
+        const int word = place / places_of_word, byte = Stream == keys ? 2 * (octet % 2) + i % 2 : i;
+        const int at = Stream == keys ? place % 4 + 4 * (i / 2) : place % 8;
+        if (word < even_words) return 32 * word + 8 * byte + at;
+        // Of keys halves of a nibble, whose two rows stay four bits apart; of values nibbles, and halves of them.
+        const int first = 32 * even_words, place_at = place % places_of_word, quarter = places_of_word / 4;
+        if (even_rest >= 2 && place_at < 2 * quarter) return first + (Stream == keys ? 8 * (byte % 2) + 2 * (byte / 2) + at : 4 * byte + at);
+        const int rest = place_at - (even_rest == 3 ? 2 * quarter : 0);
+        return first + (even_rest == 3 ? 16 : 0) + (Stream == keys ? byte + 4 * (i / 2) : 2 * byte + rest);
     }
-    /// Of a tile: its part, the place of its widest plane, which has the low bits, and of the one that has the rest of three or five bits.
-    static constexpr int tile_part(int tile) { return part_of_octet(2 * tile); }
+    /// Of an octet: its part, the place of its widest plane, which has the low bits, and of the one that has the rest of three or five bits.
     static constexpr int low_bits(int part) { return part_bits(part) >= 4 ? 4 : part_bits(part) >= 2 ? 2 : 1; }
-    static constexpr int low_place(int tile) {
-        const int part = tile_part(tile), size = low_bits(part);
-        return even_place(part, size) + size * (tile - part_first(part) / 16);
+    static constexpr int low_place(int octet) {
+        const int part = part_of_octet(octet), size = low_bits(part);
+        return even_place(part, size) + size * ((octet - part_first(part) / 8) / even_unit);
     }
-    static constexpr int high_place(int tile) {
-        const int part = tile_part(tile);
-        return even_place(part, 1) + tile - part_first(part) / 16;
+    static constexpr int high_place(int octet) {
+        const int part = part_of_octet(octet);
+        return even_place(part, 1) + (octet - part_first(part) / 8) / even_unit;
     }
 
     // Ternary: word w of a lane has digit n of octet 5·w + n in its four bytes; a byte of the rest has the first four of its digits in one octet.
@@ -190,7 +197,7 @@ struct Layout {
     static_assert(!is_ternary || code_octets - 5 * ternary_words <= ternary_bytes % 4, "the rest of a lane holds the last octets");
 
     /// Bytes of codes of a lane in a row block.
-    static constexpr int lane_bytes = is_ternary ? ternary_bytes : is_even ? even_places : plane_offset(parts, 0);
+    static constexpr int lane_bytes = is_ternary ? ternary_bytes : is_even ? 4 * even_words + even_rest : plane_offset(parts, 0);
     static constexpr int lane_words = (lane_bytes + 3) / 4;
     static constexpr int block_bytes = 32 * lane_bytes;
     static constexpr int page_code_bytes = blocks_per_page * block_bytes;

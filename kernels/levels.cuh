@@ -178,7 +178,7 @@ struct LaneCodes {
         return among_bits<First, Octets, Octet, At>() & (0x1111u << At);
     }
 
-    /// Even parts: a word with all its places; of the last one, what is not asked for may be anything.
+    /// Even levels: a word with all its places; of the last one, what is not asked for may be anything.
     template <int Word>
     __device__ __forceinline__ u32 even_word() const {
         if constexpr (Word < L::even_words) {
@@ -186,30 +186,54 @@ struct LaneCodes {
         } else {
             const u32 rest = words[L::lane_words - 1];
             u32 two = 0, one = 0;
-            if constexpr (L::even_rest >= 2) two = permute_bytes(rest, rest >> 2, 0x5410);
+            constexpr bool of_keys = L::stream == keys;
+            if constexpr (L::even_rest >= 2) two = of_keys ? permute_bytes(rest, rest >> 2, 0x5410) : permute_bytes(rest, rest >> 4, 0x5140);
             if constexpr (L::even_rest % 2 != 0) {
-                const u32 byte = L::even_rest == 3 ? rest >> 16 : rest, pair = permute_bytes(byte, byte >> 1, 0x0040);
-                one = permute_bytes(pair, pair >> 2, 0x5410);
+                const u32 byte = L::even_rest == 3 ? rest >> 16 : rest, pair = permute_bytes(byte, byte >> (of_keys ? 1 : 2), 0x0040);
+                one = permute_bytes(pair, pair >> (of_keys ? 2 : 4), 0x5410);
             }
-            if constexpr (L::even_rest == 3) return (two & 0x33333333u) | (one << 2 & 0x44444444u);
+            if constexpr (L::even_rest == 3) return of_keys ? (two & 0x33333333u) | (one << 2 & 0x44444444u) : (two & 0x0f0f0f0fu) | (one << 4 & 0x30303030u);
             else return L::even_rest == 2 ? two : one;
         }
     }
-    /// Four codes of row g + 8·Side as bytes: a quarter of an operand of products of bytes. They are 2^(low_place % 4) times what they are.
+    /// Of keys, four codes of row g + 8·Side as bytes: a quarter of an operand of products of bytes. They are 2^(low_place % 4) times what they are.
     template <int Tile, int Side>
     __device__ __forceinline__ u32 even_operand() const {
-        constexpr int bits = L::part_bits(L::tile_part(Tile)), low = L::low_bits(L::tile_part(Tile)), place = L::low_place(Tile), at = place % 4;
+        constexpr int part = L::part_of_octet(2 * Tile), bits = L::part_bits(part), low = L::low_bits(part), place = L::low_place(2 * Tile), at = place % 4;
         const u32 word = even_word<place / 4>(), codes = (Side ? word >> 4 : word) & ((1u << low) - 1 << at) * 0x01010101u;
         if constexpr (bits == low) {
             return codes;
         } else {
-            constexpr int high = L::high_place(Tile), from = high % 4 + 4 * Side, to = at + low;
+            constexpr int high = L::high_place(2 * Tile), from = high % 4 + 4 * Side, to = at + low;
             const u32 bit = even_word<high / 4>();
             return codes | ((to > from ? bit << (to > from ? to - from : 0) : bit >> (to > from ? 0 : from - to)) & (0x01010101u << to));
         }
     }
+    /// Of values, an octet's codes of rows 2t and 2t + 8, or of 2t + 1 and 2t + 9, in halves, from bit low_place % 8 on.
+    template <int Octet, int Odd>
+    __device__ __forceinline__ u32 even_halves() const {
+        constexpr int part = L::part_of_octet(Octet), bits = L::part_bits(part), low = L::low_bits(part), at = L::low_place(Octet) % 8;
+        const u32 word = even_word<L::low_place(Octet) / 8>(), codes = (Odd ? word >> 8 : word) & ((1u << low) - 1 << at) * 0x00010001u;
+        if constexpr (bits == low) {
+            return codes;
+        } else {
+            constexpr int from = L::high_place(Octet) % 8 + 8 * Odd, to = at + low;
+            const u32 bit = even_word<L::high_place(Octet) / 8>();
+            return codes | ((to > from ? bit << (to > from ? to - from : 0) : bit >> (to > from ? 0 : from - to)) & (0x00010001u << to));
+        }
+    }
 };
 
+/// The distance of evenly spaced levels of parts, of least error for a normal variable (FORMAT.md §6).
+constexpr float even_step_of(int bits) {
+    constexpr float steps[6] = {0.0f, 1.5957691f, 0.9956867f, 0.5860194f, 0.3352006f, 0.1881388f};
+    return steps[bits];
+}
+/// As f16.
+constexpr u32 even_step_half(int bits) {
+    constexpr u32 steps[6] = {0, 0x3e62, 0x3bf7, 0x38b0, 0x355d, 0x3205};
+    return steps[bits];
+}
 /// What codes of evenly spaced levels are less than the level in units of its step: half of the largest one.
 constexpr float middle_of(int bits) { return 0.5f * static_cast<float>((1 << bits) - 1); }
 /// That, negative, as f16.
@@ -233,11 +257,28 @@ struct LaneDecoder {
         if constexpr (L::is_ternary) {
             levels_of<2>(table, table_of(2), ternary<Octet>(), x, y);
         } else if constexpr (L::is_even) {
-            // In units of the part's step, which the queries have (fold.cuh). 0x6400 | c is 1024 + c; both steps are exact.
-            constexpr int tile = Octet / 2, bits = L::part_bits(L::tile_part(tile)), selector = Octet % 2 ? 0x4342 : 0x4140;
-            constexpr u32 unit = (0x3c00u - (L::low_place(tile) % 4 << 10)) * 0x10001u, middle = negative_middle_half(bits) * 0x10001u;
-            auto levels = [&](u32 bytes) { return fma_halves(add_halves(permute_bytes(bytes, 0x64646464u, selector), 0xe400e400u), unit, middle); };
-            x = levels(codes.template even_operand<tile, 0>()), y = levels(codes.template even_operand<tile, 1>());
+            // 0x6400 | c is 1024 + c; both steps are exact.
+            constexpr int bits = L::part_bits(L::part_of_octet(Octet)), at = L::low_place(Octet) % L::places_of_word;
+            constexpr u32 unit = 0x3c00u - (at << 10), middle = negative_middle_half(bits);
+            if constexpr (L::stream == keys) {
+                // In units of the part's step, which the queries have (fold.cuh).
+                constexpr int tile = Octet / 2, selector = Octet % 2 ? 0x4342 : 0x4140;
+                auto levels = [&](u32 bytes) {
+                    return fma_halves(add_halves(permute_bytes(bytes, 0x64646464u, selector), 0xe400e400u), unit * 0x10001u, middle * 0x10001u);
+                };
+                x = levels(codes.template even_operand<tile, 0>()), y = levels(codes.template even_operand<tile, 1>());
+            } else {
+                // Those of odd rows are negative. Of two bits in units of the step, which is `correction`.
+                constexpr u32 odd = 0x80000000u;
+                const u32 of_even = codes.template even_halves<Octet, 0>(), of_odd = codes.template even_halves<Octet, 1>();
+                auto levels = [&](u32 selector) {
+                    const u32 code = add_halves(permute_bytes(of_even, of_odd, selector) | 0x64006400u, 0xe400e400u);
+                    const u32 level = fma_halves(code, unit * 0x10001u, middle * 0x10001u) ^ odd;
+                    if constexpr (L::is_parts) return fma_halves(level, even_step_half(bits) * 0x10001u, 0u);
+                    else return level;
+                };
+                x = levels(0x5410), y = levels(0x7632);
+            }
         } else if constexpr (L::is_pairs) {
             // Channels G / 2 apart share an index: group · G/16 octets of indices, each of which serves two octets of channels.
             constexpr int per_group = L::group_size / 8, inner = Octet % per_group, half = per_group / 2;

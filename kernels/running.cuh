@@ -9,7 +9,7 @@
 #pragma once
 #include "numbers.cuh"
 #include "state.cuh"
-#include "ternary.cuh"
+#include "masked.cuh"
 
 namespace skvq {
 
@@ -19,11 +19,11 @@ constexpr float headroom = 4.0f;
 constexpr float no_reference = -1e38f;
 constexpr float log_2 = 0.69314718055994531f;
 
-/// `Remainders`: products as ternary.cuh makes them.
-template <class V, int Tiles, bool Remainders>
+/// `Integers`: products as ternary.cuh or masked.cuh makes them.
+template <class V, int Tiles, bool Integers>
 struct RunningState {
     static constexpr int zero_groups = V::symmetric ? 1 : V::groups;
-    static constexpr int tiles = Remainders ? TernarySums<V>::tiles : V::tiles;
+    static constexpr int tiles = Integers ? IntegerSums<V>::tiles : V::tiles;
     float reference[Tiles][2], sums[Tiles][2], zeros[Tiles][zero_groups][2];
     /// What turns the scores of a row into exponents of weights: the logarithm of the unit less the reference, and what all rows have.
     float offset[Tiles][2];
@@ -128,14 +128,14 @@ struct RunningState {
                     }
                 }
             });
-            if constexpr (Remainders) {
+            if constexpr (Integers) {
                 u32 pairs[Tiles][2];
                 for_each<Tiles>([&](auto index) {
                     constexpr int n = decltype(index)::value;
                     pairs[n][0] = permute_bytes(scaled[n][0], scaled[n][1], 0x5410);
                     pairs[n][1] = permute_bytes(scaled[n][0], scaled[n][1], 0x7632) ^ 0x80008000u;
                 });
-                TernarySums<V>::for_each_tile(codes, [&](auto tile, const u32(&operand)[4]) {
+                IntegerSums<V>::for_each_tile(codes, [&](auto tile, const u32(&operand)[4]) {
                     for_each<Tiles>([&](auto n) {
                         multiply_fragments(output[decltype(n)::value][decltype(tile)::value], operand, pairs[decltype(n)::value]);
                     });
@@ -156,7 +156,7 @@ struct RunningState {
     /// Σ weight·a·level of channel 8·Octet + g and query 2t + j.
     template <int N, int Octet>
     __device__ __forceinline__ float channel(int j, float step) const {
-        if constexpr (Remainders) return TernarySums<V>::template channel<Octet>(output[N], j, step);
+        if constexpr (Integers) return IntegerSums<V>::template channel<Octet>(output[N], j, step);
         return output[N][Octet / 2][2 * (Octet % 2) + j];
     }
 
@@ -182,10 +182,10 @@ struct RunningState {
 __device__ __forceinline__ float score_of(float reference) { return reference == no_reference ? -infinity() : reference * log_2; }
 
 /// Calls put(place in a state, value) for what a lane has of query 2t + j of tile N, times `factor`: but for the reference, all of it.
-template <int N, class V, int Tiles, bool Remainders, class Put>
-__device__ __forceinline__ void put_sums(const RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int j, float factor, const Put& put) {
+template <int N, class V, int Tiles, bool Integers, class Put>
+__device__ __forceinline__ void put_sums(const RunningState<V, Tiles, Integers>& state, const AttendParams& p, int j, float factor, const Put& put) {
     const int g = threadIdx.x % 32 / 4;
-    const float correction = p.value_levels.correction, step = Remainders ? level_of(p.value_levels, 2) : 0.0f;
+    const float correction = p.value_levels.correction, step = Integers && !has_masks<V> ? level_of(p.value_levels, 2) : 1.0f;
     if (g == 0) {
         const float sum = factor * state.sums[N][j];
         put(1, sum), put(2, sum), put(3, 0.0f);
@@ -204,8 +204,8 @@ __device__ __forceinline__ void put_sums(const RunningState<V, Tiles, Remainders
 }
 
 /// Writes a warp's states as those of a split.
-template <class V, int Tiles, bool Remainders>
-__device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
+template <class V, int Tiles, bool Integers>
+__device__ __forceinline__ void write_own_states(RunningState<V, Tiles, Integers>& state, const AttendParams& p, int batch, int head_tile,
                                                  int head_tiles, int split) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int exist = p.group * p.length - head_tile % p.query_tiles * query_tile;
@@ -232,8 +232,8 @@ struct StateExchange {
 };
 
 /// Brings the four warps' states together in shared memory: references are joint, sums are StateExchange::at_once summands.
-template <class V, int Tiles, bool Remainders>
-__device__ __forceinline__ void exchange_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, float* shared) {
+template <class V, int Tiles, bool Integers>
+__device__ __forceinline__ void exchange_states(RunningState<V, Tiles, Integers>& state, const AttendParams& p, float* shared) {
     using Exchange = StateExchange<V, Tiles>;
     constexpr int queries = Exchange::queries, width = Exchange::width;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -269,8 +269,8 @@ __device__ __forceinline__ void exchange_states(RunningState<V, Tiles, Remainder
 }
 
 /// The state of a block, each element by one thread.
-template <class V, int Tiles, bool Remainders>
-__device__ __forceinline__ void write_states(RunningState<V, Tiles, Remainders>& state, const AttendParams& p, int batch, int head_tile,
+template <class V, int Tiles, bool Integers>
+__device__ __forceinline__ void write_states(RunningState<V, Tiles, Integers>& state, const AttendParams& p, int batch, int head_tile,
                                              int head_tiles, int split, float* shared) {
     using Exchange = StateExchange<V, Tiles>;
     constexpr int queries = Exchange::queries, width = Exchange::width;

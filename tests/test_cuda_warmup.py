@@ -14,6 +14,9 @@ from tiny_models import CONFIGS
 PARTS = ((4, 16), (2, 32), (1, 48), (0, 32))
 
 
+EVEN = f"128, 0, 128, 1, 1, {0x10_19_12_0C:d}ull, 1"
+
+
 @pytest.mark.parametrize(
     ("stream", "head_dim", "options", "expected"),
     [
@@ -22,6 +25,12 @@ PARTS = ((4, 16), (2, 32), (1, 48), (0, 32))
         ("values", 256, StreamOptions(bits=1.5, group_size=64), "skvq::values, 256, 15, 64, 1, 1"),
         ("keys", 80, StreamOptions(bits=8, symmetric=False), "skvq::keys, 80, 8, 80, 0, 2"),
         ("keys", 128, StreamOptions(parts=PARTS), f"skvq::keys, 128, 0, 128, 1, 1, {0x10_19_12_0C:d}ull"),
+        ("keys", 128, StreamOptions(parts=PARTS, codebook="uniform"), f"skvq::keys, {EVEN}"),
+        ("values", 128, StreamOptions(parts=PARTS, codebook="uniform"), f"skvq::values, {EVEN}"),
+        ("values", 128, StreamOptions(bits=2), "skvq::values, 128, 2, 128, 1, 1, 0ull, 1"),
+        ("values", 128, StreamOptions(bits=2, codebook="lloyd-max"), "skvq::values, 128, 2, 128, 1, 1"),
+        ("values", 128, StreamOptions(bits=2, group_size=64), "skvq::values, 128, 2, 64, 1, 1"),
+        ("values", 128, StreamOptions(bits=2, symmetric=False), "skvq::values, 128, 2, 128, 0, 1"),
     ],
 )
 def test_layouts(stream: str, head_dim: int, options: StreamOptions, expected: str) -> None:
@@ -40,6 +49,7 @@ def nvrtc(request: pytest.FixtureRequest) -> str:
 
 ALL_LAYOUTS = [StreamOptions(bits=bits) for bits in BITS if bits < 16]
 ALL_LAYOUTS += [StreamOptions(bits=2, group_size=32, symmetric=False, metadata="fp16"), StreamOptions(parts=PARTS)]
+ALL_LAYOUTS += [StreamOptions(parts=PARTS, codebook="uniform")]
 
 
 def test_all_layouts_compile(nvrtc: str, tmp_path: Path) -> None:
@@ -98,7 +108,7 @@ def test_rows_that_are_not_packed_need_no_packed_kernels() -> None:
     assert [str(x) for x in found[:2]] == plain
     assert {x.file for x in found[2:]} == {"rows.cuh"}
     found = kernel_instances(AttentionShape(64, "float16", 1, raw, packed))
-    assert str(found[0]) == "skvq::rows_to_page<skvq::Layout<skvq::values, 64, 2, 64, 1, 1>>"
+    assert str(found[0]) == "skvq::rows_to_page<skvq::Layout<skvq::values, 64, 2, 64, 1, 1, 0ull, 1>>"
     assert [str(x) for x in found[4:6]] == plain
 
 

@@ -24,6 +24,7 @@ from pipeline import Call
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
 
 TWO = codec()
+PLAIN_VALUES = {"turning": False, "noise": False}
 LEVEL = {"codebook": "uniform"}
 UNEVEN, EVEN, LEVELS = [-1.25, 0.25, 1.0], [-1.0, 0.25, 1.5], [-2.0, -0.25, 0.5, 1.75]
 CALLS = [
@@ -65,6 +66,20 @@ CALLS = [
         parts(80, 0, turning=False, noise=False, **LEVEL),
         packed=40,
         name="even parts, 256 and 80",
+    ),
+    Call(TWO, parts(128, 1, **PLAIN_VALUES, **LEVEL), group=4, packed=300, name="even values, 128"),
+    Call(codec("1.5", 80), parts(80, 0, **PLAIN_VALUES, **LEVEL), packed=150, name="even values, 80"),
+    Call(
+        TWO,
+        parts(96, 0, **PLAIN_VALUES, **LEVEL),
+        group=16,
+        tiles=2,
+        packed=290,
+        rising=2.0,
+        name="even values, two tiles",
+    ),
+    Call(
+        TWO, parts(192, 0, **PLAIN_VALUES, **LEVEL), dtype=torch.float32, packed=190, name="even values, 192, float32"
     ),
     Call(parts(96, 0, **LEVEL), TWO, group=16, tiles=2, packed=290, name="even parts, two tiles"),
     Call(parts(192, 1, **LEVEL), TWO, group=12, tiles=2, packed=290, name="even parts, two wide tiles"),
@@ -143,7 +158,6 @@ MANY_BLOCKS = codec(**BLOCKS)
 ONCE.append(
     Call(MANY_BLOCKS, MANY_BLOCKS, group=8, packed=900, paddings=(300,), once=True, name="once: many blocks, padding")
 )
-PLAIN_VALUES = {"turning": False, "noise": False}
 # The mean turns in that launch, page by page.
 ONCE += [
     Call(parts(128, 0), codec("1.6", 128), group=4, packed=1000, pages_per_split=4, once=True, name="turned, ternary"),

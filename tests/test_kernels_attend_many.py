@@ -44,6 +44,7 @@ CALLS = [
     call(parts(128, 1, turning=False), parts(128, 0, turning=False, noise=False), "parts, 128", kv_heads=2, packed=150),
     call(parts(80, 1, codebook="uniform"), TERNARY, "even parts, 80, turning", packed=300),
     call(parts(128, 1, codebook="uniform"), TWO, "even parts, 128", packed=290, kv_heads=2, dtype=torch.float32),
+    call(TWO, parts(96, 0, turning=False, noise=False, codebook="uniform"), "even values, 96", packed=290),
     call(codec(**BLOCKS), codec("1.6", **BLOCKS), "blocks", packed=300, dtype=torch.bfloat16),
     call(codec("3", group_size=32), codec("3", group_size=32), "3, groups of 32", packed=17, dtype=torch.float32),
     call(codec("1.5", 80), codec("1.5", 80), "pairs, 80", packed=129, length=8, group=1),

@@ -64,6 +64,7 @@ CASES = [
     Case("keys", codec_options(64, 1, heads=HEADS)),
     Case("keys", codec_options(128, 1, heads=HEADS, codebook="uniform"), torch.float16),
     Case("keys", codec_options(96, 0, heads=HEADS, codebook="uniform")),
+    Case("values", plain("2", 112), torch.float16),
     Case("values", codec_options(64, 1, heads=HEADS, turning=False, noise=False, codebook="uniform"), torch.bfloat16),
     Case("values", plain("2", 64, symmetric=False, metadata="fp16", group_size=32, codebook="uniform", **RANGE)),
     Case("keys", plain("2", 80, codebook=LEVELS, rotation="identity", **RANGE)),

@@ -38,14 +38,16 @@ def parts(stream: str, head_dim: int, *pieces: tuple[int, int]) -> str:
     return PageFormat(stream, head_dim, "parts", head_dim, parts=pieces).expression
 
 
-def even_parts(head_dim: int, *pieces: tuple[int, int]) -> str:
-    return PageFormat("keys", head_dim, "parts", head_dim, parts=pieces, even=True).expression
+def even_parts(head_dim: int, *pieces: tuple[int, int], stream: str = "keys") -> str:
+    return PageFormat(stream, head_dim, "parts", head_dim, parts=pieces, even=True).expression
 
 
 K2, V2, V16 = layout("keys", "2"), layout("values", "2"), layout("values", "1.6")
 K4, V3 = layout("keys", "4", 64, symmetric=False), layout("values", "3", 64, group_size=32)
 KP = parts("keys", 128, (4, 32), (3, 32), (2, 32), (1, 32))
 VP = parts("values", 128, (3, 32), (2, 64), (0, 32))
+VE = even_parts(128, (3, 32), (2, 32), (1, 32), (0, 32), stream="values")
+VL = layout("values", "2", codebook="lloyd-max")
 # Of a fit to the prompt, of a plan of two bits, of a fit to three.
 KF = even_parts(128, (5, 32), (2, 32), (1, 32), (0, 32))
 KE = even_parts(128, (4, 32), (3, 32), (1, 64))
@@ -58,7 +60,8 @@ ATTEND = {
     f"skvq::attend<{K2}, {V2}, 2>": TWO_BLOCKS,
     f"skvq::attend<{KP}, {VP}, 1>": THREE_BLOCKS,
     f"skvq::attend<{KF}, {V16}, 1>": FOUR_BLOCKS,
-    f"skvq::attend<{KE}, {VP}, 2>": TWO_BLOCKS,
+    f"skvq::attend<{KE}, {VE}, 2>": TWO_BLOCKS,
+    f"skvq::attend<{K2}, {VL}, 1>": FOUR_BLOCKS,
     f"skvq::attend<{even_parts(96, (5, 32), (1, 32), (0, 32))}, {layout('values', '1.6', 96)}, 1>": FOUR_BLOCKS,
     f"skvq::attend<{layout('keys', '2', 256)}, {layout('values', '2', 256)}, 1>": TWO_BLOCKS,
     f"skvq::attend<{K4}, {V3}, 1>": THREE_BLOCKS,
@@ -70,6 +73,7 @@ ONCE = {
     TURNED: FOUR_BLOCKS,
     f"skvq::attend_once<skvq::Half, {KP}, {VP}>": THREE_BLOCKS,
     f"skvq::attend_once<skvq::Half, {KE}, {VP}>": THREE_BLOCKS,
+    f"skvq::attend_once<skvq::Half, {KF}, {VE}>": FOUR_BLOCKS,
     f"skvq::attend_once<skvq::BFloat, {K3}, {V16}>": THREE_BLOCKS,
     f"skvq::attend_once<float, {K2}, {V16}>": THREE_BLOCKS,
     f"skvq::attend_once<skvq::Half, {layout('keys', '2', 256)}, {layout('values', '2', 256)}>": TWO_BLOCKS,

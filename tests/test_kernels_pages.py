@@ -13,6 +13,7 @@ import torch
 
 from parts_examples import PARTS
 from skvq.reference import ReferenceCodec
+from skvq.reference_codes import EVEN_STEPS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
@@ -51,9 +52,14 @@ def even(head_dim: int, parts: tuple[tuple[int, int], ...]) -> ReferenceCodec:
     return ReferenceCodec(head_dim=head_dim, format="parts", parts=parts, codebook="uniform", **static)
 
 
-# Keys whose levels are evenly spaced have an order of their own, with every number of places in the last word.
-CASES += [("keys", even(head_dim, parts)) for head_dim, lists in PARTS.items() for parts in lists]
-CASES += [("keys", even(128, ((5, 32), (2, 32), (1, 32), (0, 32)))), ("values", even(64, PARTS[64][1]))]
+# Evenly spaced levels have an order of their own, with every number of places in the last word.
+EVEN = [even(head_dim, parts) for head_dim, lists in PARTS.items() for parts in lists]
+CASES += [
+    (stream, codec)
+    for codec in (*EVEN, even(128, ((5, 32), (2, 32), (1, 32), (0, 32))))
+    for stream in ("keys", "values")
+]
+CASES += [("values", ReferenceCodec(head_dim=head_dim, format="2")) for head_dim in (*HEAD_DIMS, 48)]
 KERNEL_NAMES = ("rows_to_page", "page_to_rows", "fragments_to_rows", "sizes_of_layout")
 
 
@@ -99,9 +105,11 @@ def test_rows_go_in_and_come_out(kernels: harness.Kernels, case: int) -> None:
         codes = codes.unflatten(-1, (-1, codec.group_size // 2))
     exact = codec.coder.values(codes)
     exact = exact.flatten(1)[:, : levels.shape[1]]
-    if page_format.even:  # in units of a part's step
-        middles = [(2**bits - 1) / 2 for bits, width in page_format.parts if bits for _ in range(width)]
-        exact = codes - torch.tensor(middles)
+    if page_format.even and page_format.parts:
+        bits = torch.tensor([bits for bits, width in page_format.parts if bits for _ in range(width)])
+        steps = torch.tensor([EVEN_STEPS[2**x] for x in bits.tolist()])
+        # Of keys in units of a part's step, which queries have; of values each is rounded before the product.
+        exact = (codes - (2**bits - 1) / 2) * (1 if stream == "keys" else steps.to(torch.float16))
     assert torch.equal(levels[:count], exact.to(torch.float16))
     assert pages.shape[-1] >= page_format.page_bytes
 

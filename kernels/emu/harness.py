@@ -60,7 +60,11 @@ class PageFormat:
     def of(cls, stream: str, codec: Any) -> PageFormat:
         """The format of a `ReferenceCodec`."""
         parts = codec.coder.parts if codec.format == "parts" else ()
-        even = stream == "keys" and bool(parts) and codec.coder.codebook == "uniform"
+        if parts:
+            even = codec.coder.codebook == "uniform"
+        else:
+            of_one_group = codec.symmetric and codec.group_size == codec.head_dim
+            even = stream == "values" and codec.format == "2" and codec.coder.uniform and of_one_group
         return cls(stream, codec.head_dim, codec.format, codec.group_size, codec.symmetric, codec.metadata, parts, even)
 
     @property
@@ -69,7 +73,7 @@ class PageFormat:
         parts = sum((bits | width // 16 << 3) << 8 * index for index, (bits, width) in enumerate(self.parts))
         number_bytes = {"e4m3": 1, "fp16": 2}[self.metadata]
         arguments = [f"skvq::{self.stream}", self.head_dim, FORMAT_ARGUMENTS[self.format], self.group_size]
-        arguments += [int(self.symmetric), number_bytes] + ([f"{parts}ull"] if parts else [])
+        arguments += [int(self.symmetric), number_bytes] + ([f"{parts}ull"] if parts or self.even else [])
         arguments += ["1"] if self.even else []
         return f"skvq::Layout<{', '.join(map(str, arguments))}>"
 

@@ -365,7 +365,8 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure, shared_bytes: int = 0) -> None:
         kernels.launch(f"skvq::{name}", grid, threads, arguments, shared_bytes=shared_bytes, schedule=call.schedule)
 
-    folded = aligned(batch, heads, key_blocks, tiles, (width_k + 31) // 32 * 128, dtype=torch.int32)
+    words = (width_k + 31) // 32 * 128 if call.formats[0].even else width_k // 16 * 64
+    folded = aligned(batch, heads, key_blocks, tiles, words, dtype=torch.int32)
     extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}

@@ -75,18 +75,19 @@ def layout(stream: str, head_dim: int, options: StreamOptions) -> str:
         head_dim: D.
         options: packed ones, without None.
     """
+    packed = 0
     if options.parts is None:
         group = options.group_size or (128 if head_dim % 128 == 0 else head_dim)
-        parts: tuple[str, ...] = ()
+        of_two = stream == "values" and options.bits == 2 and options.symmetric and group == head_dim
     else:
         if len(options.parts) > _MOST_PARTS:
             raise SkvqError(f"{stream}: {len(options.parts)} parts: expected at most {_MOST_PARTS} on a GPU")
         group = head_dim
         # A byte for each part: its bits in the low three, its width / 16 in the high five bits.
         packed = sum((bits | width // 16 << 3) << 8 * index for index, (bits, width) in enumerate(options.parts))
-        # Keys whose levels are evenly spaced are in the order of products of bytes.
-        even = stream == "keys" and options.codebook == "uniform"
-        parts = (f"{packed}ull", "1") if even else (f"{packed}ull",)
+    # Evenly spaced levels of parts, or of values of two bits, are in an order of their own.
+    even = options.codebook == "uniform" and (options.parts is not None or of_two)
+    parts = (f"{packed}ull", "1") if even else (f"{packed}ull",) if packed else ()
     number_bytes = 2 if options.metadata == "fp16" else 1
     arguments = (f"skvq::{stream}", head_dim, _FORMATS[options.format], group, int(options.symmetric), number_bytes)
     return f"skvq::Layout<{', '.join(map(str, arguments + parts))}>"

@@ -82,20 +82,26 @@ pub fn layout_expression(side: Side, codec: &Codec) -> String {
         layout.head_dim,
         layout.group_size
     );
-    match codec.is_of_parts() {
-        false => format!("{common}>"),
-        true if takes_even_order(side, codec) => format!("{common}, {}ull, 1>", packed_parts(codec)),
-        true => format!("{common}, {}ull>", packed_parts(codec)),
+    match (is_even(side, codec), codec.is_of_parts()) {
+        (true, _) => format!("{common}, {}ull, 1>", packed_parts(codec)),
+        (false, true) => format!("{common}, {}ull>", packed_parts(codec)),
+        (false, false) => format!("{common}>"),
     }
 }
 
-/// Whether pages have the codes of keys of parts in the order of products of bytes: `Layout::is_even` of `kernels/layout.cuh`.
-pub fn takes_even_order(side: Side, codec: &Codec) -> bool {
-    side == Side::Keys && codec.has_even_parts()
+/// Whether pages have codes where a mask makes operands of them: `Layout::is_even` of `kernels/layout.cuh`.
+fn is_even(side: Side, codec: &Codec) -> bool {
+    let layout = &codec.layout;
+    let is_of_two = layout.format == Format::Int2 && matches!(codec.codebook, Codebook::Uniform { .. });
+    let of_one_group = layout.symmetric && layout.groups() == 1;
+    codec.has_even_parts() || (side == Side::Values && is_of_two && of_one_group)
 }
 
-/// A byte for each part: its bits in the low three, its width / 16 in the high five; the channels without bits come last.
+/// A byte for each part: its bits in the low three, its width / 16 in the high five; the channels without bits come last. 0 without parts.
 fn packed_parts(codec: &Codec) -> u64 {
+    if !codec.is_of_parts() {
+        return 0;
+    }
     let stored = codec.parts.iter().map(|part| (part.bits, part.width));
     let rest = codec.layout.head_dim - codec.stored_channels();
     let all = stored.chain((rest > 0).then_some((0, rest)));
@@ -294,6 +300,9 @@ mod tests {
         even.parts.iter_mut().for_each(|part| part.levels = PartLevels::Even);
         let (keys, values) = (layout_expression(Side::Keys, &even), layout_expression(Side::Values, &even));
         assert_eq!(keys, format!("skvq::Layout<skvq::keys, 64, 0, 64, 1, 1, {expected}ull, 1>"));
-        assert_eq!(values, layout_expression(Side::Values, &behind));
+        assert_eq!(values, keys.replace("keys", "values"));
+        let uniform = Codec { codebook: Codebook::named("uniform", Format::Int2).unwrap(), ..codec(Format::Int2, 128) };
+        assert_eq!(layout_expression(Side::Keys, &uniform), "skvq::Layout<skvq::keys, 128, 2, 128, 1, 1>");
+        assert_eq!(layout_expression(Side::Values, &uniform), "skvq::Layout<skvq::values, 128, 2, 128, 1, 1, 0ull, 1>");
     }
 }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..plan_file import QuantizationPlan
 
 WEIGHTS = ("query", "attention")  # as in spectral_plan.py, which loads torch
-KEY_LEVELS = ("uniform", "lloyd-max")
+LEVELS = ("uniform", "lloyd-max")
 OPTIONS = ("method", "key_bits", "value_bits", "bits", *OF_SPECTRAL[1:], "chunks", "tokens", "window", "sinks")
 
 
@@ -101,12 +101,13 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
         choices=WEIGHTS,
         help="what errors are weighed by: all queries alike, or what attention does with them (default: attention)",
     )
-    group.add_argument(
-        "--key-levels",
-        choices=KEY_LEVELS,
-        help="of the parts of keys: evenly spaced, which a GPU need not look up, or of least error "
-        "(default: uniform up to 2.5 bits of keys on average, lloyd-max above)",
-    )
+    for stream in ("key", "value"):
+        group.add_argument(
+            f"--{stream}-levels",
+            choices=LEVELS,
+            help=f"of the parts of {stream}s: evenly spaced, which a GPU need not look up, or of least error "
+            f"(default: uniform up to 2.5 bits of {stream}s on average, lloyd-max above)",
+        )
     group.add_argument("--no-noise", action="store_true", help="do not correct scores for the noise of packed keys")
 
 

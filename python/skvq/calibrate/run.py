@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 METHODS = ("spectral", "static")
 CHUNKS, PACKAGED_CHUNKS = 16, 2  # pieces that are read where none are asked for; the package's text is short
-OF_SPECTRAL = ("bits", "parts", "weights", "key_levels")
+OF_SPECTRAL = ("bits", "parts", "weights", "key_levels", "value_levels")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CalibrateOptions:
             per channel, a baseline.
         key_bits, value_bits: of codes: up to 5 on average, or 16 (2 and 1.5); for "static" 16, 8, 4, 3, 2, 1.6 or 1.5.
         bits: instead of both, counted bits of an element with its scales, shared out over all layers, keys and values.
-        parts, weights, key_levels, noise: see `SpectralOptions`.
+        parts, weights, key_levels, value_levels, noise: see `SpectralOptions`.
         chunks: pieces of the texts that the plan is fitted to (16; of the package's text 2, with `bits` 1).
         tokens: of a piece.
         window, sinks: of the caches that the plan is for, as in `SkvqConfig`.
@@ -49,6 +49,7 @@ class CalibrateOptions:
     parts: int | None = None
     weights: str | None = None
     key_levels: str | None = None
+    value_levels: str | None = None
     noise: bool = True
     chunks: int | None = None
     tokens: int = 2048

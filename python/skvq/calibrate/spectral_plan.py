@@ -39,9 +39,9 @@ class SpectralOptions:
         key_bits, value_bits: mean bits of the codes of every layer, up to 5, or 16 to leave the rows as they are.
         bits: instead of both, counted bits of an element (with the scales) over all layers, keys and values together.
         parts: wanted parts of a row, of equal width, before those with equal bits are joined.
-        key_levels: of the parts of keys. "uniform": evenly spaced, which kernels of a GPU need not look up;
+        key_levels, value_levels: of the parts. "uniform": evenly spaced, which kernels of a GPU need not look up;
             "lloyd-max": the other has 1 % more error for codes of two bits, 40 % for those of five. None: the former
-            for up to 2.5 mean bits of keys (`even_if_few`).
+            for up to 2.5 mean bits of the stream (`even_if_few`).
         weights: "query" weighs keys by all queries alike and values alike; "attention" weighs queries by what errors
             of their scores do to the output, and values by the attention they get.
         noise: whether scores are corrected for the noise of packed keys.
@@ -53,6 +53,7 @@ class SpectralOptions:
     bits: float | None = None
     parts: int = 4
     key_levels: str | None = None
+    value_levels: str | None = None
     weights: str = "attention"
     noise: bool = True
     damping: float = 1e-3
@@ -66,17 +67,19 @@ class SpectralOptions:
                 raise SkvqError(f"{name}={value!r}: expected a number above 0 and up to {most}{raw}")
         if not isinstance(self.parts, int) or self.parts < 1:
             raise SkvqError(f"parts={self.parts!r}: expected an integer of at least 1")
-        if self.key_levels is not None and self.key_levels not in ERRORS:
-            raise SkvqError(f"key_levels={self.key_levels!r}: expected one of {', '.join(map(repr, ERRORS))}")
+        for name in ("key_levels", "value_levels"):
+            value = getattr(self, name)
+            if value is not None and value not in ERRORS:
+                raise SkvqError(f"{name}={value!r}: expected one of {', '.join(map(repr, ERRORS))}")
         if self.weights not in WEIGHTS:
             raise SkvqError(f"weights={self.weights!r}: expected one of {', '.join(map(repr, WEIGHTS))}")
         if self.damping < 0.0:
             raise SkvqError(f"damping={self.damping!r}: expected a number of at least 0")
 
-    @property
-    def key_codebook(self) -> str:
-        """Of the parts of keys."""
-        return self.key_levels or even_if_few(self.key_bits if self.bits is None else self.bits)
+    def codebook(self, stream: str) -> str:
+        """Of the parts of "keys" or "values"."""
+        given = self.key_levels if stream == "keys" else self.value_levels
+        return given or even_if_few(self.stream_bits(stream) if self.bits is None else self.bits)
 
     def stream_bits(self, stream: str) -> float:
         """Of "keys" or "values"."""
@@ -123,7 +126,7 @@ def fit_keys(layer: LayerStatistics, index: int, output: Tensor, options: Spectr
         turned,
         damping=options.damping,
         output=joint,
-        codebook=options.key_codebook,
+        codebook=options.codebook("keys"),
     )
 
 
@@ -221,6 +224,7 @@ def fit_values(layer: LayerStatistics, index: int, output: Tensor, options: Spec
         static_variance=variance,
         variance=variance,
         mean=Mean(mean),
+        codebook=options.codebook("values"),
     )
 
 
