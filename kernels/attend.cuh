@@ -260,7 +260,7 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     if (first_page * page_rows < limits.end) {
         using Rows = LaneRows<K, V>;
 
-        const LevelTable key_levels = Bytes ? p.key_levels : kept_levels<K>(p.key_levels), value_levels = kept_levels<V>(p.value_levels);
+        const LevelTable key_levels = Bytes ? p.key_levels : kept_levels<K>(p.key_levels), value_levels = has_masks<V> ? p.value_levels : kept_levels<V>(p.value_levels);
 
         // Of a mean that turns, which only rows of parts have.
         auto bias_of = [&](int n, int query) {

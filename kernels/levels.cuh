@@ -259,8 +259,8 @@ struct LaneDecoder {
         } else if constexpr (L::is_even) {
             // 0x6400 | c is 1024 + c; both steps are exact.
             constexpr int bits = L::part_bits(L::part_of_octet(Octet)), at = L::low_place(Octet) % L::places_of_word;
-            constexpr u32 unit = 0x3c00u - (at << 10), middle = negative_middle_half(bits);
             if constexpr (L::stream == keys) {
+                constexpr u32 unit = 0x3c00u - (at << 10), middle = negative_middle_half(bits);
                 // In units of the part's step, which the queries have (fold.cuh).
                 constexpr int tile = Octet / 2, selector = Octet % 2 ? 0x4342 : 0x4140;
                 auto levels = [&](u32 bytes) {
@@ -268,16 +268,24 @@ struct LaneDecoder {
                 };
                 x = levels(codes.template even_operand<tile, 0>()), y = levels(codes.template even_operand<tile, 1>());
             } else {
-                // Those of odd rows are negative. Of two bits in units of the step, which is `correction`.
-                constexpr u32 odd = 0x80000000u;
-                const u32 of_even = codes.template even_halves<Octet, 0>(), of_odd = codes.template even_halves<Octet, 1>();
-                auto levels = [&](u32 selector) {
-                    const u32 code = add_halves(permute_bytes(of_even, of_odd, selector) | 0x64006400u, 0xe400e400u);
-                    const u32 level = fma_halves(code, unit * 0x10001u, middle * 0x10001u) ^ odd;
+                // Times 2^-at, less the middle, which counts in odd rows from the other end. All of it is exact: 2^(10 − at) and the middle together have
+                // room in an f16, but for fields at bit 0, which are the subnormals c·2^-24 as they lie.
+                constexpr u32 sign = 0x8000u;
+                auto levels = [&](u32 halves, u32 turned) {
+                    u32 level;
+                    if constexpr (at > 0) {
+                        constexpr u32 unit = 0x3c00u - (at << 10), middle = sign | (25 - at << 10) | (1u << bits) - 1 << (at > 0 ? at - 1 : 0);
+                        level = fma_halves(halves | 0x64006400u, (unit ^ turned) * 0x10001u, (middle ^ turned) * 0x10001u);
+                    } else {
+                        constexpr u32 unit = 0x3c00u + (9 << 10), middle = negative_middle_half(bits);
+                        level = fma_halves(fma_halves(halves, 0x78007800u, 0u), (unit ^ turned) * 0x10001u, (middle ^ turned) * 0x10001u);
+                    }
+                    // Of two bits in units of the step, which is `correction`.
                     if constexpr (L::is_parts) return fma_halves(level, even_step_half(bits) * 0x10001u, 0u);
                     else return level;
                 };
-                x = levels(0x5410), y = levels(0x7632);
+                const u32 even = levels(codes.template even_halves<Octet, 0>(), 0), odd = levels(codes.template even_halves<Octet, 1>(), sign);
+                x = permute_bytes(even, odd, 0x5410), y = permute_bytes(even, odd, 0x7632);
             }
         } else if constexpr (L::is_pairs) {
             // Channels G / 2 apart share an index: group · G/16 octets of indices, each of which serves two octets of channels.
