@@ -141,9 +141,10 @@ constexpr int blocks_at_once = V::head_dim > 128 ? 2 : many_blocks;
 template <int Blocks>
 using ManyScores = float[Blocks][2][4];
 
-template <class K, int Blocks>
+/// `mean`: of the keys, ManyTurned or NotTurned; `first_of_page`: row block of the page.
+template <class K, int Blocks, class Mean>
 __device__ __forceinline__ void score_many(const U32x4* levels, const float* numbers, int first, const ManyQueries<K>& queries, int lane,
-                                           ManyScores<Blocks>& scores) {
+                                           const Mean& mean, int first_of_page, ManyScores<Blocks>& scores) {
     const U32x4* own = levels + first * (K::head_dim / 16 * 32) + lane;
     constexpr int per_group = K::groups == 1 ? K::tiles : K::group_size / 16;
     float unit[2], shifted[2], noise[2];
@@ -152,9 +153,29 @@ __device__ __forceinline__ void score_many(const U32x4* levels, const float* num
         shifted[side] = queries.number(side, 1);
         noise[side] = K::is_parts ? queries.number(side, 2) : 0.0f;
     }
-    for_each<Blocks>([&](auto block) {
-        for (int i = 0; i < 8; ++i) scores[decltype(block)::value][i / 4][i % 4] = shifted[i % 4 / 2];
-    });
+    if constexpr (Mean::turns) {
+        ManyScores<Blocks> sums = {};
+        for_each<Mean::steps>([&](auto step) {
+            constexpr int s = decltype(step)::value;
+            u32 amplitudes[4];
+            mean.template operand<s>(amplitudes, lane);
+            for_each<Blocks>([&](auto block) {
+                constexpr int b = decltype(block)::value;
+                const U32x4 rows = mean.template rows<b, s>(first_of_page, lane);
+                multiply_fragments(sums[b][0], amplitudes, {rows.x, rows.y});
+                multiply_fragments(sums[b][1], amplitudes, {rows.z, rows.w});
+            });
+        });
+        const float units[2] = {log2_e * mean.unit(0, lane), log2_e * mean.unit(1, lane)};
+        for_each<8 * Blocks>([&](auto index) {
+            constexpr int n = decltype(index)::value, side = n % 4 / 2;
+            scores[n / 8][n / 4 % 2][n % 4] = fmaf(sums[n / 8][n / 4 % 2][n % 4], units[side], shifted[side]);
+        });
+    } else {
+        for_each<Blocks>([&](auto block) {
+            for (int i = 0; i < 8; ++i) scores[decltype(block)::value][i / 4][i % 4] = shifted[i % 4 / 2];
+        });
+    }
     for_each<K::groups>([&](auto group) {
         constexpr int g = decltype(group)::value;
         ManyScores<Blocks> sums = {};
@@ -360,8 +381,9 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             const int query = existing_query(lane / 4, p.group, p.length, query_tile_of_warp + side);
             return BiasPlace(p.bias, static_cast<i64>(batch) * p.kv_heads * p.query_tiles + head_tile + side, p.bias_capacity, p.group * p.length, query);
         };
-        auto multiply = [&](int which) {
+        auto multiply = [&](int which, auto mean) {
             if (!has_queries) return;
+            using Mean = decltype(mean);
             constexpr int at_once = blocks_at_once<V>;
             const UnpackedRows<K, V> rows(shared, which % many_buffers<K, V>);
             const bool whole = which * many_rows >= limits.whole_begin * page_rows && (which + 1) * many_rows <= limits.whole_end * page_rows;
@@ -369,10 +391,10 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
             for (int block = 0; block < many_blocks; block += at_once) {
                 // Not `at_once`: NVRTC before 12.9 crashes where a constant of a function is the argument of an alias of arrays.
                 ManyScores<blocks_at_once<V>> scores;
-                score_many<K, at_once>(rows.key_levels, rows.key_numbers, block, queries, lane, scores);
+                score_many<K, at_once>(rows.key_levels, rows.key_numbers, block, queries, lane, mean, which * many_rows % page_rows / block_rows + block, scores);
                 const int first_row = which * many_rows + block * block_rows + lane % 4 * 2;
                 if (whole) {
-                    if constexpr (K::is_parts) {
+                    if constexpr (K::is_parts && !Mean::turns) {
                         if (p.bias) {
                             const BiasPlace biases[2] = {bias_of(0), bias_of(1)};
                             for_each<8 * at_once>([&](auto index) {
@@ -391,7 +413,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                     constexpr int side = decltype(index)::value;
                     const QueryPlace place = query_at(head, p.group, p.length, (query_tile_of_warp + side) * query_tile + lane / 4);
                     const QueryView view(p.mask, batch, place, p.length, total);
-                    const BiasPlace bias = bias_of(side);
+                    const BiasPlace bias = bias_of(side);  // not of a mean that turns here
                     for_each<4 * at_once>([&](auto element) {
                         constexpr int n = decltype(element)::value, j = n % 2;
                         const int row = first_row + n / 2 * 8 + j;
@@ -401,7 +423,7 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
                             return;
                         }
                         float biased = score * log_2;
-                        if constexpr (K::is_parts) biased += p.bias ? bias.at(row) : 0.0f;
+                        if constexpr (K::is_parts && !Mean::turns) biased += p.bias ? bias.at(row) : 0.0f;
                         score = log2_e * view.apply(p.mask, biased, sinks + row);
                     });
                 });
@@ -412,21 +434,40 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
 
         if (ahead && warp < many_blocks) load(key_rows, p.key_pages, first);
         if (ahead && warp >= many_blocks) load(value_rows, p.value_pages, first);
-        if constexpr (many_buffers<K, V> == 2) {
-            for (int which = first - 1; which < end; ++which) {
-                unpack_keys(which + 1);
-                if (which >= first) multiply(which);
-                unpack_values(which + 1);
-                __syncthreads();
+        // `prepare(rows)`, then `multiply_by(rows)` with all threads having met in between.
+        auto pass = [&](const auto& prepare, const auto& multiply_by) {
+            if constexpr (many_buffers<K, V> == 2) {
+                for (int which = first - 1; which < end; ++which) {
+                    prepare(which + 1);
+                    unpack_keys(which + 1);
+                    if (which >= first) multiply_by(which);
+                    unpack_values(which + 1);
+                    __syncthreads();
+                }
+            } else {
+                for (int which = first; which < end; ++which) {
+                    prepare(which);
+                    unpack_keys(which);
+                    unpack_values(which);
+                    __syncthreads();
+                    multiply_by(which);
+                    __syncthreads();
+                }
             }
+        };
+        auto pass_plainly = [&] { pass([](int) {}, [&](int which) { multiply(which, NotTurned()); }); };
+        if constexpr (may_turn<K>) {
+            using Mean = ManyTurned<K::head_dim>;
+            constexpr int of_page = page_rows / many_rows;
+            __shared__ typename Mean::Angles angles;
+            const auto* tiles = reinterpret_cast<const TileWaves<K::head_dim>*>(p.bias) + sequence * p.query_tiles + query_tile_of_warp;
+            auto prepare = [&](int which) {
+                if (which < end && (which == first || which % of_page == 0)) Mean::make(p.turned, angles, batch, which / of_page);
+            };
+            if (p.turned.waves) pass(prepare, [&](int which) { multiply(which, Mean{p.turned, tiles, angles, which / of_page}); });
+            else pass_plainly();
         } else {
-            for (int which = first; which < end; ++which) {
-                unpack_keys(which);
-                unpack_values(which);
-                __syncthreads();
-                multiply(which);
-                __syncthreads();
-            }
+            pass_plainly();
         }
     }
     if (has_queries) state.write(p, batch, head_tile, split, lane);

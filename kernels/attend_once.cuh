@@ -57,7 +57,7 @@ struct AloneInLaunch {
                                           int lane) const {
         wait_for_earlier_launches();
         const int head = block_x_here();  // of one tile each
-        if constexpr (Turned) fold_waves<T>(once.fold, p.turned, place.batch, head, own.tile);
+        if constexpr (Turned) fold_waves<T>(once.fold, p.turned, place.batch, head, 0, own.tile);
         fold_tile<T, K>(once.fold, place.batch, head, 0, statistics, own.buffer, own.fragments, own.extras);
         __syncthreads();
         queries.load(p, 0, own.fragments, own.extras, FromShared(), lane);

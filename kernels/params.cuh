@@ -67,6 +67,13 @@ struct FoldParams {
                    // not with ternary values of uneven levels
 };
 
+/// turned.cuh, fold_turned: of many queries, TileWaves [batch, kv heads, query tiles].
+struct FoldTurnedParams {
+    FoldParams fold;
+    WaveParams waves;
+    u64 factors;
+};
+
 /// turning.cuh: q·m(t) of every packed row. Grid: any number of blocks.
 struct TurningParams {
     u64 query;
@@ -109,13 +116,13 @@ struct EnterParams {
 struct AttendParams {
     u64 key_pages, value_pages;  // u64 [batch, kv heads, page capacity]
     u64 folded, extras;          // of fold.cuh
-    u64 bias;                    // of turning.cuh, or 0
+    u64 bias;                    // of turning.cuh, or what fold_turned has written, or 0
     u64 states;                  // f32 [batch, kv heads, query tiles, 8, splits, 4 + Dv]: m, l, Σp, 0, o; of queries that exist
     u64 lengths;
     u64 key_wide_levels, value_wide_levels;  // f16 [256] of 8-bit codes, or 0: c − 127.5
     i64 bias_capacity;
     EnterParams enter;
-    WaveParams turned;  // of a mean that turns in the same launch; otherwise without `waves`
+    WaveParams turned;  // of a mean that turns in the same launch, by turned.cuh; otherwise without `waves`
     MaskParams mask;
     LevelTable key_levels, value_levels;
     float weight_unit;  // a power of two by which weights times scales are multiplied before they become f16
@@ -339,6 +346,7 @@ static_assert(sizeof(CopyParams) == 136, "CopyParams");
 static_assert(sizeof(StepParams) == 32, "StepParams");
 static_assert(sizeof(FewWords) == 72, "FewWords");
 static_assert(sizeof(ManyWords) == 4008, "ManyWords");
+static_assert(sizeof(FoldTurnedParams) == 224, "FoldTurnedParams");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(EnterParams) == 16, "EnterParams");

@@ -1,7 +1,7 @@
 // q·m(t) of packed keys whose mean turns with the position (FORMAT.md §6), by the blocks of attend_once.cuh themselves, page by page.
 //
-// Is: what turning.cuh writes for others, for up to eight queries, heads of up to 128 channels and layers of f16 and bf16, and nothing of it in memory. Is not:
-// f32, many queries, wider heads (turning.cuh); scores (attend.cuh).
+// Is: what turning.cuh writes for others, for heads of up to 128 channels and layers of f16 and bf16, and nothing of it in memory, but A and B of many queries, for
+// attend_many.cuh. Is not: f32, wider heads, nine to 63 queries (turning.cuh); scores (attend.cuh).
 // With μ at position 0 turned by t, A = Σ q_c·μ_c and B = Σ q_c·ν_c over the channels of a frequency θ, q·m(P + r) of row r of a page whose first row has
 // position P is the sum over the frequencies of (A·cos Pθ + B·sin Pθ)·cos rθ + (B·cos Pθ − A·sin Pθ)·sin rθ: for a row block a product of
 //
@@ -27,6 +27,11 @@ struct alignas(8) Waves {
 constexpr int span_rows = 256;
 __device__ __forceinline__ int span_of(int position) { return position >= 0 ? position / span_rows : -((span_rows - 1 - position) / span_rows); }
 
+/// The angle of both together.
+__device__ __forceinline__ Waves turned(const Waves& a, const Waves& b) {
+    return {a.cosine * b.cosine - a.sine * b.sine, a.sine * b.cosine + a.cosine * b.sine};
+}
+
 /// Adds a channel to A and B of its frequency.
 template <class T>
 __device__ __forceinline__ void add_channel(Waves& sum, const T* query, float scale, const HeadTransform& transform, int channel) {
@@ -43,12 +48,12 @@ struct TileWaves {
     float units[query_tile];
 };
 
-/// Writes those of a kv head's only tile: 16 threads for each query, all threads of the block.
+/// Writes those of a kv head's tile: 16 threads for each query, all threads of the block.
 template <class T, int D>
-__device__ __forceinline__ void fold_waves(const FoldParams& p, const WaveParams& waves, int batch, int head, TileWaves<D>& to) {
+__device__ __forceinline__ void fold_waves(const FoldParams& p, const WaveParams& waves, int batch, int head, int tile, TileWaves<D>& to) {
     constexpr int most = (D / 2 + row_lanes - 1) / row_lanes;
     const int query = threadIdx.x / row_lanes, lane = threadIdx.x % row_lanes;
-    const QueryPlace place = query_at(head, p.group, p.length, query);
+    const QueryPlace place = query_at(head, p.group, p.length, tile * query_tile + query);
     const HeadTransform transform(p.transform, D, batch, head, p.kv_heads, 0);
     const i32 *starts = reinterpret_cast<const i32*>(waves.channels), *channels = starts + waves.frequencies + 1;
     const T* from = reinterpret_cast<const T*>(p.query) + batch * p.query_batch_stride + place.head * p.query_head_stride +
@@ -88,6 +93,81 @@ __device__ __forceinline__ void fold_waves(const FoldParams& p, const WaveParams
     if (lane == 0) to.units[query] = unit;
 }
 
+/// Cosine and sine of a page's first position for a frequency; the first of its channels.
+template <int D>
+__device__ __forceinline__ Waves waves_at(const WaveParams& waves, int channel, int position) {
+    const int span = span_of(position), inner = position - span_rows * span;
+    const float* far = reinterpret_cast<const float*>(waves.spans) + static_cast<i64>(span - waves.first_span) * 2 * D + channel;
+    const float* near = reinterpret_cast<const float*>(waves.steps) + inner * 2 * D + channel;
+    return turned({far[0], far[D]}, {near[0], near[D]});
+}
+__device__ __forceinline__ int channel_of(const WaveParams& waves, int frequency) {
+    const i32* starts = reinterpret_cast<const i32*>(waves.channels);
+    return starts[waves.frequencies + 1 + starts[frequency]];
+}
+/// Of a cosine and a sine at a page.
+__device__ __forceinline__ u32 amplitude(const Waves& factor, const Waves& angle) {
+    return narrow_to_halves(factor.cosine * angle.cosine + factor.sine * angle.sine, factor.sine * angle.cosine - factor.cosine * angle.sine);
+}
+
+/// A and B of many queries to memory, for attend_many.cuh. Grid: 1 × (kv heads · query tiles) × batch.
+template <class T, int D>
+__global__ void __launch_bounds__(row_threads) fold_turned(const __grid_constant__ FoldTurnedParams p) {
+    let_next_launch_begin();
+    wait_for_earlier_launches();
+    const int tiles = p.fold.query_tiles, head = blockIdx.y / tiles, tile = blockIdx.y % tiles, batch = blockIdx.z;
+    TileWaves<D>* to = reinterpret_cast<TileWaves<D>*>(p.factors) + (static_cast<i64>(batch) * p.fold.kv_heads + head) * tiles + tile;
+    fold_waves<T, D>(p.fold, p.waves, batch, head, tile, *to);
+}
+
+/// Of two tiles of queries, as attend_many.cuh has them on M: a page's amplitudes are made where they are multiplied with its rows.
+template <int D>
+struct ManyTurned {
+    static constexpr bool turns = true;
+    static constexpr int steps = D / 16, frequencies = D / 2;
+    /// Of shared memory: of two pages, by turns.
+    struct Angles {
+        Waves of_page[2][frequencies];
+    };
+    const WaveParams& waves;
+    const TileWaves<D>* tiles;  // of the warp
+    Angles& angles;
+    int page;
+
+    /// Angles of the page, by all threads of the block, which must meet before they are looked at.
+    static __device__ __forceinline__ void make(const WaveParams& waves, Angles& angles, int batch, int page) {
+        const int frequency = threadIdx.x;
+        if (frequency >= frequencies) return;
+        const int origin = reinterpret_cast<const i32*>(waves.origins)[batch];
+        const bool exists = frequency < waves.frequencies;
+        angles.of_page[page % 2][frequency] = exists ? waves_at<D>(waves, channel_of(waves, frequency), origin + page * page_rows) : Waves{0.0f, 0.0f};
+    }
+    __device__ __forceinline__ float unit(int side, int lane) const { return load_here(tiles[side].units + lane / 4); }
+    /// A operand of frequencies 8·Step …, for queries g and g + 8.
+    template <int Step>
+    __device__ __forceinline__ void operand(u32 (&a)[4], int lane) const {
+        for_each<2>([&](auto index) {
+            constexpr int half = decltype(index)::value;
+            const int frequency = 8 * Step + 4 * half + lane % 4;
+            const Waves angle = angles.of_page[page % 2][frequency];
+            for (int side = 0; side < 2; ++side) {
+                const U32x2 factor = load_here(reinterpret_cast<const U32x2*>(&tiles[side].factors[lane / 4][frequency]));
+                a[2 * half + side] = amplitude({__uint_as_float(factor.x), __uint_as_float(factor.y)}, angle);
+            }
+        });
+    }
+    /// B operands of rows 0 … 7 and 8 … 15 of row block `First` + Block of the page, a constant table.
+    template <int Block, int Step>
+    __device__ __forceinline__ U32x4 rows(int first, int lane) const {
+        const U32x4 four = load_table<512 * (Block * steps + Step)>(waves.waves + static_cast<u64>(first * steps * 32 + lane) * 16);
+        return {four.x, four.z, four.y, four.w};
+    }
+};
+/// Keys without such a mean, or one that a launch before has multiplied.
+struct NotTurned {
+    static constexpr bool turns = false;
+};
+
 /// Of shared memory, while there are pages.
 template <int D>
 struct TurnedPages {
@@ -114,23 +194,6 @@ struct TurnedRows {
     __device__ __forceinline__ TurnedRows(const WaveParams& waves, const TileWaves<D>& tile, TurnedPages<D>& shared, int batch)
         : waves(waves), tile(tile), shared(shared), origin(reinterpret_cast<const i32*>(waves.origins)[batch]) {}
 
-    __device__ __forceinline__ Waves at(int channel, int position) const {
-        const int span = span_of(position), inner = position - span_rows * span;
-        const float* far = reinterpret_cast<const float*>(waves.spans) + static_cast<i64>(span - waves.first_span) * 2 * D + channel;
-        const float* near = reinterpret_cast<const float*>(waves.steps) + inner * 2 * D + channel;
-        return turned({far[0], far[D]}, {near[0], near[D]});
-    }
-    static __device__ __forceinline__ Waves turned(const Waves& a, const Waves& b) {
-        return {a.cosine * b.cosine - a.sine * b.sine, a.sine * b.cosine + a.cosine * b.sine};
-    }
-    __device__ __forceinline__ int channel_of(int frequency) const {
-        const i32* starts = reinterpret_cast<const i32*>(waves.channels);
-        return starts[waves.frequencies + 1 + starts[frequency]];
-    }
-    static __device__ __forceinline__ u32 amplitude(const Waves& factor, const Waves& angle) {
-        return narrow_to_halves(factor.cosine * angle.cosine + factor.sine * angle.sine, factor.sine * angle.cosine - factor.cosine * angle.sine);
-    }
-
     __device__ __forceinline__ u64 wave_fragments(int row_block, int lane) const { return waves.waves + (row_block * steps * 32 + lane) * 16; }
 
     /// Before the first page: its amplitudes will be in buffer 0. All threads of the block, which must meet before it is made.
@@ -139,9 +202,9 @@ struct TurnedRows {
         if (frequency >= frequencies) return;
         Waves turn = {0.0f, 0.0f}, of_page = turn;
         if (frequency < waves.frequencies) {
-            const int channel = channel_of(frequency);
+            const int channel = channel_of(waves, frequency);
             const float* from = reinterpret_cast<const float*>(waves.steps) + page_rows * 2 * D + channel;
-            turn = at(channel, origin + page * page_rows), of_page = {from[0], from[D]};
+            turn = waves_at<D>(waves, channel, origin + page * page_rows), of_page = {from[0], from[D]};
         }
         shared.turns[0][frequency] = turn, shared.page_turns[frequency] = of_page;
     }
@@ -190,7 +253,7 @@ struct TurnedRows {
             for (int half = 0; half < 2; ++half) {
                 const int frequency = 8 * k + t + 4 * half;
                 const bool exists = frequency < waves.frequencies;
-                const Waves angle = exists ? at(channel_of(frequency), position) : Waves{0.0f, 0.0f};
+                const Waves angle = exists ? waves_at<D>(waves, channel_of(waves, frequency), position) : Waves{0.0f, 0.0f};
                 amplitudes[half] = exists ? amplitude(tile.factors[g][frequency], angle) : 0;
             }
             const U32x4 four = load_table<0>(wave_fragments(block % blocks_per_page, lane) + 512 * k);
@@ -201,7 +264,9 @@ struct TurnedRows {
 };
 
 /// Whether blocks of attend_once.cuh do it.
+template <class K>
+constexpr bool may_turn = K::is_parts && K::head_dim <= 128;
 template <class T, class K>
-constexpr bool turns_inside = sizeof(T) == 2 && K::is_parts && K::head_dim <= 128;
+constexpr bool turns_inside = sizeof(T) == 2 && may_turn<K>;
 
 }  // namespace skvq

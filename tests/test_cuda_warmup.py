@@ -72,7 +72,7 @@ def test_all_kernels_of_a_shape_compile(nvrtc: str, tmp_path: Path, turning: boo
     names += ["append_row", *([] if turning else ["append_block"]), "fold", "attend_once"]
     names += ["attend", *([] if turning else ["attend_apart"])] * 2
     names += ["attend_many", "unfold"]
-    names += ["turning"] if turning else []
+    names += ["turning", "fold_turned"] if turning else []
     names += ["plain", "merge"]
     names += ["copy_rows"] * 3 + ["clear_rows", "advance"] + ["poke"] * 2
     assert [x.kernel for x in instances] == [f"skvq::{name}" for name in names]

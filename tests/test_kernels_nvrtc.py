@@ -105,6 +105,7 @@ OTHERS = {
     "skvq::turning<skvq::Half, 128>": 128,
     "skvq::turning<float, 128>": 128,
     "skvq::turning<skvq::BFloat, 256>": 128,
+    "skvq::fold_turned<skvq::BFloat, 128>": 64,
     f"skvq::rows_to_page<{V16}>": 64,
     "skvq::block_statistics<skvq::Half, 128>": 64,
     "skvq::query_squares<skvq::Half, 256>": 96,
@@ -148,7 +149,7 @@ JOBS += [
     for expression in (ONCE if arch == "sm_90a" else list(ONCE)[: 5 if arch == "sm_80" else 3])
 ]
 JOBS += [("sm_80", expression) for expression in OTHERS]
-JOBS += [("sm_90a", name) for name in OTHERS if any(kernel in name for kernel in ("append_row", "turning", "fold"))]
+JOBS += [("sm_90a", name) for name in OTHERS if any(x in name for x in ("append_row", "turning", "fold"))]
 JOBS += [(arch, next(iter(ATTEND_MANY))) for arch in ARCHITECTURES if arch != "sm_90a"]
 JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
 

@@ -111,8 +111,8 @@ class Call:
 
     @property
     def turned(self) -> bool:
-        """Whether the keys' mean turns in the one launch, as `Shape.turned` of src/cuda/store/attend.rs."""
-        if not self.turns or not self.once or self.dtype == torch.float32:
+        """Whether the keys' mean turns in the launch of packed rows, as `Shape.turned` of src/cuda/store/attend.rs."""
+        if not self.turns or not (self.once or self.many) or self.dtype == torch.float32:
             return False
         width = self.keys.head_dim
         return width <= 128 and 2 * len(set(self.keys.map.frequencies.tolist())) <= width
@@ -166,6 +166,7 @@ class Call:
         names += [] if self.once and self.merges else [f"merge<{t}, {dv}>"]
         names += [] if self.once else [f"fold<{t}, {k}>", f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>"]
         names += [f"turning<{t}, {dk}>"] if self.turns and not self.turned else []
+        names += [f"fold_turned<{t}, {dk}>"] if self.turned and self.many else []
         return [f"skvq::{name}" for name in names]
 
 
@@ -383,6 +384,10 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         launch(f"fold<{call.element}, {k.expression}>", (key_blocks, heads * tiles, batch), threads, fold)
 
     bias, capacity = None, call.packed + 3
+    if call.turned and call.many:
+        bias = aligned(batch, heads * tiles, 8 * (width_k + 1), dtype=torch.float32)
+        arguments = params("FoldTurnedParams", fold=fold, waves=turned, factors=bias)
+        launch(f"fold_turned<{call.element}, {width_k}>", (1, heads * tiles, batch), 128, arguments)
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
     if call.turns and not call.turned:
         bias = aligned(batch, heads * tiles * 8, 4 + 2 * capacity)

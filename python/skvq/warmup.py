@@ -25,6 +25,7 @@ _REPACKING = ("skvq::rows_to_page", "skvq::page_to_rows")  # between the rows of
 QUERY_TILE = 8  # queries of a kv head, of kernels/state.cuh
 _MOST_TILES = 2  # of a block of attention in src/cuda/store/attend.rs
 _MOST_MANY_WIDTH = 192  # of attend_many.cuh
+_MOST_TURNED_WIDTH = 128  # of turned.cuh
 _MOVING = [("copy_rows", word) for word in ("U32x4", "u32", "u16")]
 _MOVING += [("clear_rows", "u16"), ("advance", "i32"), ("poke", "FewWords"), ("poke", "ManyWords")]
 
@@ -133,6 +134,8 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
         if shape.turning:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
+            if shape.dtype != "float32" and shape.head_dim <= _MOST_TURNED_WIDTH:
+                found.append(KernelInstance("turned.cuh", "skvq::fold_turned", (element, width)))
     found.append(KernelInstance("plain.cuh", "skvq::plain", (element, width, width)))
     found.append(KernelInstance("merge.cuh", "skvq::merge", (element, width)))
     found += [KernelInstance("rows.cuh", f"skvq::{name}", (f"skvq::{word}",)) for name, word in _MOVING]

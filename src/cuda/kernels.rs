@@ -80,7 +80,9 @@ pub struct AttentionKernels {
 }
 
 pub struct PackedKernels {
+    /// What a mean that turns needs before `attend`: its products, or what the queries of `attend_many` make of it.
     pub turning: Option<Arc<Function>>,
+    pub fold_turned: Option<Arc<Function>>,
     /// In one launch with all that is not the merge, or between fold and unfold.
     pub attend: Arc<Function>,
     pub fold_and_unfold: Option<[Arc<Function>; 2]>,
@@ -178,7 +180,7 @@ impl Kernels {
         Ok(function)
     }
 
-    /// `turned`: a mean of the keys that turns does so in the one launch.
+    /// `turned`: a mean of the keys that turns does so in the launch of packed rows.
     pub fn attention(&self, queries: Queries, turned: bool) -> Result<Arc<AttentionKernels>> {
         let mut loaded = self.attention.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernels) = loaded.get(&(queries, turned)) {
@@ -188,6 +190,9 @@ impl Kernels {
         let packed = || -> Result<PackedKernels> {
             let apart = self.names.turning && !turned;
             let turning = apart.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
+            let of_many = turned && queries == Queries::Many;
+            let fold_turned =
+                of_many.then(|| self.load("turned.cuh", "fold_turned", &[element, key_width])).transpose()?;
             let (attend, threads, shared_bytes) = match queries {
                 Queries::Tiles(tiles) | Queries::Apart(tiles) => {
                     let name = if matches!(queries, Queries::Apart(_)) { "attend_apart" } else { "attend" };
@@ -207,7 +212,7 @@ impl Kernels {
             };
             let fold_and_unfold = (queries != Queries::Once).then(apart).transpose()?;
             let resident = attend.resident_blocks(threads, shared_bytes)?;
-            Ok(PackedKernels { turning, attend, fold_and_unfold, threads, shared_bytes, resident })
+            Ok(PackedKernels { turning, fold_turned, attend, fold_and_unfold, threads, shared_bytes, resident })
         };
         let kernels = Arc::new(AttentionKernels {
             packed: self.names.packed.then(packed).transpose()?,

@@ -64,6 +64,8 @@ parameters! {
         scale: f32, kv_heads: i32, group: i32, length: i32, query_tiles: i32, as_bytes: i32,
     }
 
+    FoldTurnedParams: 224 { fold: FoldParams, waves: WaveParams, factors: u64 }
+
     TurningParams: 192 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
         bias: u64, origins: u64, lengths: u64, transform: TransformParams, waves: u64, channels: u64, capacity: i64,

@@ -124,7 +124,7 @@ pub(super) struct Shape {
     pub queries: Queries,
     /// Queries are folded to bytes (`kernels/bytes.cuh`).
     pub as_bytes: bool,
-    /// A mean of the keys that turns does so in the one launch (`kernels/turned.cuh`), not in one before.
+    /// A mean of the keys that turns does so in the launch of packed rows (`kernels/turned.cuh`), not in one before.
     pub turned: bool,
     pub merge: Merge,
     pub key_blocks: usize,
@@ -280,7 +280,7 @@ impl CudaLayer {
             _ if once => Queries::Once,
             _ => Queries::Tiles(tiles),
         };
-        let turned = can_turn && queries == Queries::Once;
+        let turned = can_turn && matches!(queries, Queries::Once | Queries::Many);
         let most_splits = if block_pages == 0 { STATIC_SPLITS_PER_STATE } else { SPLITS_PER_STATE };
         let unfolding = multiprocessors * if values.transform.inverse == 0 { 2 } else { 1 };
         // A launch for all unfolds each split's own.
@@ -346,8 +346,15 @@ impl CudaLayer {
         };
         let folded = place(between * tiles * shape.key_blocks * keys.head_dim.next_multiple_of(32) * QUERY_TILE * 2);
         let extras = place(between * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
-        // `BiasPlace` of kernels/state.cuh: a range of each query, two bytes a row.
-        let bias = place(packed * usize::from(turns && !shape.turned) * queries * (4 + 2 * shape.regions.packed));
+        let bias = packed
+            * match (turns, shape.turned, shape.queries) {
+                // `TileWaves` of kernels/turned.cuh: two numbers of each query and frequency, and a unit.
+                (_, true, Queries::Many) => queries * (keys.head_dim + 1) * 4,
+                // `BiasPlace` of kernels/state.cuh: a range of each query, two bytes a row.
+                (true, false, _) => queries * (4 + 2 * shape.regions.packed),
+                _ => 0,
+            };
+        let bias = place(bias);
         let packed = place(between * queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
         let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
         let lengths = place(16);

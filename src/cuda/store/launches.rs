@@ -6,8 +6,8 @@ use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY
 use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
-    AppendParams, AttendParams, EnterParams, FoldParams, MaskParams, MergeParams, OnceParams, PlainParams, PlainRegion,
-    TransformParams, TurningParams, UnfoldParams, WaveParams,
+    AppendParams, AttendParams, EnterParams, FoldParams, FoldTurnedParams, MaskParams, MergeParams, OnceParams,
+    PlainParams, PlainRegion, TransformParams, TurningParams, UnfoldParams, WaveParams,
 };
 use super::attend::{AttendCall, Merge, PlainSplits, Shape};
 use super::decode::Target;
@@ -203,6 +203,7 @@ impl Launches<'_> {
         unsafe {
             self.launch(fold, self.grid(self.shape.key_blocks), self.row_threads(&folding.transform), &folding)?;
             self.turning(kernels, &folding)?;
+            self.fold_turned(kernels, &folding)?;
             self.plain()?;
         }
         // A block of `turning` has a multiprocessor to itself.
@@ -336,6 +337,17 @@ impl Launches<'_> {
         unsafe { self.launch(function, grid, TURNING_THREADS, &turning) }
     }
 
+    /// What many queries make of a mean that turns, before it is multiplied with positions.
+    unsafe fn fold_turned(&self, kernels: &PackedKernels, fold: &FoldParams) -> Result<()> {
+        let Some(function) = &kernels.fold_turned else {
+            return Ok(());
+        };
+        let (waves, factors) = (self.turned(&fold.transform), self.place(self.shape.places.bias));
+        let parameters = FoldTurnedParams { fold: *fold, waves, factors };
+        // SAFETY: as in `apart`.
+        unsafe { self.launch(function, self.grid(1), THREADS, &parameters) }
+    }
+
     /// What makes states of packed rows.
     fn attending(&self, kernels: &PackedKernels, fold: &FoldParams) -> AttendParams {
         let Self { layer, held, shape, .. } = self;
@@ -346,7 +358,7 @@ impl Launches<'_> {
             value_pages: address(held.side(Side::Values).table.as_ref()),
             folded: fold.folded,
             extras: fold.extras,
-            bias: if kernels.turning.is_some() { self.place(places.bias) } else { 0 },
+            bias: if kernels.turning.is_some() || kernels.fold_turned.is_some() { self.place(places.bias) } else { 0 },
             states: self.place(places.packed),
             lengths: self.lengths_read(),
             key_wide_levels: 0,
