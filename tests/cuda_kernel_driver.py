@@ -63,7 +63,10 @@ def instances(case: cases.Case) -> list[str]:
             names += [*(f"attend_apart<{', '.join(packed)}, {count}>" for count in tiles)]
         names += [f"attend_once<{element}, {', '.join(packed)}>"] if 1 in tiles else []
         names += [f"attend_many<{', '.join(packed)}>"] if takes_many else []
-        names += [f"unfold<{width_v}>", *([f"turning<{element}, {width_k}>"] if "shift_sine" in case.keys else [])]
+        names.append(f"unfold<{width_v}>")
+        if "shift_sine" in case.keys:
+            names.append(f"turning<{element}, {width_k}>")
+            names += [f"fold_turned<{element}, {width_k}>"] if takes_many and width_k <= 128 else []
     return [
         f"skvq::{name}" for name in [*names, f"plain<{element}, {width_k}, {width_v}>", f"merge<{element}, {width_v}>"]
     ]

@@ -116,16 +116,17 @@ def _calibrated(shape: Shape, *, is_fitted: bool) -> LayerPlan:
     heads, dim = shape.num_key_value_heads, shape.head_dim
     generator = torch.Generator().manual_seed(0)
 
-    def stream(bits: tuple[int, ...], **static: Any) -> StreamPlan:
+    def stream(bits: tuple[int, ...], codebook: str | None = None, **static: Any) -> StreamPlan:
         matrix = torch.linalg.qr(torch.randn(heads, dim, dim, generator=generator))[0].contiguous()
         parts = tuple((x, dim // len(bits)) for x in bits)
-        options = StreamOptions(parts=parts, codebook="uniform")
+        options = StreamOptions(parts=parts, codebook=codebook)
         return StreamPlan(options, matrix=matrix, inverse=matrix.mT.contiguous(), **static)
 
     mean = torch.randn(heads, dim, generator=generator)
     frequencies = 1e6 ** -(torch.arange(dim // 2) * 2.0 / dim)
     keys = stream(
         QUARTERS[2] if is_fitted else (4, 3, 1, 0),
+        "uniform",
         shift=mean,
         shift_sine=torch.cat([-mean[:, dim // 2 :], mean[:, : dim // 2]], dim=1),
         frequencies=torch.cat([frequencies, frequencies]),

@@ -101,12 +101,13 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
         choices=WEIGHTS,
         help="what errors are weighed by: all queries alike, or what attention does with them (default: attention)",
     )
-    for stream in ("key", "value"):
+    levels = "evenly spaced, which a GPU need not look up, or of least error"
+    for stream, default in (
+        ("key", "uniform up to 2.5 bits of keys on average, lloyd-max above"),
+        ("value", "lloyd-max"),
+    ):
         group.add_argument(
-            f"--{stream}-levels",
-            choices=LEVELS,
-            help=f"of the parts of {stream}s: evenly spaced, which a GPU need not look up, or of least error "
-            f"(default: uniform up to 2.5 bits of {stream}s on average, lloyd-max above)",
+            f"--{stream}-levels", choices=LEVELS, help=f"of the parts of {stream}s: {levels} (default: {default})"
         )
     group.add_argument("--no-noise", action="store_true", help="do not correct scores for the noise of packed keys")
 
