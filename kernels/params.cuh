@@ -63,8 +63,8 @@ struct FoldParams {
     float scale;  // softmax scale
     i32 kv_heads, group, length;
     i32 query_tiles;
-    i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32, 32 lanes, 4] (bytes.cuh);
-                   // not with ternary values of uneven levels
+    i32 as_bytes;  // integers of two bytes in place of f16: u32 [batch, kv heads, blocks, query tiles, D / 32 rounded up, 32 lanes, 4] (bytes.cuh);
+                   // with keys of two bits not for ternary values of uneven levels
 };
 
 /// turned.cuh, fold_turned: of many queries, TileWaves [batch, kv heads, query tiles].

@@ -54,7 +54,7 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     const float low = float_of_half(a & 0xffff) + float_of_half(b & 0xffff), high = float_of_half(a >> 16) + float_of_half(b >> 16);
     return half_of_float(low) | static_cast<u32>(half_of_float(high)) << 16;
 }
-/// a·b + c, which all that use it have an exact result of.
+/// a·b + c, rounded once, as c is 0 where the result is not exact.
 __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
     u32 result = 0;
     for (int shift = 0; shift < 32; shift += 16) {

@@ -1,7 +1,7 @@
 // q·m(t) of packed keys whose mean turns with the position (FORMAT.md §6), by the blocks of attend_once.cuh themselves, page by page.
 //
 // Is: what turning.cuh writes for others, for heads of up to 128 channels and layers of f16 and bf16, and nothing of it in memory, but A and B of many queries, for
-// attend_many.cuh. Is not: f32, wider heads, nine to 63 queries (turning.cuh); scores (attend.cuh).
+// attend_many.cuh. Is not: f32, wider heads, nine to 63 queries, calls of more launches (turning.cuh); scores (attend.cuh).
 // With μ at position 0 turned by t, A = Σ q_c·μ_c and B = Σ q_c·ν_c over the channels of a frequency θ, q·m(P + r) of row r of a page whose first row has
 // position P is the sum over the frequencies of (A·cos Pθ + B·sin Pθ)·cos rθ + (B·cos Pθ − A·sin Pθ)·sin rθ: for a row block a product of
 //

@@ -62,6 +62,7 @@ CALLS = [
         mask=float_mask(1, 4, 33, 315),
         dtype=torch.bfloat16,
     ),
+    call(parts(128, 0), codec("2", 160), "turned, one buffer", packed=500, pages_per_split=2),
     call(parts(128, 0), TWO, "a launch before, float32", packed=200, dtype=torch.float32),
     call(TWO, parts(96, 0, turning=False, noise=False, codebook="uniform"), "even values, 96", packed=290),
     call(codec(**BLOCKS), codec("1.6", **BLOCKS), "blocks", packed=300, dtype=torch.bfloat16),

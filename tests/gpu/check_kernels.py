@@ -67,6 +67,7 @@ CODECS = [
     CodecCase("keys", parts(128, 1, **EVEN), torch.float16),
     CodecCase("keys", parts(80, 1, **EVEN), torch.bfloat16),
     CodecCase("values", parts(96, 0, **NO_MEAN), torch.float16),
+    CodecCase("values", parts(128, 1, **NO_MEAN, **EVEN), torch.float16),
     CodecCase("values", codec("2", 64, symmetric=False, metadata="fp16", group_size=32, codebook="uniform", **RANGE)),
     CodecCase("keys", codec("2", 80, codebook=[-2.0, -0.25, 0.5, 1.75], rotation="identity", **RANGE)),
     CodecCase("keys", codec("1.5", 80, refinements=1, unbiased=True)),
@@ -113,6 +114,25 @@ CALLS = [
     ),
     Call(parts(128, 1, **EVEN), codec("1.6", 128), group=16, tiles=2, name="even parts, ratio 16", **SPLIT),
     Call(parts(128, 1, **EVEN), codec("1.6", 128), length=64, many=True, name="many queries, even parts", **SPLIT),
+    Call(
+        PAIR[0], parts(128, 1, **NO_MEAN, **EVEN), group=4, once=True, name="one launch, even values of parts", **SPLIT
+    ),
+    Call(PAIR[0], parts(128, 1, **NO_MEAN, **EVEN), group=16, tiles=2, name="even values of parts, ratio 16", **SPLIT),
+    Call(PAIR[0], parts(96, 0, **NO_MEAN, **EVEN), length=64, many=True, name="many queries, even values", **SPLIT),
+    Call(
+        parts(112, 0, **EVEN),
+        codec("1.6", 112),
+        batch=2,
+        paddings=(0, 330),
+        packed=1100,
+        length=64,
+        pages_per_split=3,
+        many=True,
+        name="many queries, turning, padding",
+    ),
+    Call(
+        parts(128, 0, **EVEN), codec("2", 192), length=64, many=True, name="many queries, turning, one buffer", **SPLIT
+    ),
     Call(parts(64, 1), codec("1.6"), batch=2, paddings=(0, 270), packed=650, once=True, name="one launch, one query"),
     Call(parts(96, 0), codec("2", 96), dtype=torch.bfloat16, group=3, packed=450, once=True, name="one launch, 96"),
     Call(codec(codebook="lloyd-max"), TWO, group=4, packed=300, name="2, levels looked up"),

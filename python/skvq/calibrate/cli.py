@@ -103,7 +103,7 @@ def _add_spectral(parser: argparse.ArgumentParser) -> None:
     )
     levels = "evenly spaced, which a GPU need not look up, or of least error"
     for stream, default in (
-        ("key", "uniform up to 2.5 bits of keys on average, lloyd-max above"),
+        ("key", "uniform up to 2.5 bits of keys on average, or --bits 2.5, lloyd-max above"),
         ("value", "lloyd-max"),
     ):
         group.add_argument(

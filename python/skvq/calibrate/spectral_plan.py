@@ -41,7 +41,7 @@ class SpectralOptions:
         parts: wanted parts of a row, of equal width, before those with equal bits are joined.
         key_levels, value_levels: of the parts. "uniform": evenly spaced, which kernels of a GPU need not look up;
             "lloyd-max": the other has 1 % more error for codes of two bits, 40 % for those of five. None: the former
-            for keys of up to 2.5 mean bits (`even_if_few`), where it costs nothing along texts; of values it costs 2 %.
+            for keys of up to 2.5 mean bits, or such `bits`, where it costs nothing along texts; of values it costs 2 %.
         weights: "query" weighs keys by all queries alike and values alike; "attention" weighs queries by what errors
             of their scores do to the output, and values by the attention they get.
         noise: whether scores are corrected for the noise of packed keys.
