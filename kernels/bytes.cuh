@@ -74,14 +74,14 @@ __device__ __forceinline__ float write_even_query_bytes(const float (&row)[K::he
     float sum = 0.0f;
     for_each<(K::tiles + 1) / 2>([&](auto index) {
         constexpr int first = 2 * decltype(index)::value, count = first + 1 < K::tiles ? 2 : 1;
-        u32 bytes[2] = {};  // high, low
+        u32 bytes[2] = {};  // of each tile, the high one, then the low one
         for_each<count>([&](auto inner) {
             constexpr int tile = first + decltype(inner)::value, place = K::low_place(2 * tile) % 4;
             constexpr float unit = 1.0f / (1 << place), middle = middle_of(K::part_bits(K::part_of_octet(2 * tile))) * (1 << place);
             const float rounded = __fadd_rn(row[tile] * unit, integer_magic);
             sum += middle * __fsub_rn(rounded, integer_magic);
             const u32 integer = __float_as_uint(rounded);
-            bytes[decltype(inner)::value] = high_bytes(integer, 0) & 0xffu | (integer & 0xffu) << 8;
+            bytes[decltype(inner)::value] = high_bytes(integer, 0) & 0xffu | low_bytes(0, integer);
         });
         // Four rows of four bytes, turned to four columns.
         const u32 own = bytes[0] | bytes[1] << 16, beside = __shfl_xor_sync(whole_warp, own, 1);

@@ -196,31 +196,28 @@ struct LaneCodes {
             else return L::even_rest == 2 ? two : one;
         }
     }
+    /// The codes of an octet that lie `Down` bits above their place, in fields from bit low_place % places_of_word on; `Each`: the lowest bit of every field.
+    template <int Octet, int Down, u32 Each>
+    __device__ __forceinline__ u32 even_fields() const {
+        constexpr int part = L::part_of_octet(Octet), low = L::low_bits(part), place = L::low_place(Octet), at = place % L::places_of_word;
+        const u32 codes = even_word<place / L::places_of_word>() >> Down & ((1u << low) - 1 << at) * Each;
+        if constexpr (L::part_bits(part) == low) {
+            return codes;
+        } else {
+            constexpr int high = L::high_place(Octet), from = high % L::places_of_word + Down, to = at + low;
+            const u32 bit = even_word<high / L::places_of_word>();
+            return codes | ((to > from ? bit << (to > from ? to - from : 0) : bit >> (to > from ? 0 : from - to)) & Each << to);
+        }
+    }
     /// Of keys, four codes of row g + 8·Side as bytes: a quarter of an operand of products of bytes. They are 2^(low_place % 4) times what they are.
     template <int Tile, int Side>
     __device__ __forceinline__ u32 even_operand() const {
-        constexpr int part = L::part_of_octet(2 * Tile), bits = L::part_bits(part), low = L::low_bits(part), place = L::low_place(2 * Tile), at = place % 4;
-        const u32 word = even_word<place / 4>(), codes = (Side ? word >> 4 : word) & ((1u << low) - 1 << at) * 0x01010101u;
-        if constexpr (bits == low) {
-            return codes;
-        } else {
-            constexpr int high = L::high_place(2 * Tile), from = high % 4 + 4 * Side, to = at + low;
-            const u32 bit = even_word<high / 4>();
-            return codes | ((to > from ? bit << (to > from ? to - from : 0) : bit >> (to > from ? 0 : from - to)) & (0x01010101u << to));
-        }
+        return even_fields<2 * Tile, 4 * Side, 0x01010101u>();
     }
     /// Of values, an octet's codes of rows 2t and 2t + 8, or of 2t + 1 and 2t + 9, in halves, from bit low_place % 8 on.
     template <int Octet, int Odd>
     __device__ __forceinline__ u32 even_halves() const {
-        constexpr int part = L::part_of_octet(Octet), bits = L::part_bits(part), low = L::low_bits(part), at = L::low_place(Octet) % 8;
-        const u32 word = even_word<L::low_place(Octet) / 8>(), codes = (Odd ? word >> 8 : word) & ((1u << low) - 1 << at) * 0x00010001u;
-        if constexpr (bits == low) {
-            return codes;
-        } else {
-            constexpr int from = L::high_place(Octet) % 8 + 8 * Odd, to = at + low;
-            const u32 bit = even_word<L::high_place(Octet) / 8>();
-            return codes | ((to > from ? bit << (to > from ? to - from : 0) : bit >> (to > from ? 0 : from - to)) & (0x00010001u << to));
-        }
+        return even_fields<Octet, 8 * Odd, 0x00010001u>();
     }
 };
 

@@ -99,9 +99,6 @@ fn is_even(side: Side, codec: &Codec) -> bool {
 
 /// A byte for each part: its bits in the low three, its width / 16 in the high five; the channels without bits come last. 0 without parts.
 fn packed_parts(codec: &Codec) -> u64 {
-    if !codec.is_of_parts() {
-        return 0;
-    }
     let stored = codec.parts.iter().map(|part| (part.bits, part.width));
     let rest = codec.layout.head_dim - codec.stored_channels();
     let all = stored.chain((rest > 0).then_some((0, rest)));
