@@ -161,6 +161,59 @@ struct PlainParams {
     i32 padding;
 };
 
+/// reach.cuh. Grid: batch · heads · positions of the mask.
+struct ReachParams {
+    MaskParams mask;
+    u64 reach;  // i32 [batch, heads, positions, 4]
+    i32 heads, positions;  // 1 where the mask is the same along them
+    i32 tokens, padding;
+};
+
+/// Rows in the model's type that a block of many queries passes over.
+struct RowsRegion {
+    u64 key_rows, value_rows;
+    i64 key_batch_stride, key_head_stride, key_row_stride;
+    i64 value_batch_stride, value_head_stride, value_row_stride;
+    i32 kind;   // as of PlainRegion
+    i32 tiles;  // of 64 rows, or 32 where heads are wide, that it may have
+    i32 first, ring_rows;  // row r lies at (first + r) mod ring_rows; ring_rows 0: at first + r
+};
+
+/// attend_rows.cuh. Grid: splits × (kv heads · blocks of queries) × batch.
+struct RowsParams {
+    u64 query;
+    i64 query_batch_stride, query_head_stride, query_position_stride;
+    u64 states;  // as of attend.cuh, of `state_count` states a query, of which block x makes number x; its fourth number is the reference, in units of log 2
+    u64 lengths;
+    u64 reach;    // of reach.cuh, where there is a mask
+    u64 extras;   // of fold.cuh, with the noise of queries, where there are squares
+    u64 squares;  // f32 [batch, kv heads, past_room] of unpack.cuh, or 0
+    MaskParams mask;
+    RowsRegion regions[4];  // behind the last one that has tiles: anything
+    float scale;
+    i32 fresh_rows, state_count;
+    i32 kv_heads, group, length, query_tiles;
+    i32 extras_width;
+    i32 first_past, past_rows, past_room;  // of the past, which rows are there, and what there is room for
+    i32 tiles_per_split;
+    i32 carries;  // states go on from what they are
+    i32 padding;
+};
+
+/// unpack.cuh. Grid: runs of pages × (kv heads · slices of channels) × batch.
+struct UnpackParams {
+    u64 pages;  // u64 [batch, kv heads, page_capacity]
+    u64 rows;   // [batch, heads, rows, D]: row 0 is the packed row first_row; all at multiples of 16 bytes
+    i64 batch_stride, head_stride, row_stride;
+    u64 squares;      // f32 [batch, kv heads, squares_room]: of scales; or 0
+    u64 wide_levels;  // as of AttendParams
+    u64 origins;
+    TransformParams transform;
+    LevelTable levels;
+    i32 first_row, row_count;  // the first one begins a page
+    i32 page_capacity, kv_heads;
+    i32 pages_per_block, squares_room;
+};
 
 /// merge.cuh, unfold: packed states of some splits become one state in the model's space.
 struct UnfoldParams {
@@ -354,6 +407,10 @@ static_assert(sizeof(AttendParams) == 528, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 568, "PlainParams");
 static_assert(sizeof(OnceParams) == 1784, "OnceParams");
+static_assert(sizeof(ReachParams) == 80, "ReachParams");
+static_assert(sizeof(RowsRegion) == 80, "RowsRegion");
+static_assert(sizeof(RowsParams) == 504, "RowsParams");
+static_assert(sizeof(UnpackParams) == 304, "UnpackParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");
 static_assert(sizeof(CodecParams) == 112, "CodecParams");

@@ -77,7 +77,15 @@ __device__ __forceinline__ u32 narrow_to_halves(float low, float high) {
 __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     emulator::multiply_fragments(d, a, b);
 }
+__device__ __forceinline__ void multiply_bfloats(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { emulator::multiply_bfloats(d, a, b); }
 __device__ __forceinline__ void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) { emulator::multiply_bytes(d, a, b); }
+__device__ __forceinline__ u32 narrow_to_bfloats(float low, float high) {
+    auto narrow = [](float value) -> u32 {
+        const u32 bits = __float_as_uint(value);
+        return is_nan(value) ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    };
+    return narrow(low) | narrow(high) << 16;
+}
 __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float reciprocal_fast(float x) { return 1.0f / x; }
 __device__ __forceinline__ u32 transpose_fragment(u32 pair) { return emulator::transpose_fragment(pair); }
@@ -111,6 +119,10 @@ __device__ __forceinline__ void wait_for_earlier_launches() { emulator::wait_for
 template <int Pending>
 __device__ __forceinline__ void wait_for_copies() {
     emulator::wait_for_copies(Pending);
+}
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(u32 (&matrices)[4], SharedPlace row) {
+    emulator::load_matrices(matrices, row, Transposed);
 }
 #define SKVQ_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::self().block->dynamic_shared)
 #else
@@ -186,6 +198,18 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[4], const u32 (&a)
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// The same of bf16.
+__device__ __forceinline__ void multiply_bfloats(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ u32 narrow_to_bfloats(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
 }
 /// D[16 × 8] += A[16 × 32]·B[32 × 8], signed bytes in, 32-bit sums. Fragments of m16n8k32: A: rows g, g + 8, columns 4t … 4t + 3, 16 + 4t …;
 /// B: rows as A's columns, column g; D as of m16n8k16.
@@ -301,6 +325,22 @@ __device__ __forceinline__ T load_shared(SharedPlace at) {
     }
     return r;
 }
+/// Four 8 × 8 matrices of 16-bit elements from shared memory: lane 8·i + r gives the place of row r of matrix i, lane 4·g + t gets of each row g, columns
+/// 2t, 2t + 1; `Transposed`: column g, rows 2t, 2t + 1.
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(u32 (&matrices)[4], SharedPlace row) {
+    if constexpr (Transposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                     : "r"(row)
+                     : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                     : "r"(row)
+                     : "memory");
+    }
+}
 /// Sixteen bytes of global memory, past registers and the first-level cache, in the background: there when the group that they are
 /// committed with has been waited for. Offsets are in bytes.
 template <int Offset, int FromOffset>
@@ -405,5 +445,11 @@ struct Narrow<BFloat> {
         return {static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
     }
 };
+
+/// Products of 16-bit elements, and what f32 become for them.
+__device__ __forceinline__ void multiply_elements(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Half) { multiply_fragments(d, a, b); }
+__device__ __forceinline__ void multiply_elements(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], BFloat) { multiply_bfloats(d, a, b); }
+__device__ __forceinline__ u32 narrow_pair(float low, float high, Half) { return narrow_to_halves(low, high); }
+__device__ __forceinline__ u32 narrow_pair(float low, float high, BFloat) { return narrow_to_bfloats(low, high); }
 
 }  // namespace skvq

@@ -31,9 +31,12 @@ HEADERS = [
     "attend.cuh",
     "attend_many.cuh",
     "attend_once.cuh",
+    "attend_rows.cuh",
     "merge.cuh",
     "plain.cuh",
+    "reach.cuh",
     "turning.cuh",
+    "unpack.cuh",
 ]
 
 
@@ -67,6 +70,9 @@ def instances(case: cases.Case) -> list[str]:
         if "shift_sine" in case.keys:
             names.append(f"turning<{element}, {width_k}>")
             names += [f"fold_turned<{element}, {width_k}>"] if takes_many and width_k <= 128 else []
+    if case.many and case.dtype != "float32":
+        names += [f"unpack<{element}, {rows}>" for rows in packed]
+        names += [f"attend_rows<{element}, {width_k}, {width_v}>", "mask_reach<skvq::i32>"]
     return [
         f"skvq::{name}" for name in [*names, f"plain<{element}, {width_k}, {width_v}>", f"merge<{element}, {width_v}>"]
     ]

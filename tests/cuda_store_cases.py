@@ -85,6 +85,7 @@ LONG_BLOCKS = {"block": 256, "scale_exponent": 1.0}
 # The default without a plan, in blocks of 128.
 QUERIED = {"head_dim": 64, "format": "2", "unbiased": True, **BLOCKS, "query_exponent": 0.5}
 MANY = 133
+PIECES = 520  # of static keys
 CASES = {
     "many queries": Case(
         {"head_dim": 64, "format": "2", **statics(64, 0)},
@@ -114,6 +115,37 @@ CASES = {
         batch=1,
         steps=2,
         seeds=(17,),
+        many=MANY,
+    ),
+    "pieces": Case(
+        parts(1, codebook="uniform"),
+        {"head_dim": 64, "format": "1.6", **statics(64, 1)},
+        "float16",
+        batch=1,
+        steps=2,
+        longest=700,
+        seeds=(19,),
+        many=PIECES,
+    ),
+    # There is room for 512 rows at a time.
+    "pieces of wide heads": Case(
+        parts(0, head_dim=256),
+        {"head_dim": 208, "format": "1.6", "rotation": "hadamard"},
+        "bfloat16",
+        batch=1,
+        steps=2,
+        longest=900,
+        seeds=(20,),
+        many=MANY,
+        workspace_bytes=1_950_000,
+    ),
+    "pieces of raw rows": Case(
+        parts(1, noise=False),
+        {"head_dim": 64, "format": "raw"},
+        "float16",
+        padding=(3, 0),
+        steps=3,
+        seeds=(21,),
         many=MANY,
     ),
     "static": Case(
@@ -604,6 +636,13 @@ REPLAYED = {
     "parts beside blocks": dataclasses.replace(CASES["parts"], values={"head_dim": 64, "format": "1.6", **BLOCKS}),
     # The rest of a block that has statistics comes anew, and the block is not completed a second time.
     "cropped blocks": dataclasses.replace(CASES["blocks"], cropped=80),
+    # One token has as many queries as a chunk.
+    "many queries of a head": dataclasses.replace(
+        CASES["static"], dtype="float16", batch=1, kv_heads=2, group=64, many=64, window=70
+    ),
+    "many queries of a head, blocks": dataclasses.replace(
+        CASES["blocks"], dtype="float16", group=64, many=64, kv_heads=2
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """The "skvq" attention implementation: softcap, sink logits, several tokens over a past, layers that are not packed."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 import skvq
 from parts_examples import stream_plan
-from skvq.attention import plain_attention, skvq_attention_forward
+from skvq.attention import packed_mask, plain_attention, skvq_attention_forward
 from skvq.layer import PackedLayer
 from skvq.packed import AttentionCounts
 from skvq.plan import LayerPlan
+from tiny_models import build, prompts
 
 B, HEADS, GROUPS, D = 2, 2, 2, 32
 PAST = 300
@@ -144,6 +147,44 @@ def test_plain_layers_take_the_stock_way() -> None:
     got, _ = skvq_attention_forward(module(is_causal=False), query, key, value, None, scaling=0.3)
     wanted = torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=0.3)
     assert torch.allclose(got, wanted.transpose(1, 2), atol=1e-6)
+
+
+def asked_mask(queries: int, tokens: int, **more: Any) -> torch.Tensor | None:
+    """What transformers asks for, for the queries of the last of `tokens`."""
+    asked: dict[str, Any] = {"q_length": queries, "q_offset": tokens - queries, "device": "cpu"}
+    if "cache_position" in inspect.signature(sdpa_mask).parameters:  # transformers 5.0
+        asked = {"cache_position": torch.arange(tokens - queries, tokens)}
+    return packed_mask(batch_size=1, kv_length=tokens, kv_offset=0, **asked, **more)
+
+
+def test_queries_of_the_last_tokens_need_no_mask() -> None:
+    assert asked_mask(4, 9) is None
+    assert asked_mask(4, 9, attention_mask=torch.ones(1, 9, dtype=torch.bool)) is None
+
+
+def test_other_queries_have_the_mask_of_sdpa() -> None:
+    visible = torch.ones(4, 9, dtype=torch.bool).tril(5)
+    padding = torch.arange(9) >= 2
+    found = asked_mask(4, 9, attention_mask=padding[None])
+    assert found is not None
+    assert torch.equal(found[0, 0], visible & padding)
+    for more in ({"allow_is_causal_skip": False}, {"local_size": 3}, {"mask_function": lambda b, h, q, k: k <= q}):
+        found = asked_mask(4, 9, **more)  # type: ignore[arg-type]
+        assert found is not None
+        assert torch.equal(found[0, 0], visible)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("packs", [False, True])
+def test_chunks_give_the_logits_of_the_whole(family: str, packs: bool) -> None:
+    model, tokens = build(family, "skvq"), prompts(1, 60)
+    lossless = skvq.SkvqConfig(keys=skvq.StreamOptions(bits=16), values=skvq.StreamOptions(bits=16), window=8)
+    cache = skvq.QuantizedDynamicCache(model.config, lossless) if packs else DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        parts = [model(part, **{name: cache}).logits for part in tokens.split([21, 30, 9], dim=1)]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)

@@ -89,6 +89,26 @@ pair.check_attention(generator, 67)
 """
 
 
+def test_a_past_is_unpacked_in_pieces_for_many_queries(driver: Path, nvrtc: str) -> None:
+    _, seen = run_code(IN_PIECES, driver, nvrtc, FAKE_CUDA_LOG="1")
+    launches = seen.split("many\n")[1].splitlines()
+    # Sinks, window and fresh rows; then three pieces of 512 rows at most, keys and values of which are unpacked. All of
+    # that twice, as there is no room for the states of all queries.
+    assert [len(kernel_launches(launches, kernel)) for kernel in ("attend_rows", "unpack", "mask_reach")] == [8, 12, 2]
+    assert not kernel_launches(launches, "attend") + kernel_launches(launches, "plain")
+
+
+IN_PIECES = """
+import torch
+pair = cases.Pair(cases.CASES["pieces of wide heads"], nvrtc)
+generator = torch.Generator().manual_seed(0)
+pair.append(*pair.rows(generator, 1200))
+print("many", file=sys.stderr, flush=True)
+mask = torch.ones(1, 1, 67, pair.cpu.length, dtype=torch.bool).tril(pair.cpu.length - 67)
+pair.check_attention(generator, 67, mask=mask, both=False)
+"""
+
+
 @pytest.mark.parametrize("name", ["static", "blocks", "queried"])
 def test_a_replayed_step_waits_for_nothing(driver: Path, nvrtc: str, name: str) -> None:
     _, seen = run_code(REPLAYS, driver, nvrtc, name, FAKE_CUDA_LOG="1", SKVQ_ONE_LAUNCH="0")

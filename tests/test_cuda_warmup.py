@@ -67,13 +67,13 @@ def test_all_kernels_of_a_shape_compile(nvrtc: str, tmp_path: Path, turning: boo
     values = StreamOptions(bits=1.6)
     shape = AttentionShape(64, "bfloat16", 8, keys.resolved(), values.resolved(), turning)
     instances = kernel_instances(shape)
-    names = ["rows_to_page", "page_to_rows", "encode", "decode"] * 2
+    names = ["rows_to_page", "page_to_rows", "encode", "decode", "unpack"] * 2
     names += ["scale_squares"] if turning else ["block_statistics", "scale_squares", "query_squares", "query_factors"]
     names += ["append_row", *([] if turning else ["append_block"]), "fold", "attend_once"]
     names += ["attend", *([] if turning else ["attend_apart"])] * 2
     names += ["attend_many", "unfold"]
     names += ["turning", "fold_turned"] if turning else []
-    names += ["plain", "merge"]
+    names += ["plain", "attend_rows", "mask_reach", "merge"]
     names += ["copy_rows"] * 3 + ["clear_rows", "advance"] + ["poke"] * 2
     assert [x.kernel for x in instances] == [f"skvq::{name}" for name in names]
     # In a process of its own first: a compiler that crashes, as NVRTC before 12.9 does at some C++, takes it along.
@@ -103,13 +103,14 @@ def test_the_dtype_is_the_configurations_unless_named() -> None:
 
 def test_rows_that_are_not_packed_need_no_packed_kernels() -> None:
     raw, packed = StreamOptions(bits=16).resolved(), StreamOptions(bits=2).resolved()
-    plain = ["skvq::plain<skvq::Half, 64, 64>", "skvq::merge<skvq::Half, 64>"]
+    plain = ["skvq::plain<skvq::Half, 64, 64>", "skvq::attend_rows<skvq::Half, 64, 64>"]
+    plain += ["skvq::mask_reach<skvq::i32>", "skvq::merge<skvq::Half, 64>"]
     found = kernel_instances(AttentionShape(64, "float16", 1, raw, raw))
-    assert [str(x) for x in found[:2]] == plain
-    assert {x.file for x in found[2:]} == {"rows.cuh"}
+    assert [str(x) for x in found[:4]] == plain
+    assert {x.file for x in found[4:]} == {"rows.cuh"}
     found = kernel_instances(AttentionShape(64, "float16", 1, raw, packed))
     assert str(found[0]) == "skvq::rows_to_page<skvq::Layout<skvq::values, 64, 2, 64, 1, 1, 0ull, 1>>"
-    assert [str(x) for x in found[4:6]] == plain
+    assert [str(x) for x in found[5:9]] == plain
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_command_compiles_once(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["warmup", str(stand_in / "model"), "--arch", "sm_80", "sm_90a", "sm_80", "--dtype", "float16"]
-    count = len(kernel_instances(attention_shapes(CONFIGS["llama"]())[0]))
+    count = len(kernel_instances(attention_shapes(CONFIGS["llama"](), dtype="float16")[0]))
     for expected in (f"{2 * count} compiled, 0 were there already", f"0 compiled, {2 * count} were there already"):
         assert cli.main(line) == 0
         printed = capsys.readouterr()

@@ -10,6 +10,7 @@ import ctypes
 import re
 import sys
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -122,10 +123,28 @@ MANY += [
     (layout("keys", "8", 192, group_size=64), layout("values", "8", 192)),
 ]
 ATTEND_MANY = {f"skvq::attend_many<{k}, {v}>": TWO_BLOCKS for k, v in MANY}
+# Two blocks of 128 threads, one where heads are wide; of unpack one of 256 or two.
+ROWS = {
+    "skvq::attend_rows<skvq::Half, 128, 128>": TWO_BLOCKS,
+    "skvq::attend_rows<skvq::BFloat, 64, 64>": TWO_BLOCKS,
+    "skvq::attend_rows<skvq::BFloat, 256, 256>": TWO_BLOCKS,
+    "skvq::attend_rows<skvq::Half, 80, 80>": TWO_BLOCKS,
+    "skvq::attend_rows<skvq::Half, 192, 128>": TWO_BLOCKS,
+    "skvq::mask_reach<skvq::i32>": 64,
+    f"skvq::unpack<skvq::Half, {K2}>": FOUR_BLOCKS,
+    f"skvq::unpack<skvq::Half, {V16}>": FOUR_BLOCKS,
+    f"skvq::unpack<skvq::BFloat, {KF}>": FOUR_BLOCKS,
+    f"skvq::unpack<skvq::Half, {VP}>": FOUR_BLOCKS,
+    f"skvq::unpack<skvq::Half, {K4}>": FOUR_BLOCKS,
+    f"skvq::unpack<skvq::Half, {WIDE}>": TWO_BLOCKS,
+    f"skvq::unpack<skvq::BFloat, {WIDE_PARTS}>": TWO_BLOCKS,
+}
+PRODUCTS_OF_ROWS = next(iter(ROWS))
 HEADERS = [
     "attend.cuh",
     "attend_many.cuh",
     "attend_once.cuh",
+    "attend_rows.cuh",
     "merge.cuh",
     "plain.cuh",
     "turning.cuh",
@@ -136,7 +155,7 @@ HEADERS = [
     "repack.cuh",
     "rows.cuh",
 ]
-HEADERS += ["statistics.cuh", "queries.cuh", "noise.cuh"]
+HEADERS += ["statistics.cuh", "queries.cuh", "noise.cuh", "reach.cuh", "unpack.cuh"]
 # All kernels where they run most, those that must be fast everywhere.
 JOBS = [
     (arch, expression)
@@ -152,6 +171,8 @@ JOBS += [("sm_80", expression) for expression in OTHERS]
 JOBS += [("sm_90a", name) for name in OTHERS if any(x in name for x in ("append_row", "turning", "fold"))]
 JOBS += [(arch, next(iter(ATTEND_MANY))) for arch in ARCHITECTURES if arch != "sm_90a"]
 JOBS += [("sm_90a", expression) for expression in ATTEND_MANY]
+JOBS += [(arch, PRODUCTS_OF_ROWS) for arch in ARCHITECTURES if arch not in ("sm_80", "sm_90a")]
+JOBS += [(arch, expression) for arch in ("sm_80", "sm_90a") for expression in ROWS]
 
 
 @cache
@@ -222,7 +243,7 @@ def test_no_spills_and_few_registers(job: tuple[str, str]) -> None:
     used = re.search(r"Used (\d+) registers", log)
     assert used
     arch, expression = job
-    most = {**ATTEND, **ATTEND_MANY, **ONCE, **OTHERS}[expression]
+    most = {**ATTEND, **ATTEND_MANY, **ONCE, **OTHERS, **ROWS}[expression]
     if expression == TURNED and arch == "sm_120a":
         most = THREE_BLOCKS
     assert int(used[1]) <= most
@@ -269,6 +290,25 @@ def test_many_queries_take_no_more_instructions_than_pages_md_says(arch: str) ->
     # Products with values are there twice: for rows that all see, and for others.
     assert loops[0]["matrix"] == matrix * 3 / 2
     assert loops[0].total() <= counted * cost.SLACK
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")
+@pytest.mark.parametrize("arch", cost.ROWS_COUNTED)
+def test_products_of_rows_take_no_more_instructions_than_pages_md_says(arch: str) -> None:
+    counted, products = cost.ROWS_COUNTED[arch]
+    blocks = sass.blocks_of(sass.disassemble(compiled()[arch, PRODUCTS_OF_ROWS][2]))
+    names = [Counter(map(sass.name_of, block.instructions)) for block in blocks]
+    # Scores, weights, products with values: each in one piece, whose operands come four matrices at a time.
+    straight = [count for count in names if count["HMMA"] + count["MUFU"] >= 64]
+    assert sorted((count["HMMA"], count["LDSM"], count["MUFU"]) for count in straight) == [
+        (0, 0, 64),
+        (products // 2, 32, 0),
+        (products // 2, 48, 0),
+    ]
+    assert sum(count.total() for count in straight) <= counted * cost.SLACK
+    copies = [line for block in blocks for line in block.instructions if "LDGSTS" in line]
+    assert copies
+    assert all(".128" in line for line in copies)
 
 
 @pytest.mark.skipif(sass.disassembler() is None, reason="no nvdisasm: it is in CUDA's toolkit and in Triton")

@@ -23,6 +23,10 @@ SIXTEEN_COUNTED = {"sm_80": (260, 96, 36), "sm_90a": (247, 96, 36)}
 # attend_once.cuh, a row block of layers whose mean turns in it, keys of 5, 2, 1, 0 bits with evenly spaced levels,
 # ternary values (a fit to a prompt): all, of integers and bits, products of f16 and bytes.
 TURNED_COUNTED = {"sm_80": (269, 96, 24), "sm_90a": (259, 96, 24)}
+# attend_rows.cuh, heads of 128: of a warp for 64 rows and 32 queries, where all see all: instructions of scores, of
+# weights, of products with values; matrix instructions. Maxima, copies of the next rows, jumps: some 240 beside them.
+ROWS_COUNTED = {"sm_80": (685, 256), "sm_90a": (704, 256)}
+ROWS_BESIDE, ROWS_WARPS = 240, 4
 MANY_ROWS, MANY_QUERIES, MANY_WARPS = 64, 128, 8
 # Bytes of a row's keys and values, one E4M3 scale each.
 ROW_BYTES = {"2 + 2 bits": 33 + 33, "2 bits + ternary": 33 + 27}
@@ -89,6 +93,15 @@ def sixteens_clocks(card: Card) -> dict[str, float]:
     }
 
 
+def rows_clocks(card: Card) -> dict[str, float]:
+    """The same of rows in the model's type, which blocks of queries read from the second-level cache."""
+    issued, matrix = ROWS_COUNTED[card.arch]
+    return {
+        "issue": ROWS_WARPS * (issued + ROWS_BESIDE) / 4,
+        "products": ROWS_WARPS * matrix * 2048 / card.products,
+    }
+
+
 def listed(of: dict[str, float]) -> str:
     """Clocks as cells of a table, what bounds them in bold."""
     return " | ".join(f"**{time:.0f}**" if time == max(of.values()) else f"{time:.0f}" for time in of.values())
@@ -108,6 +121,15 @@ def print_many() -> None:
         print(f"| {card.name} | {times} | {of['products'] / in_turn:.0%} to {of['products'] / slowest:.0%} | {gains} |")
 
 
+def print_rows() -> None:
+    """The table of many queries over rows in the model's type."""
+    print("\n| 128 queries, 64 rows | issue | products | products' share |\n|---|---|---|---|")
+    for card in CARDS:
+        of = rows_clocks(card)
+        least, most = of["products"] / sum(of.values()), of["products"] / max(of.values())
+        print(f"| {card.name} | {listed(of)} | {least:.0%} to {most:.0%} |")
+
+
 def main() -> None:
     """Print a table of each format, and of many queries."""
     for formats, row_bytes in ROW_BYTES.items():
@@ -123,6 +145,7 @@ def main() -> None:
             rate, gain = share * COPY * card.terabytes, share * F16_ROW_BYTES / row_bytes
             print(f"| {card.name} | {times} | {rate:.2f} | {share:.0%} | {gain:.1f}x |")
     print_many()
+    print_rows()
 
 
 if __name__ == "__main__":

@@ -237,17 +237,14 @@ uint16_t half_of_float(float value) {
     return sign | static_cast<uint16_t>((size + 0xfff + (size >> 13 & 1) - 0x38000000u) >> 13);
 }
 
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+namespace {
+/// D += A·B of 16-bit elements, by what each of their 65536 values is.
+void multiply_by(const char* operation, const std::vector<float>& widened, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct Operands {
         float* d;
         const uint32_t *a, *b;
     } mine{d, a, b};
-    meet_warp(all_lanes, "mma.m16n8k16", &mine, [](void** all) {
-        static const std::vector<float> widened = [] {
-            std::vector<float> table(65536);
-            for (uint32_t bits = 0; bits < 65536; ++bits) table[bits] = float_of_half(bits);
-            return table;
-        }();
+    meet_warp(all_lanes, operation, &mine, [&widened](void** all) {
         float A[16][16], B[8][16];
         for (int lane = 0; lane < 32; ++lane) {
             const auto& from = *static_cast<Operands*>(all[lane]);
@@ -267,6 +264,23 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
             }
         }
     });
+}
+template <class Widen>
+std::vector<float> table_of(Widen widen) {
+    std::vector<float> table(65536);
+    for (uint32_t bits = 0; bits < 65536; ++bits) table[bits] = widen(bits);
+    return table;
+}
+}  // namespace
+
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    static const std::vector<float> widened = table_of([](uint32_t bits) { return float_of_half(bits); });
+    multiply_by("mma.m16n8k16", widened, d, a, b);
+}
+
+void multiply_bfloats(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    static const std::vector<float> widened = table_of([](uint32_t bits) { return float_of_bits(bits << 16); });
+    multiply_by("mma.m16n8k16.bf16", widened, d, a, b);
 }
 
 void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -327,6 +341,27 @@ uint32_t transpose_fragment(uint32_t pair) {
         }
     });
     return mine.out;
+}
+
+void load_matrices(uint32_t (&matrices)[4], uint64_t row, bool transposed) {
+    if (row % 16) throw Error("ldmatrix: a row does not begin at a multiple of 16 bytes");
+    struct Operands {
+        uint64_t row;
+        uint32_t* out;
+        bool transposed;
+    } mine{row, matrices, transposed};
+    meet_warp(all_lanes, "ldmatrix", &mine, [](void** all) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            uint16_t elements[8][8];
+            for (int r = 0; r < 8; ++r) std::memcpy(elements[r], reinterpret_cast<const void*>(static_cast<Operands*>(all[8 * matrix + r])->row), 16);
+            for (int lane = 0; lane < 32; ++lane) {
+                const auto& to = *static_cast<Operands*>(all[lane]);
+                const int g = lane >> 2, t = (lane & 3) * 2;
+                const uint16_t low = to.transposed ? elements[t][g] : elements[g][t], high = to.transposed ? elements[t + 1][g] : elements[g][t + 1];
+                to.out[matrix] = low | static_cast<uint32_t>(high) << 16;
+            }
+        }
+    });
 }
 
 }  // namespace emulator

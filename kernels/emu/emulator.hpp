@@ -202,10 +202,14 @@ inline uint32_t bits_of_float(float value) {
 
 /// D[16 × 8] += A[16 × 16]·B[16 × 8], f16 in, f32 sums.
 void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+/// The same of bf16.
+void multiply_bfloats(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 /// D[16 × 8] += A[16 × 32]·B[32 × 8] of signed bytes.
 void multiply_bytes(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 /// Transposes an 8 × 8 matrix of 16-bit elements that is spread over the warp.
 uint32_t transpose_fragment(uint32_t pair);
+/// Four 8 × 8 matrices of 16-bit elements, of whose rows each lane knows the place of one.
+void load_matrices(uint32_t (&matrices)[4], uint64_t row, bool transposed);
 
 /// Sixteen bytes that arrive at any time until their group is waited for: at once (forward), at the end (reverse), either (random).
 void copy_in_background(uint64_t to, uint64_t from);
@@ -267,3 +271,14 @@ inline float __uint_as_float(uint32_t bits) { return emulator::float_of_bits(bit
 inline uint32_t __float_as_uint(float value) { return emulator::bits_of_float(value); }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
+inline unsigned atomicOr(unsigned* address, unsigned value) { return __atomic_fetch_or(address, value, __ATOMIC_RELAXED); }
+inline int atomicMin(int* address, int value) {
+    int found = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (value < found && !__atomic_compare_exchange_n(address, &found, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    return found;
+}
+inline int atomicMax(int* address, int value) {
+    int found = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (value > found && !__atomic_compare_exchange_n(address, &found, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    return found;
+}

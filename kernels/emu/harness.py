@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -303,6 +304,11 @@ class Kernels:
         if failed:
             raise KernelError(message.value.decode())
 
+    @staticmethod
+    def put(value: Any) -> Any:
+        """A tensor where kernels find it, anything else as it is: here all memory is the host's."""
+        return value
+
 
 def aligned(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Memory as the device gives it: at a multiple of 256 bytes; what nobody has written is not a number."""
@@ -315,19 +321,23 @@ def aligned(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     return raw[start : start + count * item].view(dtype).view(shape)
 
 
-def new_pages(page_format: PageFormat, rows: int, *leading: int) -> tuple[Tensor, Tensor]:
-    """Pages [*leading, pages, page_bytes] for rows, and the table of their addresses."""
+def new_pages(
+    page_format: PageFormat, rows: int, *leading: int, put: Callable[[Tensor], Tensor] = Kernels.put
+) -> tuple[Tensor, Tensor]:
+    """Pages [*leading, pages, page_bytes] for rows, where `put` puts them, and the table of their addresses."""
     count = -(-rows // PAGE_ROWS)
-    pages = aligned(*leading, count, -(-page_format.page_bytes // 256) * 256)
+    pages = put(aligned(*leading, count, -(-page_format.page_bytes // 256) * 256))
     flat = pages.view(-1, pages.shape[-1])
     addresses = torch.tensor([page.data_ptr() for page in flat], dtype=torch.int64)
-    return pages, addresses.view(*leading, count)
+    return pages, put(addresses.view(*leading, count))
 
 
 def repack(kernels: Kernels, page_format: PageFormat, packed: Tensor, code_bytes: int) -> tuple[Tensor, Tensor]:
     """FORMAT.md rows [n, row_bytes] to pages and the table of their addresses."""
-    pages, table = new_pages(page_format, packed.shape[0])
-    code_rows, number_rows = packed[:, :code_bytes].contiguous(), packed[:, code_bytes:].contiguous()
+    pages, table = new_pages(page_format, packed.shape[0], put=kernels.put)
+    code_rows, number_rows = (
+        kernels.put(rows.contiguous()) for rows in (packed[:, :code_bytes], packed[:, code_bytes:])
+    )
     arguments = params("RepackParams", code_rows=code_rows, number_rows=number_rows, pages=table, rows=packed.shape[0])
     blocks = -(-packed.shape[0] // BLOCK_ROWS)
     kernels.launch(f"skvq::rows_to_page<{page_format.expression}>", (blocks,), 128, arguments)

@@ -8,9 +8,11 @@ T = sinks + packed + window.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from harness import (
@@ -31,10 +33,13 @@ from torch import Tensor
 from skvq.reference import ReferenceCodec
 
 HEADERS = ["repack.cuh", "attend.cuh", "attend_many.cuh", "attend_once.cuh", "merge.cuh", "plain.cuh", "turning.cuh"]
+HEADERS += ["attend_rows.cuh", "reach.cuh", "unpack.cuh"]
 QUERY_TILE = 8
 # Threads of a block of attend_many.cuh, its query tiles, and rows that it unpacks at a time.
 MANY_THREADS, MANY_TILES, MANY_ROWS = 256, 16, 64
 TURNING_THREADS = 512
+# Threads of a block of attend_rows.cuh and of unpack.cuh.
+ROWS_THREADS, UNPACK_THREADS = 128, 256
 ATTEND_WARPS = 4
 # Splits that `unfold` takes for one state.
 MOST_SPLITS_PER_STATE = 16
@@ -48,7 +53,7 @@ class Call:
 
     `many`: the packed rows are for attend_many.cuh, which takes an even number of tiles.
     `apart`: each warp has a split of its own. `once`: one launch, of up to eight queries of a kv head, which merges,
-    too, unless `merges` says otherwise.
+    too, unless `merges` says otherwise. `pieces`: the past is unpacked so many rows at a time, for attend_rows.cuh.
     """
 
     keys: ReferenceCodec
@@ -73,6 +78,7 @@ class Call:
     apart: bool = False
     once: bool = False
     merges: bool = True
+    pieces: int = 0
     rising: float = 0.0
     schedule: str = "forward"
     seed: int = 0
@@ -108,6 +114,11 @@ class Call:
         even = levels == [-levels[2], 0.0, levels[2]]
         half = self.dtype != torch.float32
         return half and not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows in the model's type are multiplied on tensor cores."""
+        return (self.many or self.pieces > 0) and self.dtype != torch.float32
 
     @property
     def turned(self) -> bool:
@@ -162,10 +173,14 @@ class Call:
         """Expressions of all kernels of the call."""
         k, v = (page_format.expression for page_format in self.formats)
         t, dk, dv = self.element, self.keys.head_dim, self.values.head_dim
-        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>", self.attend]
+        names = [f"rows_to_page<{k}>", f"rows_to_page<{v}>"]
         names += [] if self.once and self.merges else [f"merge<{t}, {dv}>"]
-        names += [] if self.once else [f"fold<{t}, {k}>", f"plain<{t}, {dk}, {dv}>", f"unfold<{dv}>"]
-        names += [f"turning<{t}, {dk}>"] if self.turns and not self.turned else []
+        names += [] if self.once else [f"fold<{t}, {k}>"]
+        names += [] if self.once or self.by_rows else [f"plain<{t}, {dk}, {dv}>"]
+        names += [f"attend_rows<{t}, {dk}, {dv}>", "mask_reach<skvq::i32>"] if self.by_rows else []
+        names += [f"unpack<{t}, {k}>", f"unpack<{t}, {v}>"] if self.pieces else [self.attend]
+        names += [] if self.once or self.pieces else [f"unfold<{dv}>"]
+        names += [f"turning<{t}, {dk}>"] if self.turns and not self.turned and not self.pieces else []
         names += [f"fold_turned<{t}, {dk}>"] if self.turned and self.many else []
         return [f"skvq::{name}" for name in names]
 
@@ -274,7 +289,14 @@ def expected(call: Call, rows: Rows) -> Tensor:
     return output.flatten(1, 2)
 
 
-def transform_of(codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None, call: Call) -> Structure:
+def placed(kernels: Kernels, structure: str, /, **fields: Any) -> Structure:
+    """`params` of tensors where kernels find them."""
+    return params(structure, **{name: kernels.put(value) for name, value in fields.items()})
+
+
+def transform_of(
+    codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None, call: Call, kernels: Any = Kernels
+) -> Structure:
     """TransformParams of a codec."""
     heads, width = call.kv_heads, codec.head_dim
 
@@ -296,14 +318,14 @@ def transform_of(codec: ReferenceCodec, statistics: tuple[Tensor, Tensor] | None
                 angles = positions[:, None].double() * theta
                 return torch.stack([angles.cos(), angles.sin()], 1).float().contiguous()
 
-            spans = table(256 * torch.arange(first, 8))
+            spans = table(256 * torch.arange(first, max(8, call.total // 256 + 2)))
             fields |= {"shift_sine": codec.map.shift_sine.contiguous(), "spans": spans, "first_span": first}
             fields["steps"] = table(torch.arange(256))
     fields |= {
         "shift": None if shift is None else shift.contiguous(),
         "scale": None if scale is None else scale.contiguous(),
     }
-    return params("TransformParams", **fields)
+    return placed(kernels, "TransformParams", **fields)
 
 
 def wave_fields(frequencies: Tensor) -> dict[str, Any]:
@@ -329,6 +351,112 @@ def wave_fields(frequencies: Tensor) -> dict[str, Any]:
     }
 
 
+# Of the regions in the model's type by attend_rows.cuh.
+ROW_SPLITS = 3
+
+
+def reach_of(call: Call, mask: Structure, kernels: Kernels, launch: Callable[..., None]) -> Tensor:
+    """What reach.cuh finds in the call's mask."""
+    assert call.mask is not None
+    batch, heads, positions, tokens = call.mask.shape
+    reach = kernels.put(torch.full((batch, heads, positions, 4), -1, dtype=torch.int32))
+    arguments = params("ReachParams", mask=mask, reach=reach, heads=heads, positions=positions, tokens=tokens)
+    launch("mask_reach<skvq::i32>", (batch * heads * positions,), 128, arguments)
+    return cast(Tensor, reach)
+
+
+def rows_shape(call: Call) -> tuple[int, int, int]:
+    """Queries of a block of attend_rows.cuh, rows of a tile, bytes of shared memory; as RowsShape there."""
+    dk, dv = call.keys.head_dim, call.values.head_dim
+    queries, rows = (64, 32) if max(dk, dv) > 128 else (128, 64)
+    return queries, rows, (queries + rows) * (2 * dk + 16) + rows * (2 * dv + 16)
+
+
+def row_region(kind: int, keys: Tensor, values: Tensor, tile: int, **fields: Any) -> Structure:
+    """A RowsRegion of rows [B, H, n, D] as they lie."""
+    for name, x in (("key", keys), ("value", values)):
+        fields |= strides(x, f"{name}_batch_stride {name}_head_stride {name}_row_stride")
+    return params("RowsRegion", key_rows=keys, value_rows=values, kind=kind, tiles=-(-keys.shape[2] // tile), **fields)
+
+
+def launch_rows(
+    call: Call, regions: list[Structure], fields: dict[str, Any], kernels: Kernels, launch: Callable[..., None]
+) -> None:
+    """States of some regions by attend_rows.cuh."""
+    queries, _, shared_bytes = rows_shape(call)
+    tiles = sum(region.tiles for region in regions)
+    fields = fields | {"tiles_per_split": -(-tiles // ROW_SPLITS)}
+    arguments = placed(kernels, "RowsParams", regions=(PARAMS["RowsRegion"] * 4)(*regions), **fields)
+    blocks = -(-call.group * call.length // queries)
+    name = f"attend_rows<{call.element}, {call.keys.head_dim}, {call.values.head_dim}>"
+    launch(name, (ROW_SPLITS, call.kv_heads * blocks, call.batch), ROWS_THREADS, arguments, shared_bytes)
+
+
+def attend_rows(
+    call: Call,
+    parts: list[tuple[Tensor, Tensor]],
+    fields: dict[str, Any],
+    kernels: Kernels,
+    launch: Callable[..., None],
+) -> None:
+    """States of sinks and window."""
+    _, tile, _ = rows_shape(call)
+    launch_rows(call, [row_region(kind, *rows, tile) for kind, rows in enumerate(parts)], fields, kernels, launch)
+
+
+def attend_piece(
+    call: Call,
+    first: int,
+    tables: tuple[tuple[Tensor, Structure], tuple[Tensor, Structure]],
+    origins: Tensor,
+    fields: dict[str, Any],
+    kernels: Kernels,
+    launch: Callable[..., None],
+) -> None:
+    """Unpacks the packed rows from `first` on and goes on with the states."""
+    count = min(call.pieces, call.packed - first)
+    room = -(-count // PAGE_ROWS) * PAGE_ROWS
+    noise = call.keys.map is not None and call.keys.map.noise is not None
+    squares = torch.full((call.batch, call.kv_heads, room), math.nan, dtype=torch.float32) if noise else None
+    squares = kernels.put(squares)
+    unpacked = []
+    for codec, page_format, (table, transform) in zip((call.keys, call.values), call.formats, tables, strict=True):
+        width = codec.head_dim
+        rows = kernels.put(aligned(call.batch, call.kv_heads, count, width, dtype=call.dtype).fill_(math.nan))
+        pages, slices = 2, width // unpack_slice(width)
+        arguments = placed(
+            kernels,
+            "UnpackParams",
+            pages=table,
+            rows=rows,
+            **strides(rows, "batch_stride head_stride row_stride"),
+            squares=squares if codec is call.keys else None,
+            origins=origins,
+            transform=transform,
+            levels=level_table(codec),
+            first_row=first,
+            row_count=count,
+            page_capacity=table.shape[-1],
+            kv_heads=call.kv_heads,
+            pages_per_block=pages,
+            squares_room=room,
+        )
+        grid = (-(-count // (PAGE_ROWS * pages)), call.kv_heads * slices, call.batch)
+        name = f"unpack<{call.element}, {page_format.expression}>"
+        launch(name, grid, UNPACK_THREADS, arguments, unpack_slice(width) * width * 4)
+        unpacked.append(rows)
+    _, tile, _ = rows_shape(call)
+    region = row_region(3, *unpacked, tile)
+    fields = fields | {"first_past": first, "past_rows": count, "past_room": room, "carries": 1, "squares": squares}
+    launch_rows(call, [region], fields, kernels, launch)
+
+
+def unpack_slice(width: int) -> int:
+    """Channels that a block of unpack.cuh makes."""
+    fitting = (s for s in range(width, 0, -16) if s * width * 4 <= 65536 and width % s == 0 and s % 16 == 0)
+    return next(fitting)
+
+
 def pages_of(kernels: Kernels, page_format: PageFormat, codec: ReferenceCodec, packed: Tensor) -> tuple[Tensor, Tensor]:
     """Pages of rows [B, H, n, row_bytes] and their table [B, H, capacity]; pages are kept alive by the first."""
     made = [repack(kernels, page_format, rows, codec.code_bytes) for rows in packed.flatten(0, 1)]
@@ -350,25 +478,27 @@ def plain_regions(regions: list[Structure]) -> Any:
 
 
 def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
-    """The call by kernels [B, H·group, L, Dv]."""
+    """The call by kernels [B, H·group, L, Dv], where these run."""
+    put = kernels.put
+    params = functools.partial(placed, kernels)
     k, v = call.formats
     width_k, width_v = call.keys.head_dim, call.values.head_dim
     batch, heads, tiles = call.batch, call.kv_heads, call.query_tiles
     shape = {"kv_heads": heads, "group": call.group, "length": call.length, "query_tiles": tiles}
-    query = rows.query.contiguous()
+    query = put(rows.query.contiguous())
     query_strides = strides(query, "query_batch_stride query_head_stride query_position_stride")
     scale = width_k**-0.5
     lengths = torch.tensor([call.packed, call.sinks, call.window, 0], dtype=torch.int32)
     key_blocks = 1 if rows.key_statistics is None else rows.key_statistics[0].shape[2]
-    key_transform = transform_of(call.keys, rows.key_statistics, call)
-    value_transform = transform_of(call.values, rows.value_statistics, call)
+    key_transform = transform_of(call.keys, rows.key_statistics, call, kernels)
+    value_transform = transform_of(call.values, rows.value_statistics, call, kernels)
 
     def launch(name: str, grid: tuple[int, ...], threads: int, arguments: Structure, shared_bytes: int = 0) -> None:
         kernels.launch(f"skvq::{name}", grid, threads, arguments, shared_bytes=shared_bytes, schedule=call.schedule)
 
     words = (width_k + 31) // 32 * 128 if call.formats[0].even else width_k // 16 * 64
-    folded = aligned(batch, heads, key_blocks, tiles, words, dtype=torch.int32)
-    extras = aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32)
+    folded = put(aligned(batch, heads, key_blocks, tiles, words, dtype=torch.int32))
+    extras = put(aligned(batch, heads, key_blocks, tiles, 8, 4 + width_k // k.group_size, dtype=torch.float32))
     noise = call.keys.map.noise if call.keys.map is not None else None
     common = {"query": query, **query_strides, "lengths": lengths, **shape, "scale": scale}
     fields = {"folded": folded, "extras": extras, "noise": noise, "as_bytes": int(call.as_bytes)}
@@ -385,12 +515,12 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
 
     bias, capacity = None, call.packed + 3
     if call.turned and call.many:
-        bias = aligned(batch, heads * tiles, 8 * (width_k + 1), dtype=torch.float32)
+        bias = put(aligned(batch, heads * tiles, 8 * (width_k + 1), dtype=torch.float32))
         arguments = params("FoldTurnedParams", fold=fold, waves=turned, factors=bias)
         launch(f"fold_turned<{call.element}, {width_k}>", (1, heads * tiles, batch), 128, arguments)
     paddings = torch.tensor(call.paddings, dtype=torch.int32) if call.paddings else None
-    if call.turns and not call.turned:
-        bias = aligned(batch, heads * tiles * 8, 4 + 2 * capacity)
+    if call.turns and not call.turned and not call.pieces:
+        bias = put(aligned(batch, heads * tiles * 8, 4 + 2 * capacity))
         fields = {"bias": bias, "origins": origins, "transform": key_transform, "capacity": capacity, "batch": batch}
         arguments = params("TurningParams", **common, **fields, **wave_fields(call.keys.map.frequencies))
         launch(f"turning<{call.element}, {width_k}>", (TURNING_BLOCKS,), TURNING_THREADS, arguments)
@@ -402,14 +532,15 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         mask_fields |= {"mask": call.mask, **strides(expanded, "batch_stride head_stride position_stride")}
         mask_fields["kind"] = kinds[call.mask.dtype]
     mask = params("MaskParams", **mask_fields)
+    reach = reach_of(call, mask, kernels, launch) if call.by_rows and call.mask is not None else None
 
     splits = call.splits + 1  # one more than there are rows for
     blocks = rows.key_statistics is not None or rows.value_statistics is not None
     per_state = 1 if call.once else 2 if blocks else min(splits, MOST_SPLITS_PER_STATE)
     unfolded = -(-splits // per_state)
-    state_count = unfolded + 3
-    packed_states = aligned(batch, heads * tiles, 8, splits, 4 + width_v, dtype=torch.float32)
-    states = aligned(batch, heads * tiles, 8, state_count, 4 + width_v, dtype=torch.float32)
+    state_count = ROW_SPLITS if call.pieces else unfolded + ROW_SPLITS
+    packed_states = put(aligned(batch, heads * tiles, 8, splits, 4 + width_v, dtype=torch.float32))
+    states = put(aligned(batch, heads * tiles, 8, state_count, 4 + width_v, dtype=torch.float32))
     key_pages, key_table = pages_of(kernels, k, call.keys, rows.key_bytes)
     value_pages, value_table = pages_of(kernels, v, call.values, rows.value_bytes)
     attend = params(
@@ -451,8 +582,9 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         queries=call.group * call.length,
     )
     past = slice(0, call.sinks), slice(call.sinks + call.packed, call.total)
-    parts = [(rows.keys[:, :, part].contiguous(), rows.values[:, :, part].contiguous()) for part in past]
+    parts = [(put(rows.keys[:, :, part].contiguous()), put(rows.values[:, :, part].contiguous())) for part in past]
     regions = [plain_region(0, *parts[0], 1), plain_region(1, *parts[1], 2)]
+    row_fields = {**common, "mask": mask, "reach": reach, "states": states, "state_count": state_count}
     plain = params(
         "PlainParams",
         **common,
@@ -461,7 +593,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         regions=plain_regions(regions),
         state_count=state_count,
     )
-    output = torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype)
+    output = put(torch.full((batch, heads * call.group, call.length, width_v), math.nan, dtype=call.dtype))
     fields = strides(output, "output_batch_stride output_head_stride output_position_stride")
     sink_logits = call.sink_logits
     merge = params(
@@ -469,7 +601,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
     )
     grid, threads, shared_bytes = call.attend_launch(splits)
     if call.once:
-        arrivals = torch.zeros(batch, heads, dtype=torch.int32)
+        arrivals = put(torch.zeros(batch, heads, dtype=torch.int32))
         own: dict[str, Any] = {
             "fold": fold,
             "attend": attend,
@@ -482,9 +614,18 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         launch(call.attend, (grid[0], grid[1], splits + 3), threads, arguments)
         assert not arrivals.any(), "the next launch counts from 0"
     else:
-        launch(call.attend, grid, threads, attend, shared_bytes)
-        launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), call.row_threads(call.values), unfold)
-        launch(f"plain<{call.element}, {width_k}, {width_v}>", (3, heads * tiles, batch), 128, plain)
+        if not call.pieces:
+            launch(call.attend, grid, threads, attend, shared_bytes)
+            launch(f"unfold<{width_v}>", (unfolded, heads * tiles, batch), call.row_threads(call.values), unfold)
+        if call.by_rows:
+            attend_rows(call, parts, row_fields, kernels, launch)
+        else:
+            launch(f"plain<{call.element}, {width_k}, {width_v}>", (3, heads * tiles, batch), 128, plain)
+        if call.pieces:
+            row_fields |= {"extras": extras, "extras_width": extras.shape[-1]}
+            tables = (key_table, key_transform), (value_table, value_transform)
+            for first in range(0, call.packed, call.pieces):
+                attend_piece(call, first, tables, origins, row_fields, kernels, launch)
     del key_pages, value_pages, parts  # alive until here
     if not (call.once and call.merges):
         launch(f"merge<{call.element}, {width_v}>", (heads * call.group * call.length, batch), 128, merge)

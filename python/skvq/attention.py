@@ -8,12 +8,13 @@ Shapes: query [B, Hq, L, D], key and value [B, Hkv, T, D], result [B, L, Hq, Dv]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .packed import PackedStates, packed_attention, prompt_mask, prompt_tensors
 
@@ -23,7 +24,52 @@ NAME = "skvq"
 def register_attention() -> None:
     """Make `attn_implementation="skvq"` known to transformers; called again it changes nothing."""
     AttentionInterface.register(NAME, skvq_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, packed_mask)
+
+
+def packed_mask(
+    *,
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **more: Any,
+) -> torch.Tensor | None:
+    """transformers' mask for sdpa; None where queries of the last tokens see all tokens up to their own.
+
+    `skvq_attention_forward` needs no mask there. One of 2048 queries over a million tokens would take 2 GB, and be read
+    by every layer.
+    """
+    causal = mask_function is causal_mask_function and allow_is_causal_skip and local_size is None
+    if causal and kv_length > 1 and not torch.compiler.is_compiling() and _are_last_tokens(kv_length, **more):
+        padding = None if attention_mask is None else attention_mask[:, :kv_length]
+        if padding is None or (padding.shape[1] == kv_length and bool(padding.all())):
+            return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **more,
+    )
+
+
+def _are_last_tokens(
+    kv_length: int,
+    kv_offset: int = 0,
+    q_length: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    cache_position: torch.Tensor | None = None,
+    **_: Any,
+) -> bool:
+    """Whether several queries are of the last of `kv_length` tokens; transformers 5.0 passes `cache_position`."""
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], int(cache_position[0])
+    return kv_offset == 0 and q_length > 1 and int(q_offset) + q_length == kv_length
 
 
 def skvq_attention_forward(
@@ -59,8 +105,12 @@ def skvq_attention_forward(
         output = packed_attention(query, key, value, attention_mask, dropout, causal, scaling, softcap, s_aux)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    # transformers' sdpa aligns a causal rule without a mask to the first token, right only for equal lengths.
-    if softcap is None and s_aux is None and not (causal and query.shape[2] != key.shape[2]):
+    if causal and query.shape[2] != key.shape[2]:
+        # transformers' sdpa would align a causal rule without a mask to the first token.
+        (length, tokens), causal = (query.shape[2], key.shape[2]), False
+        visible = torch.ones(length, tokens, dtype=torch.bool, device=query.device).tril(tokens - length)
+        attention_mask = visible[None, None]
+    if softcap is None and s_aux is None:
         options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         if position_bias is not None:
             options["position_bias"] = position_bias

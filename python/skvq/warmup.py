@@ -106,11 +106,12 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         for stream, options in (("keys", shape.keys), ("values", shape.values))
         if options.is_packed
     }
-    found = []
+    found, half = [], shape.dtype != "float32"
     for rows in layouts.values():
         found += [KernelInstance("repack.cuh", name, (rows,)) for name in _REPACKING]
         found.append(KernelInstance("encode.cuh", "skvq::encode", (element, rows)))
         found.append(KernelInstance("decode.cuh", "skvq::decode", (element, rows)))
+        found += [KernelInstance("unpack.cuh", "skvq::unpack", (element, rows))] if half else []
     if shape.keys.block or shape.values.block:
         found.append(KernelInstance("statistics.cuh", "skvq::block_statistics", (element, width)))
     if "keys" in layouts:
@@ -134,9 +135,12 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
         if shape.turning:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
-            if shape.dtype != "float32" and shape.head_dim <= _MOST_TURNED_WIDTH:
+            if half and shape.head_dim <= _MOST_TURNED_WIDTH:
                 found.append(KernelInstance("turned.cuh", "skvq::fold_turned", (element, width)))
     found.append(KernelInstance("plain.cuh", "skvq::plain", (element, width, width)))
+    if half:
+        found.append(KernelInstance("attend_rows.cuh", "skvq::attend_rows", (element, width, width)))
+        found.append(KernelInstance("reach.cuh", "skvq::mask_reach", ("skvq::i32",)))
     found.append(KernelInstance("merge.cuh", "skvq::merge", (element, width)))
     found += [KernelInstance("rows.cuh", f"skvq::{name}", (f"skvq::{word}",)) for name, word in _MOVING]
     return found

@@ -13,6 +13,7 @@ use super::params::{CopyParams, FewWords, ManyWords};
 use crate::error::Result;
 use crate::format::RowLayout;
 use crate::layer::LayerSpec;
+use crate::tensor::Dtype;
 use crate::transform::Source;
 
 /// Queries of one kv head that a block of attention takes at a time.
@@ -25,6 +26,11 @@ const MANY_THREADS: usize = 256;
 const MANY_ROWS: usize = 64;
 const MANY_WIDTH: usize = 192;
 const TWO_BUFFERS: usize = 256;
+/// Of `kernels/attend_rows.cuh` and `kernels/unpack.cuh`; the widest head of wide blocks of the former, and bytes of the latter's matrix.
+const ROWS_THREADS: usize = 128;
+const ROWS_WIDTH: usize = 128;
+const UNPACK_THREADS: usize = 256;
+const UNPACK_BYTES: usize = 64 * 1024;
 const COPY_WARPS: usize = 4;
 /// Words that `copy_rows` has instances for, the widest first.
 const COPY_WORDS: [(usize, &str); 3] = [(16, "skvq::U32x4"), (4, "skvq::u32"), (2, "skvq::u16")];
@@ -45,8 +51,10 @@ pub struct Kernels {
     queries: Option<[Arc<Function>; 2]>,
     /// Of shared memory, for many queries; None where they have no kernel of their own.
     many_bytes: Option<usize>,
+    head_dims: [usize; 2],
     attention: Mutex<HashMap<(Queries, bool), Arc<AttentionKernels>>>,
     decode: Mutex<[Option<Arc<Function>>; 2]>,
+    unpack: Mutex<[Option<Arc<Function>>; 2]>,
 }
 
 struct Names {
@@ -56,6 +64,8 @@ struct Names {
     turning: bool,
     /// Keys and values are.
     packed: bool,
+    /// Of 16 bits.
+    half: bool,
 }
 
 /// How a block of attention over packed rows takes its queries.
@@ -69,14 +79,68 @@ pub enum Queries {
     Once,
     /// Rows are unpacked to shared memory for all queries of the block.
     Many,
+    /// Rows are unpacked to rows of the model's type, a piece of the past after the other.
+    Pieces,
 }
 
 /// The kernels of a call of attention.
 pub struct AttentionKernels {
     /// Where keys and values are packed.
     pub packed: Option<PackedKernels>,
-    pub plain: Arc<Function>,
+    pub rows: RowKernels,
     pub merge: Arc<Function>,
+}
+
+/// What attends to rows in the model's type.
+pub enum RowKernels {
+    Few(Arc<Function>),
+    /// On tensor cores.
+    Many(ManyRows),
+}
+
+/// `attend_rows` and what finds out what a mask lets queries see.
+pub struct ManyRows {
+    pub attend: Arc<Function>,
+    pub reach: Arc<Function>,
+    pub shape: RowsShape,
+    /// Blocks of `attend_rows` that share a multiprocessor.
+    pub resident: usize,
+}
+
+/// How a block of `attend_rows` is cut, as `RowsShape` of `kernels/attend_rows.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowsShape {
+    /// Of one kv head.
+    pub queries: usize,
+    /// That it passes over at a time.
+    pub rows: usize,
+    pub shared_bytes: usize,
+}
+
+impl RowsShape {
+    pub const THREADS: usize = ROWS_THREADS;
+
+    pub fn of([keys, values]: [usize; 2]) -> Self {
+        let (queries, rows) = if keys.max(values) > ROWS_WIDTH { (64, 32) } else { (128, 64) };
+        Self { queries, rows, shared_bytes: (queries + rows) * (2 * keys + 16) + rows * (2 * values + 16) }
+    }
+}
+
+/// `unpack` of one stream: channels that a block makes, and its shared memory, as `unpack_slice` of `kernels/unpack.cuh`.
+pub struct Unpack {
+    pub function: Arc<Function>,
+    pub slices: usize,
+    pub shared_bytes: usize,
+}
+
+impl Unpack {
+    pub const THREADS: usize = UNPACK_THREADS;
+}
+
+/// The most channels, a divisor of the head, of which the matrix fits.
+fn unpack_slice(head_dim: usize) -> usize {
+    let fits = |slice: &usize| 4 * slice * head_dim <= UNPACK_BYTES && head_dim.is_multiple_of(*slice);
+    (16..=head_dim).rev().step_by(16).find(fits).unwrap_or(16)
 }
 
 pub struct PackedKernels {
@@ -102,6 +166,7 @@ impl Kernels {
             widths: codecs.map(|codec| codec.layout.head_dim.to_string()),
             turning: matches!(spec.keys.source, Source::Turning(_)),
             packed: codecs.iter().all(|codec| !codec.is_raw()),
+            half: spec.dtype != Dtype::F32,
         };
         let load = |file: &str, kernel: &str, arguments: &[&str]| {
             device.function(&instance(file, kernel, arguments), &compiler)
@@ -135,8 +200,10 @@ impl Kernels {
             statistics: [statistics(Side::Keys)?, statistics(Side::Values)?],
             queries: queries.transpose()?,
             many_bytes: names.packed.then(|| many_bytes(&codecs.map(|codec| &codec.layout))).flatten(),
+            head_dims: codecs.map(|codec| codec.layout.head_dim),
             attention: Mutex::default(),
             decode: Mutex::default(),
+            unpack: Mutex::default(),
             device,
             compiler,
             names,
@@ -187,7 +254,7 @@ impl Kernels {
             return Ok(Arc::clone(kernels));
         }
         let Names { element, layouts: [keys, values], widths: [key_width, value_width], .. } = &self.names;
-        let packed = || -> Result<PackedKernels> {
+        let packed = || -> Result<Option<PackedKernels>> {
             let apart = self.names.turning && !turned;
             let turning = apart.then(|| self.load("turning.cuh", "turning", &[element, key_width])).transpose()?;
             let of_many = turned && queries == Queries::Many;
@@ -205,6 +272,7 @@ impl Kernels {
                     let function = self.load("attend_many.cuh", "attend_many", &[keys, values])?;
                     (function, MANY_THREADS, self.many_bytes.unwrap_or(0))
                 }
+                Queries::Pieces => return Ok(None),
             };
             let apart = || -> Result<_> {
                 let fold = self.load("attend.cuh", "fold", &[element, keys])?;
@@ -212,15 +280,44 @@ impl Kernels {
             };
             let fold_and_unfold = (queries != Queries::Once).then(apart).transpose()?;
             let resident = attend.resident_blocks(threads, shared_bytes)?;
-            Ok(PackedKernels { turning, fold_turned, attend, fold_and_unfold, threads, shared_bytes, resident })
+            Ok(Some(PackedKernels { turning, fold_turned, attend, fold_and_unfold, threads, shared_bytes, resident }))
+        };
+        let rows = || -> Result<RowKernels> {
+            let arguments = [element, key_width.as_str(), value_width.as_str()];
+            if !(self.names.half && matches!(queries, Queries::Many | Queries::Pieces)) {
+                return Ok(RowKernels::Few(self.load("plain.cuh", "plain", &arguments)?));
+            }
+            let attend = self.load("attend_rows.cuh", "attend_rows", &arguments)?;
+            let reach = self.load("reach.cuh", "mask_reach", &["skvq::i32"])?;
+            let shape = RowsShape::of(self.head_dims);
+            let resident = attend.resident_blocks(RowsShape::THREADS, shape.shared_bytes)?;
+            Ok(RowKernels::Many(ManyRows { attend, reach, shape, resident }))
         };
         let kernels = Arc::new(AttentionKernels {
-            packed: self.names.packed.then(packed).transpose()?,
-            plain: self.load("plain.cuh", "plain", &[element, key_width, value_width])?,
+            packed: if self.names.packed { packed()? } else { None },
+            rows: rows()?,
             merge: self.load("merge.cuh", "merge", &[element, value_width])?,
         });
         loaded.insert((queries, turned), Arc::clone(&kernels));
         Ok(kernels)
+    }
+
+    /// What unpacks one stream for `attend_rows`.
+    pub fn unpack(&self, side: Side) -> Result<Unpack> {
+        let mut loaded = self.unpack.lock().unwrap_or_else(PoisonError::into_inner);
+        let function = match &loaded[side as usize] {
+            Some(function) => Arc::clone(function),
+            None => self.load("unpack.cuh", "unpack", &[self.names.element, &self.names.layouts[side as usize]])?,
+        };
+        loaded[side as usize] = Some(Arc::clone(&function));
+        let head_dim = self.head_dims[side as usize];
+        let slice = unpack_slice(head_dim);
+        Ok(Unpack { function, slices: head_dim / slice, shared_bytes: 4 * slice * head_dim })
+    }
+
+    /// What folds queries for packed keys, by a launch of its own.
+    pub fn fold(&self) -> Result<Arc<Function>> {
+        self.load("attend.cuh", "fold", &[self.names.element, &self.names.layouts[Side::Keys as usize]])
     }
 
     /// Whether many queries have a kernel of their own.

@@ -102,6 +102,29 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
+    ReachParams: 80 { mask: MaskParams, reach: u64, heads: i32, positions: i32, tokens: i32, padding: i32 }
+
+    RowsRegion: 80 {
+        key_rows: u64, value_rows: u64,
+        key_batch_stride: i64, key_head_stride: i64, key_row_stride: i64,
+        value_batch_stride: i64, value_head_stride: i64, value_row_stride: i64,
+        kind: i32, tiles: i32, first: i32, ring_rows: i32,
+    }
+
+    RowsParams: 504 {
+        query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
+        states: u64, lengths: u64, reach: u64, extras: u64, squares: u64, mask: MaskParams, regions: [RowsRegion; 4],
+        scale: f32, fresh_rows: i32, state_count: i32,
+        kv_heads: i32, group: i32, length: i32, query_tiles: i32,
+        extras_width: i32, first_past: i32, past_rows: i32, past_room: i32, tiles_per_split: i32, carries: i32, padding: i32,
+    }
+
+    UnpackParams: 304 {
+        pages: u64, rows: u64, batch_stride: i64, head_stride: i64, row_stride: i64,
+        squares: u64, wide_levels: u64, origins: u64, transform: TransformParams, levels: LevelTable,
+        first_row: i32, row_count: i32, page_capacity: i32, kv_heads: i32, pages_per_block: i32, squares_room: i32,
+    }
+
     UnfoldParams: 128 {
         packed: u64, states: u64, transform: TransformParams,
         splits: i32, splits_per_state: i32, first_state: i32, state_count: i32,

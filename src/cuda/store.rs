@@ -16,6 +16,7 @@ mod launches;
 mod noise;
 mod queries;
 mod room;
+mod rows;
 
 use std::sync::{Arc, Mutex};
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels" / "emu"))
 import pipeline
 from decode_attention import DecodeAttention, Past
-from machine import DeviceCodec, Machine, Statistics, codec_instances
+from machine import DeviceCodec, Machine, MachineKernels, Statistics, codec_instances
 from pipeline import Call, Rows
 
 from kernel_examples import BLOCKS, ERROR, HEADS, codec, float_mask, parts, statics
@@ -84,6 +84,8 @@ SMALL_CALLS = [
     Call(parts(64, 1), parts(64, 1, **NO_MEAN), group=2, packed=200, name="parts, turning"),
     Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, packed=300, name="blocks"),
     Call(TWO, TWO, group=4, length=33, many=True, packed=200, name="many queries"),
+    Call(TWO, codec("1.6"), group=4, length=33, pieces=128, packed=200, name="pieces"),
+    Call(parts(64, 1, **EVEN), TWO, length=70, pieces=128, packed=200, causal=True, window=30, name="pieces, turning"),
     Call(*PAIR, group=4, once=True, name="one launch, 2 and ternary"),
     Call(parts(64, 1), parts(64, 1, **NO_MEAN), group=2, packed=200, once=True, name="one launch, parts, turning"),
     Call(parts(64, 1, **EVEN), codec("1.6"), group=2, packed=400, once=True, name="one launch, even parts, turning"),
@@ -132,6 +134,52 @@ CALLS = [
     ),
     Call(
         parts(128, 0, **EVEN), codec("2", 192), length=64, many=True, name="many queries, turning, one buffer", **SPLIT
+    ),
+    Call(*PAIR, group=4, length=130, pieces=1024, causal=True, name="pieces, causal, long", **SPLIT),
+    Call(parts(128, 1, **EVEN), codec("1.6", 128), length=600, pieces=1024, name="pieces, turning, long", **SPLIT),
+    Call(
+        parts(96, 1),
+        parts(96, 0, **NO_MEAN),
+        dtype=torch.bfloat16,
+        length=64,
+        pieces=512,
+        name="pieces, parts",
+        **SPLIT,
+    ),
+    Call(codec(**BLOCKS), codec("1.6", **BLOCKS), group=2, length=40, pieces=512, packed=1500, name="pieces, blocks"),
+    Call(
+        codec("2", 256, rotation="hadamard"),
+        codec("1.6", 256),
+        group=4,
+        length=20,
+        pieces=1024,
+        name="pieces, 256",
+        **SPLIT,
+    ),
+    Call(
+        parts(256, 0), codec("2", 208), dtype=torch.bfloat16, length=70, pieces=512, name="pieces, 256 and 208", **SPLIT
+    ),
+    Call(codec("1.5", 80), codec("8", 112), group=3, length=30, pieces=512, packed=900, name="pieces, 80 and 112"),
+    Call(TWO, codec("4"), group=2, length=60, softcap=9.0, pieces=256, packed=700, rising=2.0, name="pieces, softcap"),
+    Call(
+        TWO,
+        TWO,
+        batch=2,
+        length=70,
+        paddings=(0, 300),
+        mask=float_mask(2, 1, 70, 725) > -0.5,
+        packed=700,
+        pieces=256,
+        name="pieces, padding, mask",
+    ),
+    Call(
+        *PAIR,
+        length=150,
+        packed=700,
+        window=200,
+        mask=torch.ones(1, 1, 150, 905, dtype=torch.bool).tril(755),
+        pieces=512,
+        name="pieces, a causal mask",
     ),
     Call(parts(64, 1), codec("1.6"), batch=2, paddings=(0, 270), packed=650, once=True, name="one launch, one query"),
     Call(parts(96, 0), codec("2", 96), dtype=torch.bfloat16, group=3, packed=450, once=True, name="one launch, 96"),
@@ -307,8 +355,7 @@ def sdpa_error(machine: Machine, call: Call, rows: Rows, exact: Tensor) -> float
 def check_call(machine: Machine, call: Call, results: Results) -> None:
     rows = pipeline.make_rows(call)
     exact = pipeline.expected(call, rows)
-    attention = DecodeAttention(machine, call, past_of(machine, call, rows), machine.put(rows.query))
-    found = attention.run()
+    found = pipeline.run(call, rows, MachineKernels(machine))
     machine.synchronize()
     error, limit, other = error_of(found, exact), ERROR[call.dtype], sdpa_error(machine, call, rows, exact)
     if other is None:

@@ -30,12 +30,17 @@ FILES = {
     "page_to_rows": "repack.cuh",
     "encode": "encode.cuh",
     "append_row": "append.cuh",
+    "attend_apart": "attend.cuh",
+    "fold_turned": "turned.cuh",
     "decode": "decode.cuh",
     "block_statistics": "statistics.cuh",
     "fold": "attend.cuh",  # as `skvq warmup` names it, so that both find one file on disk
     "attend": "attend.cuh",
     "attend_many": "attend_many.cuh",
     "attend_once": "attend_once.cuh",
+    "attend_rows": "attend_rows.cuh",
+    "mask_reach": "reach.cuh",
+    "unpack": "unpack.cuh",
     "turning": "turning.cuh",
     "plain": "plain.cuh",
     "unfold": "merge.cuh",
@@ -142,6 +147,47 @@ class Machine:
         raw = torch.full((count + 256,), 0xFF, dtype=torch.uint8, device=self.device)
         start = -raw.data_ptr() % 256
         return raw[start : start + count].view(dtype).view(shape)
+
+
+# Kernels that wait for the launches in front of them themselves, so that they may begin before those are done.
+BEGIN_EARLY = {
+    "fold",
+    "fold_turned",
+    "turning",
+    "attend",
+    "attend_apart",
+    "attend_many",
+    "attend_once",
+    "plain",
+    "unfold",
+}
+BEGIN_EARLY |= {"attend_rows", "mask_reach", "merge", "unpack"}
+
+
+class MachineKernels:
+    """A machine for `pipeline.run`: launches of a chain, each of which may begin early, and tensors on the device."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self._chained = machine, False
+
+    def put(self, value: Any) -> Any:
+        """Tensors on the device, contiguous; anything else as it is."""
+        return self.machine.put(value)
+
+    def launch(
+        self,
+        expression: str,
+        grid: tuple[int, ...],
+        threads: int,
+        arguments: Structure,
+        *,
+        shared_bytes: int = 0,
+        schedule: str = "",
+    ) -> None:
+        """Puts a kernel on torch's current stream; the order of its threads is the device's."""
+        early = instance_of(expression).kernel.removeprefix("skvq::") in BEGIN_EARLY
+        before, self._chained = self._chained, early
+        self.machine.launch(expression, grid, threads, arguments, shared_bytes, early=early and before)
 
 
 # ---- codecs ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ use super::super::memory::ALIGNMENT;
 use super::super::pages::Side;
 use super::super::params::MaskParams;
 use super::launches::Launches;
+use super::rows::RowsCut;
 use super::{CudaLayer, DeviceTensor, Held};
 use crate::error::{Error, Result};
 use crate::format::PAGE_ROWS;
@@ -21,12 +22,14 @@ use crate::tensor::{Dtype, MaskKind};
 
 /// Numbers before the output's in a state, and before the groups' in a query's extras.
 const STATE_HEAD: usize = 4;
-const EXTRAS_HEAD: usize = 4;
+pub(super) const EXTRAS_HEAD: usize = 4;
 const MOST_TILES: usize = 2;
+/// What a launch's grid may have along an axis that is not its first.
+const MOST_TILES_OF_LAUNCH: usize = 65_535;
 /// Of heads whose mean turns in the launch of all, as `turns_inside` of `kernels/turned.cuh`.
 const TURNED_WIDTH: usize = 128;
 /// Queries of a kv head from which the packed past goes to `kernels/attend_many.cuh`, whose blocks have 128 of them.
-const MANY_QUERIES: usize = 64;
+pub(super) const MANY_QUERIES: usize = 64;
 const MANY_TILES: usize = 16;
 /// Rows in the model's type that a block of threads takes at least: up to so many are on their way at once.
 const PLAIN_ROWS: usize = 32;
@@ -136,6 +139,8 @@ pub(super) struct Shape {
     pub splits_per_state: usize,
     /// Splits of the regions that are read row by row, in the order of `kernels/plain.cuh`.
     pub plain: [PlainSplits; 4],
+    /// In place of them, where queries are many.
+    pub rows: Option<RowsCut>,
     pub plain_states: usize,
     pub state_count: usize,
     pub places: Places,
@@ -174,13 +179,16 @@ pub(super) struct Places {
     pub states: usize,
     /// Of what is read, where that is not all that is stored.
     pub lengths: usize,
-    /// Keys and values that are decoded for this call.
+    /// Keys and values that are decoded for this call, or a piece of them, and squares of the keys' scales.
     pub decoded: [usize; 2],
+    pub squares: usize,
+    /// What a mask lets queries see.
+    pub reach: usize,
     pub bytes: usize,
 }
 
 /// Splits of the past for which `others` blocks each fill the device, and its last turn too: one block more than fit costs a whole turn.
-fn even_splits(others: usize, resident: usize) -> usize {
+pub(super) fn even_splits(others: usize, resident: usize) -> usize {
     let filled = |splits: usize| {
         let blocks = others * splits;
         blocks as f64 / blocks.next_multiple_of(resident) as f64
@@ -227,15 +235,18 @@ impl CudaLayer {
         let stored = self.regions.of_first(self.regions.total() - fresh);
         let (spec, regions) = (self.spec(), self.most_regions().unwrap_or(stored));
         let Regions { sinks, packed, window } = regions;
-        let is_packed = Side::BOTH.iter().all(|side| !self.shared.codec(*side).is_raw());
         let heads = spec.num_key_value_heads;
         if query_heads == 0 || !query_heads.is_multiple_of(heads) || length == 0 {
             let expected = format!("a multiple of {heads} heads and at least one token");
             return Err(Error::value("query", expected, format!("{query_heads} heads and {length} tokens")));
         }
         let group = query_heads / heads;
+        let rows = self.cut_rows(group * length, regions, fresh)?;
+        let in_pieces = rows.is_some_and(|rows| rows.piece > 0 || packed == 0);
+        let is_packed = !in_pieces && Side::BOTH.iter().all(|side| !self.shared.codec(*side).is_raw());
         let wanted = (group * length).div_ceil(QUERY_TILE);
-        let many = self.shared.kernels.takes_many() && packed > 0 && group * length >= MANY_QUERIES;
+        let takes_many = self.shared.kernels.takes_many() && group * length >= MANY_QUERIES;
+        let many = takes_many && packed > 0 && !in_pieces;
         // Each warp of a block of many queries has two tiles; a block may have fewer warps with queries than it has warps.
         let query_tiles = wanted.next_multiple_of(wanted.min(MOST_TILES));
         let tiles = if many { MANY_TILES } else { wanted.min(MOST_TILES) };
@@ -275,6 +286,7 @@ impl CudaLayer {
         let splits = if is_packed { long_splits + short } else { 0 };
         let apart = !many && pages_per_split <= SHORT_SPLIT && others * splits >= ATTEND_WARPS * at_once;
         let queries = match (many, apart) {
+            _ if in_pieces => Queries::Pieces,
             (true, _) => Queries::Many,
             (_, true) => Queries::Apart(tiles),
             _ if once => Queries::Once,
@@ -288,13 +300,15 @@ impl CudaLayer {
         let splits_per_state = (batch * heads * query_tiles * splits).div_ceil(unfolding).clamp(1, most_splits);
         let key_blocks = match spec.keys.block_rows() {
             0 => 1,
+            _ if in_pieces => 1,
             rows => packed.div_ceil(rows).max(1),
         };
         let plain_others = (batch * heads * query_tiles).max(1);
         let plain_wanted = even_splits(plain_others, BLOCKS_PER_MULTIPROCESSOR * multiprocessors);
         let past = if is_packed { 0 } else { packed };
         let plain = [sinks, window, fresh, past].map(|rows| PlainSplits::of(rows, plain_wanted));
-        let plain_states: usize = plain.iter().map(|region| region.splits).sum();
+        let plain_states =
+            rows.map_or_else(|| plain.iter().map(|region| region.splits).sum::<usize>(), |rows| rows.splits);
         let state_count = plain_states + splits.div_ceil(splits_per_state);
         let turns_to_merge = merge_turns(group * length, state_count, spec.values.layout.head_dim);
         let inside = queries == Queries::Once && turns_to_merge <= MOST_MERGE_TURNS;
@@ -317,6 +331,7 @@ impl CudaLayer {
             short_pages,
             splits_per_state,
             plain,
+            rows,
             plain_states,
             state_count,
             places: Places::default(),
@@ -337,6 +352,10 @@ impl CudaLayer {
         let queries = tiles * QUERY_TILE;
         let packed = usize::from(shape.splits > 0);
         let between = if shape.queries == Queries::Once { 0 } else { packed };
+        let piece = shape.rows.map_or(0, |rows| rows.piece);
+        // What packing has done to scores is known of folded queries.
+        let noise = usize::from(piece > 0 && self.shared.constants[Side::Keys as usize].noise != 0);
+        let folds = between | noise;
         let turns = self.shared.constants[Side::Keys as usize].transform.shift_sine != 0;
         let mut end = 0;
         let mut place = |bytes: usize| {
@@ -344,8 +363,8 @@ impl CudaLayer {
             end += bytes.next_multiple_of(ALIGNMENT);
             start
         };
-        let folded = place(between * tiles * shape.key_blocks * keys.head_dim.next_multiple_of(32) * QUERY_TILE * 2);
-        let extras = place(between * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
+        let folded = place(folds * tiles * shape.key_blocks * keys.head_dim.next_multiple_of(32) * QUERY_TILE * 2);
+        let extras = place(folds * queries * shape.key_blocks * (EXTRAS_HEAD + keys.groups()) * 4);
         let bias = packed
             * match (turns, shape.turned, shape.queries) {
                 // `TileWaves` of kernels/turned.cuh: two numbers of each query and frequency, and a unit.
@@ -358,12 +377,15 @@ impl CudaLayer {
         let packed = place(between * queries * shape.splits * (STATE_HEAD + values.head_dim) * 4);
         let states = place(queries * shape.state_count * (STATE_HEAD + values.head_dim) * 4);
         let lengths = place(16);
-        let rows = self.batch_size() * self.spec().num_key_value_heads * shape.regions.packed;
+        let sequences = self.batch_size() * self.spec().num_key_value_heads;
         let decoded = Side::BOTH.map(|side| {
-            let decodes = !shape.packed && !self.shared.codec(side).is_raw();
-            place(usize::from(decodes) * rows * self.shared.row_bytes(side))
+            let decodes = !shape.packed && (piece > 0 || !self.shared.codec(side).is_raw());
+            let rows = if piece > 0 { piece } else { shape.regions.packed };
+            place(usize::from(decodes) * sequences * rows * self.shared.row_bytes(side))
         });
-        Places { folded, extras, bias, packed, states, lengths, decoded, bytes: end }
+        let squares = place(noise * sequences * piece * 4);
+        let reach = place(if shape.rows.is_some() { queries * RowsCut::REACH_BYTES } else { 0 });
+        Places { folded, extras, bias, packed, states, lengths, decoded, squares, reach, bytes: end }
     }
 
     pub fn one_launch(&self) -> Option<bool> {
@@ -414,12 +436,15 @@ impl CudaLayer {
         Ok(())
     }
 
-    /// Tokens whose queries fit into the workspace, at least one.
+    /// Tokens whose queries fit into the workspace and into a launch, at least one.
     fn queries_at_once(&self, call: &AttendCall) -> Result<usize> {
         let mut count = call.query.shape[2];
-        while count > 1
-            && self.shape(call.query.shape[1], count, call.fresh_rows())?.places.bytes > self.shared.workspace_bytes
-        {
+        while count > 1 {
+            let shape = self.shape(call.query.shape[1], count, call.fresh_rows())?;
+            let tiles = self.spec().num_key_value_heads * shape.query_tiles;
+            if shape.places.bytes <= self.shared.workspace_bytes && tiles <= MOST_TILES_OF_LAUNCH {
+                break;
+            }
             count = count.div_ceil(2);
         }
         Ok(count)

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY_TILE, Queries};
+use super::super::kernels::{ATTEND_WARPS, AttentionKernels, PackedKernels, QUERY_TILE, Queries, RowKernels};
 use super::super::launch::{Function, Launch, Parameters, Stream};
 use super::super::pages::Side;
 use super::super::params::{
@@ -22,7 +22,7 @@ const TURNING_THREADS: usize = 512;
 
 /// What `plain` reads; as numbers those of `kernels/plain.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Region {
+pub(super) enum Region {
     Sinks,
     Window,
     Fresh,
@@ -51,16 +51,16 @@ pub(super) struct Launches<'a> {
 }
 
 impl Launches<'_> {
-    fn place(&self, offset: usize) -> u64 {
+    pub(super) fn place(&self, offset: usize) -> u64 {
         self.workspace + offset as u64
     }
 
-    fn heads(&self) -> i32 {
+    pub(super) fn heads(&self) -> i32 {
         self.layer.spec().num_key_value_heads as i32
     }
 
     /// The next launch begins when those in front are done: its blocks would crowd where the first ones of those leave room.
-    fn wait(&self) {
+    pub(super) fn wait(&self) {
         self.chained.set(false);
     }
 
@@ -74,7 +74,7 @@ impl Launches<'_> {
         blocks > 1 && transforms > self.multiprocessors()
     }
 
-    fn multiprocessors(&self) -> usize {
+    pub(super) fn multiprocessors(&self) -> usize {
         self.layer.shared.kernels.multiprocessors()
     }
 
@@ -82,7 +82,7 @@ impl Launches<'_> {
     ///
     /// # Safety
     /// As [`Function::launch`]; the kernel waits for earlier launches before it reads what they write.
-    unsafe fn launch<P: Parameters>(
+    pub(super) unsafe fn launch<P: Parameters>(
         &self,
         function: &Function,
         grid: [u32; 3],
@@ -97,7 +97,7 @@ impl Launches<'_> {
     ///
     /// # Safety
     /// As there.
-    unsafe fn launch_with<P: Parameters>(
+    pub(super) unsafe fn launch_with<P: Parameters>(
         &self,
         function: &Function,
         grid: [u32; 3],
@@ -112,7 +112,7 @@ impl Launches<'_> {
     }
 
     /// `x` × (kv heads · query tiles) × batch.
-    fn grid(&self, x: usize) -> [u32; 3] {
+    pub(super) fn grid(&self, x: usize) -> [u32; 3] {
         [x as u32, self.heads() as u32 * self.shape.query_tiles as u32, self.held.batch as u32]
     }
 
@@ -126,7 +126,7 @@ impl Launches<'_> {
     }
 
     /// Address of the lengths of what is read.
-    fn lengths_read(&self) -> u64 {
+    pub(super) fn lengths_read(&self) -> u64 {
         let own = self.call.fresh.is_some() && !self.enters;
         if own { self.place(self.shape.places.lengths) } else { self.held.lengths() }
     }
@@ -147,6 +147,8 @@ impl Launches<'_> {
     /// States of all regions: those of packed rows between sinks and window, where only one side is packed after it has been decoded.
     pub unsafe fn states(&self) -> Result<()> {
         match &self.kernels.packed {
+            // SAFETY: the caller's promise.
+            _ if self.shape.queries == Queries::Pieces => unsafe { self.pieces() },
             // SAFETY: the caller's promise.
             _ if self.shape.regions.packed == 0 => unsafe { self.plain() },
             // SAFETY: the caller's promise.
@@ -169,12 +171,12 @@ impl Launches<'_> {
         }
     }
 
-    fn decoded(&self, side: Side) -> u64 {
+    pub(super) fn decoded(&self, side: Side) -> u64 {
         self.place(self.shape.places.decoded[side as usize])
     }
 
     /// Of compact rows `[batch, kv heads, room, width]`.
-    fn strides(&self, side: Side, room: usize) -> [i64; 3] {
+    pub(super) fn strides(&self, side: Side, room: usize) -> [i64; 3] {
         let (width, room) = (self.layer.shared.codec(side).layout.head_dim as i64, room as i64);
         [i64::from(self.heads()) * room * width, room * width, width]
     }
@@ -191,7 +193,7 @@ impl Launches<'_> {
     }
 
     /// Threads of a block of `fold` or `unfold`: 16 for each query of the fullest tile, by pairs, or all where they share the product with a matrix.
-    fn row_threads(&self, transform: &TransformParams) -> usize {
+    pub(super) fn row_threads(&self, transform: &TransformParams) -> usize {
         let queries = (self.shape.group * self.shape.length).min(QUERY_TILE);
         if transform.inverse != 0 { THREADS } else { THREADS / QUERY_TILE * queries.next_multiple_of(2) }
     }
@@ -263,7 +265,7 @@ impl Launches<'_> {
     }
 
     /// What folds the queries for packed rows.
-    fn folding(&self) -> FoldParams {
+    pub(super) fn folding(&self) -> FoldParams {
         let Self { layer, held, call, shape, .. } = self;
         let (places, query) = (shape.places, &call.query);
         let keys = &layer.shared.constants[Side::Keys as usize];
@@ -405,7 +407,7 @@ impl Launches<'_> {
     }
 
     /// The rows of a region, for `plain`.
-    fn region(&self, region: Region, splits: PlainSplits) -> PlainRegion {
+    pub(super) fn region(&self, region: Region, splits: PlainSplits) -> PlainRegion {
         let Self { layer, held, call, shape, .. } = self;
         let mut rows = [0; 2];
         let mut tables = [0; 2];
@@ -484,8 +486,12 @@ impl Launches<'_> {
             return Ok(());
         }
         let grid = self.grid(self.shape.plain_states);
-        // SAFETY: rows of this layer; states have room for these; the caller's promise for the rest.
-        unsafe { self.launch(&self.kernels.plain, grid, THREADS, &self.plain_rows()) }
+        match &self.kernels.rows {
+            // SAFETY: rows of this layer; states have room for these; the caller's promise for the rest.
+            RowKernels::Few(plain) => unsafe { self.launch(plain, grid, THREADS, &self.plain_rows()) },
+            // SAFETY: the caller's promise.
+            RowKernels::Many(kernels) => unsafe { self.rows(kernels) },
+        }
     }
 
     /// What joins the states of all splits.
