@@ -15,6 +15,7 @@
 #pragma once
 #include "bytes.cuh"
 #include "fold.cuh"
+#include "reach.cuh"
 #include "ring.cuh"
 #include "running.cuh"
 #include "turned.cuh"
@@ -159,17 +160,29 @@ struct RowLimits {
         return max(first_page, (first_visible + page_rows - 1) / page_rows);
     }
 
-    /// `wholes`: none of them otherwise; `biased`: a bias does not matter to them.
+    /// `wholes`: none of them otherwise; `biased`: a bias does not matter to them. `shows`: a mask, if there is one, does not either.
     __device__ __forceinline__ RowLimits(const AttendParams& p, int batch, int first_page, int end_page, int packed, int sinks, int total, bool wholes,
-                                         bool biased)
+                                         bool biased, bool shows)
         : first_visible(padding_of(p.mask, batch)), end(min(packed, end_page * page_rows)) {
         // The first of a call's queries sees least.
         const int seen = p.mask.causal ? min(end, total - p.length + 1 - sinks) : end;
-        const bool plain = wholes && p.mask.kind == 0 && p.mask.softcap <= 0.0f && (biased || !p.bias);
+        const bool plain = wholes && shows && p.mask.softcap <= 0.0f && (biased || !p.bias);
         whole_begin = whole_from(first_page, first_visible);
         whole_end = plain ? max(whole_begin, seen / page_rows) : whole_begin;
     }
 };
+
+/// Whether the call's mask shows the packed rows that are no padding, as they are, to the queries of some tiles, as mask_shows has found. By all lanes
+/// of a warp. Masks that say no more than padding and causality do keep the loop that knows none.
+template <int Tiles>
+__device__ __forceinline__ bool is_shown(const AttendParams& p, int batch, int kv_head, int first_tile) {
+    if (p.mask.kind == 0) return true;
+    if (!p.reach) return false;
+    const int query = thread_here() % (Tiles * query_tile);
+    const QueryPlace place = query_at(kv_head, p.group, p.length, first_tile * query_tile + query);
+    const bool hides = place.exists && !load_here(reinterpret_cast<const u32*>(p.reach) + mask_row_of(p.mask, batch, place, p.kv_heads * p.group, p.length));
+    return !__any_sync(whole_warp, hides);
+}
 
 /// Blocks that share a multiprocessor, which has 65536 registers.
 template <class K, class V, int Tiles>
@@ -251,7 +264,8 @@ __device__ __forceinline__ void attend_split(const AttendParams& p, u8* shared, 
     const int sinks = lengths.sinks, total = lengths.total(p.mask);
     // Ternary levels without symmetry are rare, row blocks of many bytes find no room: they have no loop of their own.
     constexpr bool wholes = (Integers || !has_integers<V>) && RowRing<K, V, Apart, Around::shared_bytes>::fits;
-    const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths.packed, sinks, total, wholes, K::is_parts);
+    const RowLimits limits(p, batch, first_page, first_page_of(p, split + 1), lengths.packed, sinks, total, wholes, K::is_parts,
+                           wholes && is_shown<Tiles>(p, batch, head, first_query_tile));
 
     const auto turned_rows = around.template turned_rows<Turned>(p, batch);
 
@@ -483,7 +497,7 @@ __device__ __forceinline__ void attend_levels(const AttendParams& p, u8* shared,
 }
 
 template <class K, class V, int Tiles, bool Apart>
-__device__ __forceinline__ void attend_rows(const AttendParams& p) {
+__device__ __forceinline__ void attend_alone(const AttendParams& p) {
     alignas(16) __shared__ u8 shared[attend_bytes<K, V, Tiles>];
     let_next_launch_begin();
     attend_levels<K, V, Tiles, Apart, false>(p, shared, AmongLaunches<K, V, Tiles, Apart>());
@@ -491,14 +505,14 @@ __device__ __forceinline__ void attend_rows(const AttendParams& p) {
 
 template <class K, class V, int Tiles>
 __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend(const __grid_constant__ AttendParams p) {
-    attend_rows<K, V, Tiles, false>(p);
+    attend_alone<K, V, Tiles, false>(p);
     wait_for_earlier_launches();  // splits without rows have not yet
 }
 
 /// Splits of a few pages each, four of them in a block: its warps have nothing to wait for each other for.
 template <class K, class V, int Tiles>
 __global__ void __launch_bounds__(attend_threads, resident_blocks<K, V, Tiles>) attend_apart(const __grid_constant__ AttendParams p) {
-    attend_rows<K, V, Tiles, true>(p);
+    attend_alone<K, V, Tiles, true>(p);
     wait_for_earlier_launches();
 }
 

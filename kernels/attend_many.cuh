@@ -341,7 +341,14 @@ __global__ void __launch_bounds__(many_threads, 1) attend_many(const __grid_cons
     const bool has_queries = query_tile_of_warp < p.query_tiles;
     const Lengths lengths(p.lengths);
     const int sinks = lengths.sinks, total = lengths.total(p.mask), first_page = split * p.pages_per_split;
-    const RowLimits limits(p, batch, first_page, first_page + p.pages_per_split, lengths.packed, sinks, total, true, K::is_parts);
+    RowLimits limits(p, batch, first_page, first_page + p.pages_per_split, lengths.packed, sinks, total, true, K::is_parts, p.mask.kind == 0 || p.reach);
+    if (p.mask.kind && p.reach) {
+        __shared__ BlockReach reach;
+        const int first_query = static_cast<int>(blockIdx.y) % blocks * many_tiles * query_tile;
+        find_block_reach<many_threads, many_tiles * query_tile>(p.mask, p.reach, batch, head, p.kv_heads, p.group, p.length, first_query, total, reach);
+        limits.whole_begin = max(limits.whole_begin, RowLimits::whole_from(first_page, reach.all_from - sinks));
+        limits.whole_end = max(limits.whole_begin, min(limits.whole_end, max(0, reach.all_to - sinks) / page_rows));
+    }
 
     ManyState<V> state;
     state.clear();

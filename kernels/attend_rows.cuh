@@ -13,11 +13,19 @@
 // A row that is not finite spoils who sees it, and nobody else: of values the channels that are not, or, in a tile that not all queries see, all of them.
 #pragma once
 #include "plain.cuh"
+#include "reach.cuh"
 #include "running.cuh"
 
 namespace skvq {
 
 constexpr int rows_warps = 4, rows_block_threads = 32 * rows_warps, row_regions = 4;
+
+/// Of a thread's copies. With four on sm_80, or three elsewhere, registers are a word or two short.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr int chunks_at_once = 3;
+#else
+constexpr int chunks_at_once = 4;
+#endif
 
 /// How a block is cut; src/cuda/kernels.rs knows its bytes and its queries.
 template <int Dk, int Dv>
@@ -31,14 +39,20 @@ struct RowsShape {
     static constexpr int keys_at = queries * key_stride, values_at = keys_at + rows * key_stride, bytes = values_at + rows * value_stride;
 };
 
+/// Of a row of the grid: the kv head, and the first of its queries. The last queries come first: of a call's own rows they see most.
+struct BlockQueries {
+    int head, first;
+
+    __device__ __forceinline__ BlockQueries(const RowsParams& p, int grid_row, int queries) {
+        const int blocks = (p.group * p.length + queries - 1) / queries;
+        head = grid_row / blocks, first = (blocks - 1 - grid_row % blocks) * queries;
+    }
+};
+
 /// What of a region the block's queries may see.
 struct RegionPart {
     int token;       // of row 0
     int begin, end;  // rows
-};
-/// Of all of the block's queries, in tokens: each sees [all_from, all_to), none what is from `none_from` on.
-struct BlockReach {
-    int all_from, all_to, none_from;
 };
 
 /// Some rows of a region; without any behind the last one.
@@ -84,7 +98,7 @@ struct RowsBlock {
         const bool aligned = lies_wide<T>(rows, batch_stride, head_stride, row_stride);
         const T* from = reinterpret_cast<const T*>(rows) + batch * batch_stride + head * head_stride;
         constexpr int chunks = D / 8, at = Values ? Shape::values_at : Shape::keys_at, stride = Values ? Shape::value_stride : Shape::key_stride;
-#pragma unroll 4
+#pragma unroll chunks_at_once
         for (int chunk = threadIdx.x; chunk < Shape::rows * chunks; chunk += rows_block_threads) {
             const int row = chunk / chunks, part = chunk % chunks, to = at + row * stride + part * 16;
             const int own = tile.first + row;
@@ -181,52 +195,19 @@ struct RowsState {
 };
 
 /// By all threads of the block: `reach` and the regions' parts, in shared memory.
-template <class T, int Dk, int Dv>
-__device__ __forceinline__ void find_reach(const RowsParams& p, int batch, int head, int first_query, BlockReach& reach, RegionPart (&parts)[row_regions]) {
-    constexpr int queries = RowsShape<Dk, Dv>::queries;
+template <int Queries>
+__device__ __forceinline__ void find_parts(const RowsParams& p, int batch, int head, int first_query, BlockReach& reach, RegionPart (&parts)[row_regions]) {
     const Lengths lengths(p.lengths);
-    const int total = lengths.total(p.mask);
-    __shared__ BlockReach of_warp[rows_warps];
-    BlockReach own = {0, 0x7fffffff, 0};
-    const int query = threadIdx.x;
-    const QueryPlace place = query_at(head, p.group, p.length, first_query + query);
-    if (query < queries && place.exists) {
-        const QueryView view(p.mask, batch, place, p.length, total);
-        own.all_to = own.none_from = view.last_token == 0x7fffffff ? view.last_token : view.last_token + 1;
-        if (p.mask.kind) {
-            // A number for each row of the mask, in its order.
-            const i64 at = ((p.mask.batch_stride ? batch : 0) * static_cast<i64>(p.mask.head_stride ? p.kv_heads * p.group : 1) +
-                            (p.mask.head_stride ? place.head : 0)) *
-                               (p.mask.position_stride ? p.length : 1) +
-                           (p.mask.position_stride ? place.position : 0);
-            const i32* seen = reinterpret_cast<const i32*>(p.reach) + 4 * at;
-            own.all_from = seen[0], own.all_to = min(own.all_to, seen[1]), own.none_from = min(own.none_from, seen[2]);
-        }
-    }
-    for (int distance = 1; distance < 32; distance *= 2) {
-        own.all_from = max(own.all_from, __shfl_xor_sync(whole_warp, own.all_from, distance));
-        own.all_to = min(own.all_to, __shfl_xor_sync(whole_warp, own.all_to, distance));
-        own.none_from = max(own.none_from, __shfl_xor_sync(whole_warp, own.none_from, distance));
-    }
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int warp = 0; warp < rows_warps; ++warp) {
-            own.all_from = max(own.all_from, of_warp[warp].all_from);
-            own.all_to = min(own.all_to, of_warp[warp].all_to);
-            own.none_from = max(own.none_from, of_warp[warp].none_from);
-        }
-        reach = own;
-        for (int index = 0; index < row_regions; ++index) {
-            const RowsRegion& region = p.regions[index];
-            if (!region.tiles) {
-                parts[index] = {0, 0, 0};
-                continue;
-            }
+    find_block_reach<rows_block_threads, Queries>(p.mask, p.reach, batch, head, p.kv_heads, p.group, p.length, first_query, lengths.total(p.mask), reach);
+    if (threadIdx.x < row_regions) {
+        const RowsRegion& region = p.regions[threadIdx.x];
+        RegionPart part = {0, 0, 0};
+        if (region.tiles) {
             RegionRows rows(region.kind, p.fresh_rows, lengths, padding_of(p.mask, batch));
             if (region.kind == region_past) rows.token += p.first_past, rows.first_visible = max(0, rows.first_visible - p.first_past), rows.count = p.past_rows;
-            parts[index] = {rows.token, rows.first_visible, min(rows.count, own.none_from - rows.token)};
+            part = {rows.token, rows.first_visible, min(rows.count, reach.none_from - rows.token)};
         }
+        parts[threadIdx.x] = part;
     }
     __syncthreads();
 }
@@ -241,12 +222,10 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
     __shared__ u32 spoilt[2];  // rows of values that are not finite, of a tile that not all queries see
     let_next_launch_begin();
     wait_for_earlier_launches();
-    const int blocks = (p.group * p.length + Shape::queries - 1) / Shape::queries, head = blockIdx.y / blocks, batch = blockIdx.z;
-    const int first_query = blockIdx.y % blocks * Shape::queries, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int warp_query = first_query + warp * Shape::warp_queries;
-    const bool has_queries = warp_query < p.group * p.length;
+    const BlockQueries of_block(p, blockIdx.y, Shape::queries);
+    const int head = of_block.head, batch = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (threadIdx.x < 2) spoilt[threadIdx.x] = 0;
-    find_reach<T, Dk, Dv>(p, batch, head, first_query, reach, parts);
+    find_parts<Shape::queries>(p, batch, head, of_block.first, reach, parts);
 
     int index = blockIdx.x * p.tiles_per_split;
     const RowsBlock<T, Dk, Dv> block{p, parts, shared_place(memory), memory, head, batch, index + p.tiles_per_split};
@@ -254,22 +233,26 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
     if (p.carries && !tile.exists()) return;
     block.template ask<Dk, false>(tile);
     commit_copies();
-    block.load_queries(first_query);
+    block.load_queries(of_block.first);
 
-    // Of query tile m: the states of the queries g and g + 8.
-    auto state_of = [&](int m, int side) {
-        const int query = warp_query + 16 * m + 8 * side + lane / 4;
+    // A lane's first query, of which others are 8 apart, asked for anew: only what is rare, and what is done once, wants to know.
+    auto query_here = [&] {
+        const int thread = thread_here();
+        return BlockQueries(p, block_y_here(), Shape::queries).first + thread / 32 * Shape::warp_queries + thread % 32 / 4;
+    };
+    auto state_of = [&](int query) {
         const int head_tile = head * p.query_tiles + query / query_tile;
         return state_at(p.states, batch, head_tile, p.kv_heads * p.query_tiles, query % query_tile, p.state_count, blockIdx.x, Dv);
     };
-    auto exists = [&](int m, int side) { return warp_query + 16 * m + 8 * side + lane / 4 < p.group * p.length; };
     RowsState<T, M, Dv> state;
     state.clear();
     if (p.carries) {
+        const int own_query = query_here();
         for_each<2 * M>([&](auto which) {
             constexpr int m = decltype(which)::value / 2, side = decltype(which)::value % 2;
-            if (!exists(m, side)) return;
-            const float* from = state_of(m, side);
+            const int query = own_query + 16 * m + 8 * side;
+            if (query >= p.group * p.length) return;
+            const float* from = state_of(query);
             state.reference[m][side] = from[3];
             state.sums[m][side] = lane % 4 == 0 ? from[1] : 0.0f;
 #pragma unroll
@@ -280,10 +263,11 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
         });
     }
 
-    // Of four matrices of 16 × 16 elements the lower half of the rows, the upper one, then those of the other columns: an operand A as it is, B's in turns.
-    const SharedPlace own = block.shared + lane % 16 * Shape::key_stride + lane / 16 * 16;
-    const SharedPlace queries_at = own + warp * Shape::warp_queries * Shape::key_stride, keys_at = own + Shape::keys_at;
-    const SharedPlace values_at = own + Shape::values_at + lane % 16 * (Shape::value_stride - Shape::key_stride);
+    // Of 16 × 16 elements four matrices: the lower half of the rows, the upper one, then those of the other columns, which is an operand A, or two B of
+    // a transposed one; of keys the other columns second, which is two B. Their registers must be neighbours.
+    const SharedPlace queries_at = block.shared + (warp * Shape::warp_queries + lane % 16) * Shape::key_stride + lane / 16 * 16;
+    const SharedPlace keys_at = block.shared + Shape::keys_at + (lane % 8 + lane / 16 * 8) * Shape::key_stride + lane / 8 % 2 * 16;
+    const SharedPlace values_at = block.shared + Shape::values_at + lane % 16 * Shape::value_stride + lane / 16 * 16;
     // A token that a mask lowers by the largest number is seen by who sees no other.
     auto of_seen = [](float score) { return score < lowest_score && score != -infinity() ? lowest_score : score; };
 
@@ -297,80 +281,78 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
         const bool mixed = tile.begin != tile.first || tile.end != tile.first + Shape::rows || first_token < reach.all_from ||
                            first_token + Shape::rows > reach.all_to || p.mask.softcap > 0.0f;
         u32 weights[M][N][2];  // two of a query each
-        if (has_queries) {
-            float scores[M][N][4] = {};
+        float scores[M][N][4] = {};
 #pragma unroll
-            for (int step = 0; step < Dk / 16; ++step) {
-                u32 query[M][4];
-                for_each<M>([&](auto m) { load_matrices<false>(query[decltype(m)::value], queries_at + decltype(m)::value * 16 * Shape::key_stride + 32 * step); });
-                for_each<N / 2>([&](auto pair) {
-                    constexpr int n = 2 * decltype(pair)::value;
-                    u32 key[4];
-                    load_matrices<false>(key, keys_at + n * 8 * Shape::key_stride + 32 * step);
-                    for_each<M>([&](auto index) {
-                        constexpr int m = decltype(index)::value;
-                        multiply_elements(scores[m][n], query[m], {key[0], key[2]}, T{});
-                        multiply_elements(scores[m][n + 1], query[m], {key[1], key[3]}, T{});
-                    });
-                });
-            }
-            for_each<4 * N * M>([&](auto element) {
-                constexpr int m = decltype(element)::value / (4 * N), n = decltype(element)::value / 4 % N, i = decltype(element)::value % 4;
-                scores[m][n][i] *= p.scale;
-            });
-            // The rare ways ask anew which thread this is.
-            const int rare_lane = thread_here() % 32, rare_query = first_query + thread_here() / 32 * Shape::warp_queries + rare_lane / 4;
-            if (p.squares && p.regions[tile.region].kind == region_past) {
-                const float* squares = reinterpret_cast<const float*>(p.squares) + (static_cast<i64>(batch) * p.kv_heads + head) * p.past_room + tile.first;
+        for (int step = 0; step < Dk / 16; ++step) {
+            u32 query[M][4];
+            for_each<M>([&](auto m) { load_matrices<false>(query[decltype(m)::value], queries_at + decltype(m)::value * 16 * Shape::key_stride + 32 * step); });
+            for_each<N / 2>([&](auto pair) {
+                constexpr int n = 2 * decltype(pair)::value;
+                u32 key[4];
+                load_matrices<false>(key, keys_at + n * 8 * Shape::key_stride + 32 * step);
                 for_each<M>([&](auto index) {
                     constexpr int m = decltype(index)::value;
-                    float noise[2];
-                    for (int side = 0; side < 2; ++side) {
-                        const int query = rare_query + 16 * m + 8 * side;
-                        const i64 place = ((static_cast<i64>(batch) * p.kv_heads + head) * p.query_tiles + query / query_tile) * query_tile + query % query_tile;
-                        noise[side] = query < p.group * p.length ? -reinterpret_cast<const float*>(p.extras)[place * p.extras_width + 2] : 0.0f;
-                    }
-                    for_each<N>([&](auto octet) {
-                        constexpr int n = decltype(octet)::value;
-                        const U32x2 pair = *reinterpret_cast<const U32x2*>(squares + 8 * n + rare_lane % 4 * 2);
-                        for_each<4>([&](auto element) {
-                            constexpr int i = decltype(element)::value;
-                            scores[m][n][i] = fmaf(__uint_as_float(i % 2 ? pair.y : pair.x), noise[i / 2], scores[m][n][i]);
-                        });
-                    });
+                    multiply_elements(scores[m][n], query[m], {key[0], key[1]}, T{});
+                    multiply_elements(scores[m][n + 1], query[m], {key[2], key[3]}, T{});
                 });
-            }
-            if (mixed) {
-                const int total = Lengths(p.lengths).total(p.mask);
-                const bool limits_alone = p.mask.kind == 0 && !(p.mask.softcap > 0.0f);
-                for_each<2 * M>([&](auto which) {
-                    constexpr int m = decltype(which)::value / 2, side = decltype(which)::value % 2;
-                    const QueryPlace place = query_at(head, p.group, p.length, rare_query + 16 * m + 8 * side);
-                    const QueryView view(p.mask, batch, place, p.length, total);
-                    if (limits_alone) {
-                        const int begin = tile.begin - tile.first - rare_lane % 4 * 2, last = min(tile.end - 1, view.last_token - part.token) - tile.first - rare_lane % 4 * 2;
-                        for_each<2 * N>([&](auto element) {
-                            constexpr int n = decltype(element)::value / 2, j = decltype(element)::value % 2;
-                            float& score = scores[m][n][2 * side + j];
-                            if (8 * n + j < begin || 8 * n + j > last) score = -infinity();
-                        });
-                        return;
-                    }
-                    for_each<2 * N>([&](auto element) {
-                        constexpr int n = decltype(element)::value / 2, j = decltype(element)::value % 2;
-                        const int row = tile.first + 8 * n + rare_lane % 4 * 2 + j;
-                        float& score = scores[m][n][2 * side + j];
-                        if (row < tile.begin || row >= tile.end) score = -infinity();
-                        else score = of_seen(view.apply(p.mask, score, part.token + row));
-                    });
-                });
-            }
-            state.soften(scores);
-            for_each<2 * N * M>([&](auto index) {
-                constexpr int m = decltype(index)::value / (2 * N), n = decltype(index)::value / 2 % N, side = decltype(index)::value % 2;
-                weights[m][n][side] = narrow_pair(scores[m][n][2 * side], scores[m][n][2 * side + 1], T{});
             });
         }
+        for_each<4 * N * M>([&](auto element) {
+            constexpr int m = decltype(element)::value / (4 * N), n = decltype(element)::value / 4 % N, i = decltype(element)::value % 4;
+            scores[m][n][i] *= p.scale;
+        });
+        const int rare_lane = thread_here() % 32;
+        if (p.squares && p.regions[tile.region].kind == region_past) {
+            const int own_query = query_here();
+            const float* squares = reinterpret_cast<const float*>(p.squares) + (static_cast<i64>(batch) * p.kv_heads + head) * p.past_room + tile.first;
+            for_each<M>([&](auto index) {
+                constexpr int m = decltype(index)::value;
+                float noise[2];
+                for (int side = 0; side < 2; ++side) {
+                    const int query = own_query + 16 * m + 8 * side;
+                    const i64 place = ((static_cast<i64>(batch) * p.kv_heads + head) * p.query_tiles + query / query_tile) * query_tile + query % query_tile;
+                    noise[side] = query < p.group * p.length ? -reinterpret_cast<const float*>(p.extras)[place * p.extras_width + 2] : 0.0f;
+                }
+                for_each<N>([&](auto octet) {
+                    constexpr int n = decltype(octet)::value;
+                    const U32x2 pair = *reinterpret_cast<const U32x2*>(squares + 8 * n + rare_lane % 4 * 2);
+                    for_each<4>([&](auto element) {
+                        constexpr int i = decltype(element)::value;
+                        scores[m][n][i] = fmaf(__uint_as_float(i % 2 ? pair.y : pair.x), noise[i / 2], scores[m][n][i]);
+                    });
+                });
+            });
+        }
+        if (mixed) {
+            const int total = Lengths(p.lengths).total(p.mask), own_query = query_here();
+            const bool limits_alone = p.mask.kind == 0 && !(p.mask.softcap > 0.0f);
+            for_each<2 * M>([&](auto which) {
+                constexpr int m = decltype(which)::value / 2, side = decltype(which)::value % 2;
+                const QueryPlace place = query_at(head, p.group, p.length, own_query + 16 * m + 8 * side);
+                const QueryView view(p.mask, batch, place, p.length, total);
+                if (limits_alone) {
+                    const int begin = tile.begin - tile.first - rare_lane % 4 * 2, last = min(tile.end - 1, view.last_token - part.token) - tile.first - rare_lane % 4 * 2;
+                    for_each<2 * N>([&](auto element) {
+                        constexpr int n = decltype(element)::value / 2, j = decltype(element)::value % 2;
+                        float& score = scores[m][n][2 * side + j];
+                        if (8 * n + j < begin || 8 * n + j > last) score = -infinity();
+                    });
+                    return;
+                }
+                for_each<2 * N>([&](auto element) {
+                    constexpr int n = decltype(element)::value / 2, j = decltype(element)::value % 2;
+                    const int row = tile.first + 8 * n + rare_lane % 4 * 2 + j;
+                    float& score = scores[m][n][2 * side + j];
+                    if (row < tile.begin || row >= tile.end) score = -infinity();
+                    else score = of_seen(view.apply(p.mask, score, part.token + row));
+                });
+            });
+        }
+        state.soften(scores);
+        for_each<2 * N * M>([&](auto index) {
+            constexpr int m = decltype(index)::value / (2 * N), n = decltype(index)::value / 2 % N, side = decltype(index)::value % 2;
+            weights[m][n][side] = narrow_pair(scores[m][n][2 * side], scores[m][n][2 * side + 1], T{});
+        });
         wait_for_copies<0>();
         __syncthreads();
         if (mixed) {
@@ -390,6 +372,7 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
             }
             __syncthreads();
             if (spoilt[0] | spoilt[1]) {
+                const int own_pair = thread_here() % 4 * 2;
                 for (int chunk = threadIdx.x; chunk < Shape::rows * chunks; chunk += rows_block_threads) {
                     const int row = chunk / chunks;
                     if (spoilt[row / 32] >> row % 32 & 1)
@@ -397,8 +380,8 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
                 }
                 for_each<2 * N * M>([&](auto index) {
                     constexpr int m = decltype(index)::value / (2 * N), n = decltype(index)::value / 2 % N, side = decltype(index)::value % 2;
-                    const u32 pair = spoilt[n / 4] >> (8 * (n % 4) + lane % 4 * 2);
-                    if (has_queries && ((pair & 1 && weights[m][n][side] & 0xffffu) || (pair & 2 && weights[m][n][side] >> 16)))
+                    const u32 pair = spoilt[n / 4] >> (8 * (n % 4) + own_pair);
+                    if ((pair & 1 && weights[m][n][side] & 0xffffu) || (pair & 2 && weights[m][n][side] >> 16))
                         state.sums[m][side] = not_a_number();
                 });
                 __syncthreads();
@@ -408,32 +391,32 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
         const RowTile next = block.next_tile(index);
         block.template ask<Dk, false>(next);
         commit_copies();
-        if (has_queries) {
-            for_each<N / 2>([&](auto pair) {
-                constexpr int n = 2 * decltype(pair)::value;
-                for_each<Dv / 16>([&](auto index) {
-                    constexpr int octet = 2 * decltype(index)::value;
-                    u32 value[4];
-                    load_matrices<true>(value, values_at + n * 8 * Shape::value_stride + 16 * octet);
-                    for_each<M>([&](auto which) {
-                        constexpr int m = decltype(which)::value;
-                        const u32 rows[4] = {weights[m][n][0], weights[m][n][1], weights[m][n + 1][0], weights[m][n + 1][1]};
-                        multiply_elements(state.output[m][octet], rows, {value[0], value[1]}, T{});
-                        multiply_elements(state.output[m][octet + 1], rows, {value[2], value[3]}, T{});
-                    });
+        for_each<N / 2>([&](auto pair) {
+            constexpr int n = 2 * decltype(pair)::value;
+            for_each<Dv / 16>([&](auto index) {
+                constexpr int octet = 2 * decltype(index)::value;
+                u32 value[4];
+                load_matrices<true>(value, values_at + n * 8 * Shape::value_stride + 16 * octet);
+                for_each<M>([&](auto which) {
+                    constexpr int m = decltype(which)::value;
+                    const u32 rows[4] = {weights[m][n][0], weights[m][n][1], weights[m][n + 1][0], weights[m][n + 1][1]};
+                    multiply_elements(state.output[m][octet], rows, {value[0], value[1]}, T{});
+                    multiply_elements(state.output[m][octet + 1], rows, {value[2], value[3]}, T{});
                 });
             });
-        }
+        });
         tile = next;
     }
 
+    const int own_query = query_here();
     for_each<2 * M>([&](auto which) {
         constexpr int m = decltype(which)::value / 2, side = decltype(which)::value % 2;
         float sum = state.sums[m][side];
         for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(whole_warp, sum, distance);
-        if (!exists(m, side)) return;
+        const int query = own_query + 16 * m + 8 * side;
+        if (query >= p.group * p.length) return;
         const float reference = state.reference[m][side];
-        float* to = state_of(m, side);
+        float* to = state_of(query);
         if (lane % 4 == 0) to[0] = reference == no_reference ? -infinity() : reference * log_2, to[1] = sum, to[2] = 0.0f, to[3] = reference;
 #pragma unroll
         for (int octet = 0; octet < Dv / 8; ++octet) {

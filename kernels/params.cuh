@@ -119,6 +119,7 @@ struct AttendParams {
     u64 bias;                    // of turning.cuh, or what fold_turned has written, or 0
     u64 states;                  // f32 [batch, kv heads, query tiles, 8, splits, 4 + Dv]: m, l, Σp, 0, o; of queries that exist
     u64 lengths;
+    u64 reach;  // of reach.cuh, where there is a mask: of mask_reach in attend_many.cuh, else of mask_shows; or 0
     u64 key_wide_levels, value_wide_levels;  // f16 [256] of 8-bit codes, or 0: c − 127.5
     i64 bias_capacity;
     EnterParams enter;
@@ -164,9 +165,11 @@ struct PlainParams {
 /// reach.cuh. Grid: batch · heads · positions of the mask.
 struct ReachParams {
     MaskParams mask;
-    u64 reach;  // i32 [batch, heads, positions, 4]
+    u64 reach;    // mask_reach: i32 [batch, heads, positions, 4]; mask_shows: u32 [batch, heads, positions]
+    u64 lengths;  // of mask_shows
     i32 heads, positions;  // 1 where the mask is the same along them
-    i32 tokens, padding;
+    i32 tokens;
+    i32 entering;  // of mask_shows: rows that are packed once the token of this call has entered, more than the lengths say
 };
 
 /// Rows in the model's type that a block of many queries passes over.
@@ -403,11 +406,11 @@ static_assert(sizeof(FoldTurnedParams) == 224, "FoldTurnedParams");
 static_assert(sizeof(TurningParams) == 192, "TurningParams");
 static_assert(sizeof(MaskParams) == 56, "MaskParams");
 static_assert(sizeof(EnterParams) == 16, "EnterParams");
-static_assert(sizeof(AttendParams) == 528, "AttendParams");
+static_assert(sizeof(AttendParams) == 536, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 568, "PlainParams");
-static_assert(sizeof(OnceParams) == 1784, "OnceParams");
-static_assert(sizeof(ReachParams) == 80, "ReachParams");
+static_assert(sizeof(OnceParams) == 1792, "OnceParams");
+static_assert(sizeof(ReachParams) == 88, "ReachParams");
 static_assert(sizeof(RowsRegion) == 80, "RowsRegion");
 static_assert(sizeof(RowsParams) == 504, "RowsParams");
 static_assert(sizeof(UnpackParams) == 304, "UnpackParams");

@@ -66,6 +66,7 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
 __device__ __forceinline__ u32 keep_in_register(u32 value) { return value; }
 __device__ __forceinline__ u64 keep_address(u64 address) { return address; }
 __device__ __forceinline__ int block_x_here() { return blockIdx.x; }
+__device__ __forceinline__ int block_y_here() { return blockIdx.y; }
 __device__ __forceinline__ int block_z_here() { return blockIdx.z; }
 __device__ __forceinline__ int thread_here() { return threadIdx.x; }
 __device__ __forceinline__ void widen_halves(u32 pair, float& low, float& high) {
@@ -165,6 +166,11 @@ __device__ __forceinline__ u32 keep_in_register(u32 value) {
 __device__ __forceinline__ int block_x_here() {
     int block;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+}
+__device__ __forceinline__ int block_y_here() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(block));
     return block;
 }
 __device__ __forceinline__ int block_z_here() {

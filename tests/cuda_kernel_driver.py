@@ -82,6 +82,7 @@ MOVING = [f"skvq::copy_rows<skvq::{word}>" for word in ("u16", "u32", "U32x4")]
 MOVING += [
     "skvq::clear_rows<skvq::u16>",
     "skvq::advance<skvq::i32>",
+    "skvq::mask_shows<skvq::i32>",
     *(f"skvq::poke<skvq::{words}>" for words in ("FewWords", "ManyWords")),
 ]
 

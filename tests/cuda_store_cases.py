@@ -417,7 +417,12 @@ class Pair:
                 mask = torch.randn(1, 1, 1, self.cpu.length, generator=generator)
                 mask[..., :-1][torch.rand(mask[..., :-1].shape, generator=generator) < 0.3] = -torch.inf
                 sinks = torch.randn(self.query_heads, generator=generator)
+                # That hides nothing, or the row that leaves the window with this token.
+                shown = torch.ones(1, 1, 1, self.cpu.length, dtype=torch.bool)
+                edge = shown.clone()
+                edge[..., max(0, self.cpu.length - 1 - self.case.window)] = False
                 kinds: tuple[dict[str, Any], ...] = ({}, {}, {"softcap": 20.0}, {"mask": mask}, {"sink_logits": sinks})
+                kinds += ({"mask": shown}, {"mask": edge})
                 more = choose.choice(kinds)
                 self.check_attention(generator, 1, both=False, **more)
 

@@ -142,6 +142,18 @@ def test_a_chunk_of_queries_is_compared_too(stand_ins: tuple[Path, str], tmp_pat
 
 
 @emulated
+def test_layers_are_timed_with_a_mask_too(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
+    found, options = tmp_path / "masked.json", ["--head-dim", str(HEAD_DIM), "--masked", "--no-peers", "--no-static"]
+    printed = bench(stand_ins, *ATTEND, *options, "--formats", "K2V1.6", "--json", str(found))
+    assert "WRONG" not in printed
+    rows = {row["contestant"]: row for row in json.loads(found.read_text())["rows"]}
+    masked = rows[f"K2V1.6{layers.MASKED}"]
+    assert 0.0 < masked["error"] < contestants.ERROR
+    assert "step" not in masked
+    assert "step" in rows["K2V1.6"]
+
+
+@emulated
 def test_attend_without_time_says_so(stand_ins: tuple[Path, str], tmp_path: Path) -> None:
     found = tmp_path / "attend.json"
     bench(stand_ins, *ATTEND, "--head-dim", str(HEAD_DIM), "--budget", "0", "--no-peers", "--json", str(found))

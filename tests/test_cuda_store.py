@@ -395,8 +395,9 @@ def test_a_token_enters_with_its_attention(driver: Path, nvrtc: str) -> None:
         kinds: Counter[tuple[str, ...]] = Counter()
         for step in seen.split("step ")[1:]:
             lines = [line for line in step.split("checks")[0].splitlines() if line.startswith("launch")]
-            names = (re.match(r"launch _ZN4skvq(\d+)(\w+)", line) for line in lines)
-            kinds[tuple(name[2][: int(name[1])] for name in names if name)] += 1
+            found = (re.match(r"launch _ZN4skvq(\d+)(\w+)", line) for line in lines)
+            names = (name[2][: int(name[1])] for name in found if name)
+            kinds[tuple(name for name in names if name != "mask_shows")] += 1
         # A second reader of the same token has a launch of its own.
         assert (kinds["attend_once",] + kinds["attend_once", "attend_once"] >= 80) == enters, (name, kinds)
         assert (kinds[()] >= 10) == (enters or name == "parts, float32"), (name, kinds)  # of tokens that nobody reads

@@ -71,7 +71,7 @@ def test_all_kernels_of_a_shape_compile(nvrtc: str, tmp_path: Path, turning: boo
     names += ["scale_squares"] if turning else ["block_statistics", "scale_squares", "query_squares", "query_factors"]
     names += ["append_row", *([] if turning else ["append_block"]), "fold", "attend_once"]
     names += ["attend", *([] if turning else ["attend_apart"])] * 2
-    names += ["attend_many", "unfold"]
+    names += ["attend_many", "unfold", "mask_shows"]
     names += ["turning", "fold_turned"] if turning else []
     names += ["plain", "attend_rows", "mask_reach", "merge"]
     names += ["copy_rows"] * 3 + ["clear_rows", "advance"] + ["poke"] * 2

@@ -184,7 +184,7 @@ def test_check_sh_goes_on_and_says_what_failed(tmp_path: Path, fails: str, statu
     done = check_sh(tmp_path, fails, status)
     assert done.returncode == expected, done.stdout + done.stderr
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    for stage in ("environment", "warmup", "kernels", "generation", "bench", "many", "capacity", "ncu"):
+    for stage in ("environment", "warmup", "kernels", "generation", "bench", "many", "masked", "capacity", "ncu"):
         assert stage in summary
     assert any(word in summary for word in ("FAILED", "WRONG", "not finished")) == (expected != 0)
     for stage, command in (("bench", "bench attend"), ("capacity", "bench capacity")):
@@ -208,7 +208,7 @@ def test_check_sh_keeps_to_its_budget(tmp_path: Path) -> None:
     done = check_sh(tmp_path, "nothing-at-all", 1, BUDGET="4")
     assert done.returncode == 2
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert summary.count("skipped, the budget of 4 s is spent") == 10
+    assert summary.count("skipped, the budget of 4 s is spent") == 11
 
 
 @NO_BASH

@@ -7,8 +7,10 @@ order in which threads run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from kernel_examples import BLOCKS, codec, float_mask, parts, statics
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
 import pipeline
+from harness import strides
 from pipeline import Call
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
@@ -112,6 +115,35 @@ CALLS = [
     Call(TWO, TWO, mask=float_mask(1, 4, 3, 175, dtype=torch.bfloat16), group=2, length=3, name="bfloat16 mask"),
     Call(TWO, TWO, mask=float_mask(1, 1, 1, 175) > 0.0, name="boolean mask"),
     Call(TWO, TWO, mask=torch.zeros(1, 1, 1, 175, dtype=torch.bool), name="nothing seen"),
+    Call(
+        TWO,
+        TWO,
+        batch=2,
+        paddings=(0, 150),
+        mask=torch.arange(725) >= torch.tensor([0, 150])[:, None, None, None],
+        packed=700,
+        pages_per_split=2,
+        group=2,
+        name="a mask of padding",
+    ),
+    Call(
+        TWO,
+        codec("1.6"),
+        mask=torch.zeros(1, 1, 3, 625).masked_fill(torch.ones(3, 625).triu(623) > 0, -torch.inf),
+        packed=600,
+        group=2,
+        length=3,
+        name="a causal mask",
+    ),
+    Call(
+        TWO,
+        TWO,
+        batch=2,
+        mask=torch.arange(625)[None, None, None] != torch.tensor([600, 301])[:, None, None, None],
+        packed=600,
+        group=2,
+        name="a mask that hides a row of one sequence",
+    ),
     Call(TWO, TWO, sink_logits=torch.tensor([0.5, -1.0, 2.0, 0.0]), group=2, name="sink logits"),
     Call(TWO, TWO, sinks=0, window=0, packed=256, name="packed rows only"),
     Call(
@@ -146,6 +178,7 @@ APART = [
     Call(codec("8", 64, symmetric=False, group_size=64), codec("8", 64, metadata="fp16"), packed=600, name="8"),
     Call(TWO, TWO, group=4, length=4, tiles=2, causal=True, softcap=7.0, packed=290, name="causal, softcap, two tiles"),
     Call(TWO, TWO, batch=2, paddings=(0, 100), window=30, packed=600, group=2, name="padding"),
+    Call(TWO, TWO, mask=torch.arange(625)[None, None, None] != 620, packed=600, name="a mask that hides no packed row"),
 ]
 APART = [dataclasses.replace(call, apart=True, name=f"apart: {call.name}") for call in APART]
 # One launch, where a tile has all queries of a kv head.
@@ -211,6 +244,16 @@ ONCE += [
         once=True,
         name="turned, even parts, softcap",
     ),
+    Call(
+        parts(64, 1, **LEVEL),
+        TWO,
+        batch=2,
+        paddings=(0, 270),
+        mask=torch.arange(675) >= torch.tensor([0, 270])[:, None, None, None],
+        packed=650,
+        once=True,
+        name="turned, a mask of padding",
+    ),
     Call(parts(112, 0), TWO, dtype=torch.float32, group=2, packed=390, once=True, name="a launch before, float32"),
     Call(parts(192, 0), codec("2", 192), group=2, packed=290, once=True, name="a launch before, 192"),
     Call(TWO, codec("1.6", 64), group=5, packed=1300, once=True, merges=False, name="once: a launch that merges"),
@@ -263,6 +306,47 @@ def test_queries_that_do_not_exist_are_neither_written_nor_read(
     assert not of_extras[:, :, :, zeros][..., 1:].any()
     assert of_query[:, :, :, :queries].flatten(4).any(-1).all()
     assert of_extras[:, :, :, :queries].isfinite().all()
+
+
+def launch_by_name(kernels: harness.Kernels, name: str, *arguments: Any) -> None:
+    kernels.launch(f"skvq::{name}", *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16])
+def test_masks_that_show_all_packed_rows_are_known(dtype: torch.dtype, kernels: harness.Kernels) -> None:
+    """Hidden tokens at every place where loads of sixteen bytes begin and end, of rows that begin anywhere."""
+    hidden = [5, 6, 20, 21, 22, 23, 300, 301, 302, 303, 304, 4, 305, 1000]
+    shown = torch.ones(len(hidden), 1, 2, 333, dtype=torch.bool)
+    for row, token in enumerate(hidden[:-1]):
+        shown[row, 0, 1, token] = False
+    mask = shown if dtype == torch.bool else torch.zeros(shown.shape).masked_fill(~shown, -1.0).to(dtype)
+    call = Call(TWO, TWO, batch=len(hidden), kv_heads=1, length=2, packed=300, window=28, mask=mask)
+    fields = strides(mask.expand(-1, call.kv_heads, -1, -1), "batch_stride head_stride position_stride")
+    kinds = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.bool: 4}
+    arguments = harness.params("MaskParams", mask=mask, kind=kinds[dtype], **fields)
+    lengths = torch.tensor([300, 5, 28, 0], dtype=torch.int32)
+    launch = functools.partial(launch_by_name, kernels)
+    found = pipeline.reach_of(call, arguments, lengths, kernels, launch)[..., 0]
+    assert found[:, 0, 0].all()
+    assert found[:, 0, 1].tolist() == [int(not 5 <= token < 305) for token in hidden]
+
+
+@pytest.mark.parametrize(
+    "name", ["a causal mask", "apart: a mask that hides no packed row", "turned, a mask of padding"]
+)
+def test_a_mask_that_shows_all_packed_rows_is_read_no_more(
+    name: str, kernels: harness.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = next(call for call in CALLS if call.name == name)
+    rows = pipeline.make_rows(call)
+    before, find = pipeline.run(call, rows, kernels), pipeline.reach_of
+    assert call.mask is not None
+    mask = call.mask.clone()
+    mask[..., 395:505] = False if mask.dtype == torch.bool else -1.0  # in a page of which all is seen
+    hiding = dataclasses.replace(call, mask=mask)
+    assert not torch.equal(pipeline.run(hiding, rows, kernels), before)
+    monkeypatch.setattr(pipeline, "reach_of", lambda *arguments: find(*arguments).fill_(1))
+    assert torch.equal(pipeline.run(hiding, rows, kernels), before)
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "random:7"])

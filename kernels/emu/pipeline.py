@@ -116,6 +116,11 @@ class Call:
         return half and not self.many and keys.format == "2" and fits and even and level_table(self.keys).step != 0
 
     @property
+    def reaches(self) -> bool:
+        """Whether a launch finds out what a mask shows."""
+        return self.mask is not None and (self.by_rows or not self.many)
+
+    @property
     def by_rows(self) -> bool:
         """Whether rows in the model's type are multiplied on tensor cores."""
         return (self.many or self.pieces > 0) and self.dtype != torch.float32
@@ -177,7 +182,8 @@ class Call:
         names += [] if self.once and self.merges else [f"merge<{t}, {dv}>"]
         names += [] if self.once else [f"fold<{t}, {k}>"]
         names += [] if self.once or self.by_rows else [f"plain<{t}, {dk}, {dv}>"]
-        names += [f"attend_rows<{t}, {dk}, {dv}>", "mask_reach<skvq::i32>"] if self.by_rows else []
+        names += [f"attend_rows<{t}, {dk}, {dv}>"] if self.by_rows else []
+        names += [f"mask_{'reach' if self.by_rows else 'shows'}<skvq::i32>"] if self.reaches else []
         names += [f"unpack<{t}, {k}>", f"unpack<{t}, {v}>"] if self.pieces else [self.attend]
         names += [] if self.once or self.pieces else [f"unfold<{dv}>"]
         names += [f"turning<{t}, {dk}>"] if self.turns and not self.turned and not self.pieces else []
@@ -355,13 +361,15 @@ def wave_fields(frequencies: Tensor) -> dict[str, Any]:
 ROW_SPLITS = 3
 
 
-def reach_of(call: Call, mask: Structure, kernels: Kernels, launch: Callable[..., None]) -> Tensor:
-    """What reach.cuh finds in the call's mask."""
+def reach_of(call: Call, mask: Structure, lengths: Tensor, kernels: Kernels, launch: Callable[..., None]) -> Tensor:
+    """What reach.cuh finds in the call's mask, of many queries or of few."""
     assert call.mask is not None
     batch, heads, positions, tokens = call.mask.shape
-    reach = kernels.put(torch.full((batch, heads, positions, 4), -1, dtype=torch.int32))
-    arguments = params("ReachParams", mask=mask, reach=reach, heads=heads, positions=positions, tokens=tokens)
-    launch("mask_reach<skvq::i32>", (batch * heads * positions,), 128, arguments)
+    reach = kernels.put(torch.full((batch, heads, positions, 4 if call.by_rows else 1), -1, dtype=torch.int32))
+    fields = {"mask": mask, "reach": reach, "lengths": lengths, "tokens": tokens}
+    arguments = placed(kernels, "ReachParams", heads=heads, positions=positions, **fields)
+    name, threads = ("mask_reach", 128) if call.by_rows else ("mask_shows", 512)
+    launch(f"{name}<skvq::i32>", (batch * heads * positions,), threads, arguments)
     return cast(Tensor, reach)
 
 
@@ -532,7 +540,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         mask_fields |= {"mask": call.mask, **strides(expanded, "batch_stride head_stride position_stride")}
         mask_fields["kind"] = kinds[call.mask.dtype]
     mask = params("MaskParams", **mask_fields)
-    reach = reach_of(call, mask, kernels, launch) if call.by_rows and call.mask is not None else None
+    reach = reach_of(call, mask, lengths, kernels, launch) if call.reaches else None
 
     splits = call.splits + 1  # one more than there are rows for
     blocks = rows.key_statistics is not None or rows.value_statistics is not None
@@ -552,6 +560,7 @@ def run(call: Call, rows: Rows, kernels: Kernels) -> Tensor:
         bias=bias,
         states=packed_states,
         lengths=lengths,
+        reach=reach,
         bias_capacity=capacity,
         turned=turned,
         mask=mask,

@@ -123,6 +123,9 @@ def _add_bench(commands: Any) -> None:
     attend.add_argument(
         "--no-peers", dest="peers", action="store_false", default=None, help="cuda: time packed rows only"
     )
+    attend.add_argument(
+        "--masked", action="store_true", default=None, help="cuda: time packed rows with a mask that hides nothing, too"
+    )
     add_output(attend, plot=True)
     attend.set_defaults(run=_run_attend)
 
@@ -315,7 +318,7 @@ def _run_attend(arguments: argparse.Namespace) -> int:
     options = module.AttendOptions if on_cpu else module.CudaAttendOptions
     run = module.run_attend if on_cpu else module.run_attend_cuda
     given = _tuples(_fields(options, arguments))
-    for name in ("warm", "memory_share", "dtype", "budget", "peers"):
+    for name in ("warm", "memory_share", "dtype", "budget", "peers", "masked"):
         if getattr(arguments, name) is not None and name not in given:
             raise ValueError(f"{name}={getattr(arguments, name)!r}: not an option of --device {arguments.device}")
     _prepare(arguments)

@@ -133,6 +133,7 @@ def kernel_instances(shape: AttentionShape) -> list[KernelInstance]:
         if shape.head_dim <= _MOST_MANY_WIDTH:
             found.append(KernelInstance("attend_many.cuh", "skvq::attend_many", tuple(layouts.values())))
         found.append(KernelInstance("merge.cuh", "skvq::unfold", (width,)))
+        found.append(KernelInstance("reach.cuh", "skvq::mask_shows", ("skvq::i32",)))
         if shape.turning:
             found.append(KernelInstance("turning.cuh", "skvq::turning", (element, width)))
             if half and shape.head_dim <= _MOST_TURNED_WIDTH:

@@ -26,6 +26,9 @@ const MANY_THREADS: usize = 256;
 const MANY_ROWS: usize = 64;
 const MANY_WIDTH: usize = 192;
 const TWO_BUFFERS: usize = 256;
+/// Of `kernels/reach.cuh`.
+pub const REACH_THREADS: usize = 128;
+pub const SHOWS_THREADS: usize = 512;
 /// Of `kernels/attend_rows.cuh` and `kernels/unpack.cuh`; the widest head of wide blocks of the former, and bytes of the latter's matrix.
 const ROWS_THREADS: usize = 128;
 const ROWS_WIDTH: usize = 128;
@@ -55,6 +58,7 @@ pub struct Kernels {
     attention: Mutex<HashMap<(Queries, bool), Arc<AttentionKernels>>>,
     decode: Mutex<[Option<Arc<Function>>; 2]>,
     unpack: Mutex<[Option<Arc<Function>>; 2]>,
+    shows: Mutex<Option<Arc<Function>>>,
 }
 
 struct Names {
@@ -204,6 +208,7 @@ impl Kernels {
             attention: Mutex::default(),
             decode: Mutex::default(),
             unpack: Mutex::default(),
+            shows: Mutex::default(),
             device,
             compiler,
             names,
@@ -313,6 +318,17 @@ impl Kernels {
         let head_dim = self.head_dims[side as usize];
         let slice = unpack_slice(head_dim);
         Ok(Unpack { function, slices: head_dim / slice, shared_bytes: 4 * slice * head_dim })
+    }
+
+    /// What finds out whether a mask hides packed rows from few queries.
+    pub fn mask_shows(&self) -> Result<Arc<Function>> {
+        let mut loaded = self.shows.lock().unwrap_or_else(PoisonError::into_inner);
+        let function = match &*loaded {
+            Some(function) => Arc::clone(function),
+            None => self.load("reach.cuh", "mask_shows", &["skvq::i32"])?,
+        };
+        *loaded = Some(Arc::clone(&function));
+        Ok(function)
     }
 
     /// What folds queries for packed keys, by a launch of its own.

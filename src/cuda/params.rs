@@ -79,8 +79,8 @@ parameters! {
 
     EnterParams: 16 { window: i32, ring_rows: i32, most_tokens: i32, padding: i32 }
 
-    AttendParams: 528 {
-        key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64,
+    AttendParams: 536 {
+        key_pages: u64, value_pages: u64, folded: u64, extras: u64, bias: u64, states: u64, lengths: u64, reach: u64,
         key_wide_levels: u64, value_wide_levels: u64, bias_capacity: i64, enter: EnterParams, turned: WaveParams,
         mask: MaskParams, key_levels: LevelTable, value_levels: LevelTable,
         weight_unit: f32, page_capacity: i32, pages_per_split: i32, splits: i32, long_splits: i32, short_pages: i32,
@@ -102,7 +102,7 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    ReachParams: 80 { mask: MaskParams, reach: u64, heads: i32, positions: i32, tokens: i32, padding: i32 }
+    ReachParams: 88 { mask: MaskParams, reach: u64, lengths: u64, heads: i32, positions: i32, tokens: i32, entering: i32 }
 
     RowsRegion: 80 {
         key_rows: u64, value_rows: u64,
@@ -156,7 +156,7 @@ parameters! {
         leaves: i32, ring_rows: i32, page_capacity: i32, kv_heads: i32,
     }
 
-    OnceParams: 1784 {
+    OnceParams: 1792 {
         fold: FoldParams, attend: AttendParams, plain: PlainParams, values: TransformParams, merge: MergeParams,
         append: AppendParams, arrivals: u64, overflow: u64, first_state: i32, merges: i32,
     }

@@ -4,9 +4,9 @@
 #   tests/gpu/check.sh [OUT_DIR]          (./gpu-check by default)
 #
 # Needs torch built for CUDA and an installed skvq; no Rust, no compiler, no network. The checkout must be that of the installed skvq, since
-# its kernels/params.cuh says how kernels are called. Stages, in this order: environment, warmup, kernels, generation, calibration, bench, many, prompt,
-# weights, capacity, sanitizer (memcheck and racecheck, where compute-sanitizer is installed), ncu (with NCU=1). A failed stage does not stop the others.
-# OUT_DIR has a log of each, summary.txt, kernels.json, generation.json, calibration.json, bench.json, bench.png, many.json, prompt.json, weights.json and capacity.json.
+# its kernels/params.cuh says how kernels are called. Stages, in this order: environment, warmup, kernels, generation, calibration, bench, many, masked,
+# prompt, weights, capacity, sanitizer (memcheck and racecheck, where compute-sanitizer is installed), ncu (with NCU=1). A failed stage does not stop the others.
+# OUT_DIR has a log of each, summary.txt, kernels.json, generation.json, calibration.json, bench.json, bench.png, many.json, masked.json, prompt.json, weights.json and capacity.json.
 # Exit status: 0 all right; 1 a kernel, an attention output or a generation is wrong; 2 another stage failed or did not finish.
 # Settings: PYTHON (python), DEVICE (cuda), STAGES (all of them, by name), BUDGET (540 seconds for everything; a stage gets its share of what
 # is left), MODEL (a local model whose generation is checked too; none), CAPACITY (options of `skvq bench capacity`; the shape of Llama 2 7B,
@@ -17,7 +17,7 @@ out=${1:-gpu-check}
 python=${PYTHON:-python}
 device=${DEVICE:-cuda}
 budget=${BUDGET:-540}
-stages=${STAGES:-environment warmup kernels generation calibration bench many prompt weights capacity sanitizer ncu}
+stages=${STAGES:-environment warmup kernels generation calibration bench many masked prompt weights capacity sanitizer ncu}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 summary=()
@@ -124,6 +124,11 @@ fi
 if wanted many; then
     seconds=$(left 60)
     stage many "$seconds" 2 "${bench[@]}" --quick --tokens 32768 --queries 512 --budget "$((seconds / 2))" --json "$out/many.json"
+fi
+
+if wanted masked; then
+    seconds=$(left 40)
+    stage masked "$seconds" 2 "${bench[@]}" --quick --tokens 32768 --batches 8 --masked --no-peers --budget "$((seconds / 2))" --json "$out/masked.json"
 fi
 
 if wanted prompt; then

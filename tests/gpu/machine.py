@@ -40,6 +40,7 @@ FILES = {
     "attend_once": "attend_once.cuh",
     "attend_rows": "attend_rows.cuh",
     "mask_reach": "reach.cuh",
+    "mask_shows": "reach.cuh",
     "unpack": "unpack.cuh",
     "turning": "turning.cuh",
     "plain": "plain.cuh",

@@ -44,7 +44,7 @@ from .contestants import (
     others,
 )
 from .device import GIB, BenchDevice, Clock, first_line, is_out_of_memory
-from .layers import APART, Shape
+from .layers import APART, MASKED, Shape
 from .machine import make_report
 from .step_cuda import measure_step
 from .timing import Timing, time_in_turns
@@ -67,6 +67,7 @@ class CudaAttendOptions:
         queries: tokens of a call, each of which sees all that is stored; 1: a decode step.
         budget: seconds after which no further shape begins.
         peers: whether others are timed.
+        masked: whether packed layers are timed with a mask, too, that hides nothing, as left-padded batches have one.
     """
 
     device: str = "cuda"
@@ -81,6 +82,7 @@ class CudaAttendOptions:
     rounds: int = 30
     budget: float = math.inf
     peers: bool = True
+    masked: bool = False
 
     def quick(self) -> CudaAttendOptions:
         """A grid for a minute."""
@@ -116,6 +118,7 @@ class Packed:
         form: how rows are packed, such as "K2V1.6".
         one_launch: as `CudaLayer.one_launch`: None, or False for comparison, which is the same where None has launches
             apart anyway.
+        mask: of every call, bool [B, 1, 1, T], or None.
         packed_bytes: of codes and scales, without what pages have unused.
         sdpa_errors: of torch's attention in f16 over the rows it decodes to, by query heads.
         errors: its own, likewise; None: not compared.
@@ -127,13 +130,14 @@ class Packed:
     static: bool
     packed_bytes: int
     one_launch: bool | None = None
+    mask: Tensor | None = None
     errors: dict[int, float | None] = field(default_factory=dict)
     sdpa_errors: dict[int, float | None] = field(default_factory=dict)
 
     def attend(self, query: Tensor, output: Tensor) -> None:
         """Attention of query [B, Hq, L, D] to output, likewise."""
         self.layer.one_launch = self.one_launch
-        self.layer.attend(query, output, scale=query.shape[3] ** -0.5)
+        self.layer.attend(query, output, scale=query.shape[3] ** -0.5, mask=self.mask)
 
     def passed(self, query_heads: int) -> bool:
         """Whether its output was right, or nobody could tell."""
@@ -196,10 +200,15 @@ def _fill(device: BenchDevice, options: CudaAttendOptions, shape: Shape) -> list
     for packed, (_, name, static) in zip(found, _names(options), strict=True):
         rows = shape.batch * shape.num_key_value_heads * packed.layer.packed_tokens
         packed.packed_bytes = rows * _row_bytes(_plan(shape, name, static), shape.head_dim)
-    if not options.one_launch:
-        return found
-    apart = [replace(x, name=f"{x.name}{APART}", one_launch=False, errors={}, sdpa_errors={}) for x in found]
-    return [way for both in zip(found, apart, strict=True) for way in both]
+    ways: list[tuple[str, dict[str, Any]]] = [(APART, {"one_launch": False})] if options.one_launch else []
+    if options.masked:
+        mask = torch.ones(shape.batch, 1, 1, shape.tokens, dtype=torch.bool, device=device.place)
+        ways.append((MASKED, {"mask": mask}))
+    return [
+        way
+        for x in found
+        for way in (x, *(replace(x, name=f"{x.name}{name}", errors={}, sdpa_errors={}, **how) for name, how in ways))
+    ]
 
 
 # ---- correctness -----------------------------------------------------------------------------------------------------
@@ -230,7 +239,7 @@ def _compare(
 
     Keys and values [B, Hkv, T, D] are room for the latter.
     """
-    if packed.one_launch is None:  # which are in there already otherwise
+    if packed.one_launch is None and packed.mask is None:  # which are in there already otherwise
         packed.layer.decode_keys(keys)
         packed.layer.decode_values(values)
     for heads, query in queries.items():
@@ -340,7 +349,7 @@ def misses(rows: list[dict[str, Any]]) -> list[str]:
     """
     found = []
     for row in rows:
-        if row.get("kind") != "packed" or row["contestant"].endswith(APART):
+        if row.get("kind") != "packed" or row["contestant"].endswith((APART, MASKED)):
             continue
         heads = f"{row['num_key_value_heads']}:{row['num_attention_heads']}"
         name = f"{row['contestant']}, {row['tokens']} tokens, batch {row['batch']}, heads {heads}"
@@ -387,7 +396,7 @@ def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> l
         queries = {shape.num_attention_heads: _query(device, options, shape, generator) for shape in shapes}
         decoded: list[Tensor] = []
         for packed in found:
-            if packed.one_launch is None:
+            if packed.one_launch is None and packed.mask is None:
                 decoded.clear()
                 decoded += _decoded_rows(device, options, shapes[0], packed)
             _compare(packed, queries, *plain, decoded)
@@ -400,6 +409,8 @@ def _measure(clock: Clock, options: CudaAttendOptions, shapes: list[Shape]) -> l
         query = _query(device, options, shape, generator)
         steps = {}
         for packed in found:
+            if packed.mask is not None:
+                continue  # of as many tokens as there are now
             packed.layer.one_launch = packed.one_launch
             steps[packed.name] = measure_step(clock, packed.layer, packed.static, query, options.rounds)
         for row in rows:

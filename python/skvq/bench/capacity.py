@@ -168,9 +168,12 @@ def random_model(config: Any, dtype: str, place: torch.device) -> Any:
     """A causal model with random weights."""
     from transformers import AutoModelForCausalLM
 
+    from ..attention import NAME, register_attention
+
+    register_attention()  # it makes no mask of a chunk and all tokens before
     torch.manual_seed(0)
     with _made_as(getattr(torch, dtype), place):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=NAME)
     return model.eval()
 
 

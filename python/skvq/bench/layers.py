@@ -21,7 +21,9 @@ from ..calibrate.fitted_options import QUARTERS, fitted_value_options
 from ..config import SkvqConfig, StreamOptions
 from ..plan import LayerPlan, StreamPlan
 
-APART = ", launches apart"  # behind the name of a contestant that is there for comparison
+# Behind the names of contestants that are there for comparison.
+APART = ", launches apart"
+MASKED = ", masked"
 FILL_TOKENS = 4096
 PLAN, FITTED = "plan", "fitted"
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import ExtraNotInstalledError
-from .layers import APART
+from .layers import APART, MASKED
 
 
 def _pyplot() -> Any:
@@ -21,7 +21,7 @@ def _pyplot() -> Any:
 
 
 def _attend(report: dict[str, Any], pyplot: Any) -> Any:
-    rows = [row for row in report["rows"] if "skipped" not in row and not row["contestant"].endswith(APART)]
+    rows = [row for row in report["rows"] if "skipped" not in row and not row["contestant"].endswith((APART, MASKED))]
     panels = sorted({(row["num_key_value_heads"], row["num_attention_heads"], row["batch"]) for row in rows})
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     formats = list(dict.fromkeys(name.removesuffix(" static") for name in names))

@@ -384,7 +384,7 @@ impl CudaLayer {
             place(usize::from(decodes) * sequences * rows * self.shared.row_bytes(side))
         });
         let squares = place(noise * sequences * piece * 4);
-        let reach = place(if shape.rows.is_some() { queries * RowsCut::REACH_BYTES } else { 0 });
+        let reach = place(queries * RowsCut::REACH_BYTES);
         Places { folded, extras, bias, packed, states, lengths, decoded, squares, reach, bytes: end }
     }
 

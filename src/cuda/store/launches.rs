@@ -208,6 +208,10 @@ impl Launches<'_> {
             self.fold_turned(kernels, &folding)?;
             self.plain()?;
         }
+        if self.shape.queries != Queries::Many {
+            // SAFETY: as above.
+            unsafe { self.shows() }?;
+        }
         // A block of `turning` has a multiprocessor to itself.
         if kernels.turning.is_some() || self.is_crowded() {
             self.wait();
@@ -231,7 +235,10 @@ impl Launches<'_> {
     unsafe fn once(&self, kernels: &PackedKernels) -> Result<()> {
         let fold = self.folding();
         // SAFETY: as in `apart`.
-        unsafe { self.turning(kernels, &fold) }?;
+        unsafe {
+            self.turning(kernels, &fold)?;
+            self.shows()?;
+        }
         if kernels.turning.is_some() {
             self.wait();
         }
@@ -363,6 +370,11 @@ impl Launches<'_> {
             bias: if kernels.turning.is_some() || kernels.fold_turned.is_some() { self.place(places.bias) } else { 0 },
             states: self.place(places.packed),
             lengths: self.lengths_read(),
+            // Of many queries in f32 nothing is known.
+            reach: match &self.call.mask {
+                Some(_) if shape.rows.is_some() || shape.queries != Queries::Many => self.place(places.reach),
+                _ => 0,
+            },
             key_wide_levels: 0,
             value_wide_levels: 0,
             bias_capacity: shape.regions.packed as i64,

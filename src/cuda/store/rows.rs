@@ -4,7 +4,7 @@
 //! unpack it once for all of them, it goes through the workspace a piece after the other, each of which `kernels/unpack.cuh` brings back and a launch
 //! attends to that goes on with the states of those before.
 
-use super::super::kernels::{ManyRows, Queries, RowKernels, RowsShape, Unpack};
+use super::super::kernels::{ManyRows, Queries, REACH_THREADS, RowKernels, RowsShape, SHOWS_THREADS, Unpack};
 use super::super::pages::Side;
 use super::super::params::{CopyParams, PlainRegion, ReachParams, RowsParams, RowsRegion, UnpackParams};
 use super::attend::{EXTRAS_HEAD, MANY_QUERIES, PlainSplits, even_splits};
@@ -170,23 +170,40 @@ impl Launches<'_> {
 
     /// What a mask lets queries see.
     unsafe fn reach(&self, kernels: &ManyRows) -> Result<()> {
-        let Some(mask) = &self.call.mask else {
+        let Some((rows, parameters)) = self.mask_rows() else {
             return Ok(());
         };
-        // Along an axis whose rows are one and the same there is one.
+        // SAFETY: a place in the workspace with room for as many queries as there are; the caller's promise for the mask.
+        unsafe { self.launch(&kernels.reach, rows, REACH_THREADS, &parameters) }
+    }
+
+    /// Whether a mask hides packed rows from few queries, for the next launch, which reads it at once.
+    pub(super) unsafe fn shows(&self) -> Result<()> {
+        let Some((rows, parameters)) = self.mask_rows() else {
+            return Ok(());
+        };
+        let function = self.layer.shared.kernels.mask_shows()?;
+        // SAFETY: as above.
+        unsafe { self.launch(&function, rows, SHOWS_THREADS, &parameters) }?;
+        self.wait();
+        Ok(())
+    }
+
+    /// The rows of a mask, and what finds out about them. Along an axis whose rows are one and the same there is one.
+    fn mask_rows(&self) -> Option<([u32; 3], ReachParams)> {
+        let mask = self.call.mask.as_ref()?;
         let [batch, heads, positions] =
             [0, 1, 2].map(|axis| if mask.strides[axis] == 0 { 1 } else { mask.shape[axis] });
         let parameters = ReachParams {
             mask: self.mask,
             reach: self.place(self.shape.places.reach),
+            lengths: self.lengths_read(),
             heads: heads as i32,
             positions: positions as i32,
             tokens: mask.shape[3] as i32,
-            padding: 0,
+            entering: i32::from(self.enters),
         };
-        let grid = [(batch * heads * positions) as u32, 1, 1];
-        // SAFETY: a place in the workspace with room for as many queries as there are; the caller's promise for the mask.
-        unsafe { self.launch(&kernels.reach, grid, 128, &parameters) }
+        Some(([(batch * heads * positions) as u32, 1, 1], parameters))
     }
 
     /// States of all regions, those of the past piece by piece.
