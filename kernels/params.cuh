@@ -169,7 +169,8 @@ struct ReachParams {
     u64 lengths;  // of mask_shows
     i32 heads, positions;  // 1 where the mask is the same along them
     i32 tokens;
-    i32 entering;  // of mask_shows: rows that are packed once the token of this call has entered, more than the lengths say
+    // Of mask_shows: rows that are packed once the token of this call has entered, more than the lengths say; the least padding of all sequences.
+    i32 entering, least_padding, padding;
 };
 
 /// Rows in the model's type that a block of many queries passes over.
@@ -410,7 +411,7 @@ static_assert(sizeof(AttendParams) == 536, "AttendParams");
 static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 568, "PlainParams");
 static_assert(sizeof(OnceParams) == 1792, "OnceParams");
-static_assert(sizeof(ReachParams) == 88, "ReachParams");
+static_assert(sizeof(ReachParams) == 96, "ReachParams");
 static_assert(sizeof(RowsRegion) == 80, "RowsRegion");
 static_assert(sizeof(RowsParams) == 504, "RowsParams");
 static_assert(sizeof(UnpackParams) == 304, "UnpackParams");

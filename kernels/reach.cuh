@@ -120,8 +120,8 @@ __device__ __forceinline__ bool shows_words(const U32x4& four, int kind) {
     bool shows = true;
     for (u32 word : words) {
         // No byte is zero; or all numbers are, of any sign.
-        if (kind == 4) shows = shows && ((word - 0x01010101u) & ~word & 0x80808080u) == 0;
-        else shows = shows && (word & (kind == 1 ? 0x7fffffffu : 0x7fff7fffu)) == 0;
+        if (kind == 4) shows &= ((word - 0x01010101u) & ~word & 0x80808080u) == 0;
+        else shows &= (word & (kind == 1 ? 0x7fffffffu : 0x7fff7fffu)) == 0;
     }
     return shows;
 }
@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(shows_threads) mask_shows(const __grid_constan
     const Lengths lengths(p.lengths);
     int batch;
     const i64 row = mask_row_begin(p, blockIdx.x, batch);
-    // A row that several sequences share has the padding of none.
-    const int padding = p.mask.batch_stride ? padding_of(p.mask, batch) : 0, size = p.mask.kind == 4 ? 1 : p.mask.kind == 1 ? 4 : 2, per_load = 16 / size;
+    const int padding = p.mask.batch_stride ? padding_of(p.mask, batch) : p.least_padding, size = p.mask.kind == 4 ? 1 : p.mask.kind == 1 ? 4 : 2, per_load = 16 / size;
     const int begin = min(lengths.sinks + padding, p.tokens), end = min(lengths.sinks + lengths.packed + p.entering, p.tokens);
     // From the first multiple of 16 bytes on.
     const u64 first = p.mask.mask + static_cast<u64>(row + begin) * size;
@@ -144,13 +143,18 @@ __global__ void __launch_bounds__(shows_threads) mask_shows(const __grid_constan
     const int behind = begin + before + loads * per_load;
     bool shows = true, seen, hidden;
     const U32x4* from = reinterpret_cast<const U32x4*>(first + static_cast<u64>(before) * size);
-#pragma unroll 4
-    for (int load = threadIdx.x; load < loads; load += shows_threads) shows = shows && shows_words(load_here(from + load), p.mask.kind);
-    for (int edge = threadIdx.x; edge < 32; edge += shows_threads) {
-        const int token = edge < 16 ? begin + edge : behind + edge - 16;
-        if (edge < 16 ? edge >= before : token >= end) continue;
+    // Four on their way together, the last one again where there are no more.
+    for (int load = threadIdx.x; load < loads; load += 4 * shows_threads) {
+        U32x4 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = load_here(from + min(load + i * shows_threads, loads - 1));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) shows &= shows_words(words[i], p.mask.kind);
+    }
+    const int edge = threadIdx.x, token = edge < 16 ? begin + edge : behind + edge - 16;
+    if (edge < 16 ? edge < before : edge < 32 && token < end) {
         mask_element(p.mask, row + token, seen, hidden);
-        shows = shows && seen;
+        shows &= seen;
     }
     shows = __syncthreads_and(shows);
     if (threadIdx.x == 0) reinterpret_cast<u32*>(p.reach)[blockIdx.x] = shows;

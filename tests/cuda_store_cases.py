@@ -406,6 +406,12 @@ class Pair:
         if self.cpu.length >= 3:
             rows = torch.rand(1, self.query_heads, 3, self.cpu.length, generator=generator) < 0.7
             self.check_attention(generator, 3, mask=rows, causal=True)
+            # As transformers makes one of padding: rows that lie in the same place.
+            tokens = torch.arange(self.cpu.length)
+            paddings = torch.tensor(self.case.padding or [0] * self.cpu.batch_size)[: self.cpu.batch_size]
+            shown = (tokens >= paddings[:, None])[:, None, None].expand(-1, self.query_heads, 3, -1)
+            if shown.shape[0] == self.cpu.batch_size:
+                self.check_attention(generator, 3, mask=shown, causal=True)
         self.check_attention(generator, 1, mask=mask, sink_logits=torch.randn(self.query_heads, generator=generator))
 
     def decode_steps(self, generator: torch.Generator, count: int, seed: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -149,6 +149,11 @@ def test_plain_layers_take_the_stock_way() -> None:
     assert torch.allclose(got, wanted.transpose(1, 2), atol=1e-6)
 
 
+def cache_name(model: Any) -> str:
+    """What transformers calls a cache: older versions know no other name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def asked_mask(queries: int, tokens: int, **more: Any) -> torch.Tensor | None:
     """What transformers asks for, for the queries of the last of `tokens`."""
     asked: dict[str, Any] = {"q_length": queries, "q_offset": tokens - queries, "device": "cpu"}
@@ -182,9 +187,30 @@ def test_chunks_give_the_logits_of_the_whole(family: str, packs: bool) -> None:
     cache = skvq.QuantizedDynamicCache(model.config, lossless) if packs else DynamicCache(config=model.config)
     with torch.no_grad():
         whole = model(tokens).logits
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        parts = [model(part, **{name: cache}).logits for part in tokens.split([21, 30, 9], dim=1)]
+        parts = [model(part, **{cache_name(model): cache}).logits for part in tokens.split([21, 30, 9], dim=1)]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+
+
+def test_a_cache_with_room_for_more_gives_the_logits_of_none() -> None:
+    model, tokens = build("llama", "skvq"), prompts(1, 10)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        whole, name = model(tokens).logits, cache_name(model)
+        parts = [model(part, **{name: cache}).logits for part in tokens.split([6, 3, 1], dim=1)]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+
+
+def test_a_chunk_that_waits_knows_the_padding() -> None:
+    model, tokens = build("llama", "skvq"), prompts(2, 20)
+    visible = torch.ones(2, 20, dtype=torch.long)
+    visible[1, :5] = 0
+    found = []
+    for later in ({"attention_mask": visible}, {}):
+        cache = skvq.QuantizedDynamicCache(model, attention_mask=visible)
+        with torch.no_grad():
+            model(tokens[:, :12], attention_mask=visible[:, :12], **{cache_name(model): cache})
+            found.append(model(tokens[:, 12:], **{cache_name(model): cache}, **later).logits)
+    assert torch.allclose(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)

@@ -42,10 +42,15 @@ def packed_mask(
     `skvq_attention_forward` needs no mask there. One of 2048 queries over a million tokens would take 2 GB, and be read
     by every layer.
     """
+    position = more.get("cache_position")  # of transformers 5.0
+    queries = int(more["q_length"]) if position is None else position.shape[0]
+    # Of a prompt in a cache with room for more transformers makes none: it aligns the rule to the first token.
+    skips = allow_is_causal_skip and (queries == 1 or queries == kv_length)
     causal = mask_function is causal_mask_function and allow_is_causal_skip and local_size is None
-    if causal and kv_length > 1 and not torch.compiler.is_compiling() and _are_last_tokens(kv_length, **more):
+    if causal and 1 < queries < kv_length and not torch.compiler.is_compiling():
         padding = None if attention_mask is None else attention_mask[:, :kv_length]
-        if padding is None or (padding.shape[1] == kv_length and bool(padding.all())):
+        shown = padding is None or (padding.shape[1] == kv_length and bool(padding.all()))
+        if shown and _are_last_tokens(queries, kv_length, **more):
             return None
     return sdpa_mask(
         batch_size=batch_size,
@@ -53,23 +58,26 @@ def packed_mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=skips,
         **more,
     )
 
 
 def _are_last_tokens(
+    queries: int,
     kv_length: int,
     kv_offset: int = 0,
-    q_length: int = 0,
     q_offset: int | torch.Tensor = 0,
     cache_position: torch.Tensor | None = None,
     **_: Any,
 ) -> bool:
-    """Whether several queries are of the last of `kv_length` tokens; transformers 5.0 passes `cache_position`."""
+    """Whether the queries are of the last of `kv_length` tokens."""
+    first = int(q_offset)
     if cache_position is not None:
-        q_length, q_offset = cache_position.shape[0], int(cache_position[0])
-    return kv_offset == 0 and q_length > 1 and int(q_offset) + q_length == kv_length
+        first, last = int(cache_position[0]), int(cache_position[-1])
+        if last - first + 1 != queries:
+            return False
+    return kv_offset == 0 and first + queries == kv_length
 
 
 def skvq_attention_forward(
@@ -109,7 +117,7 @@ def skvq_attention_forward(
         # transformers' sdpa would align a causal rule without a mask to the first token.
         (length, tokens), causal = (query.shape[2], key.shape[2]), False
         visible = torch.ones(length, tokens, dtype=torch.bool, device=query.device).tril(tokens - length)
-        attention_mask = visible[None, None]
+        attention_mask = visible[None, None] if attention_mask is None else attention_mask & visible
     if softcap is None and s_aux is None:
         options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         if position_bias is not None:

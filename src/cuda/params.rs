@@ -102,7 +102,10 @@ parameters! {
         kv_heads: i32, group: i32, length: i32, query_tiles: i32, padding: i32,
     }
 
-    ReachParams: 88 { mask: MaskParams, reach: u64, lengths: u64, heads: i32, positions: i32, tokens: i32, entering: i32 }
+    ReachParams: 96 {
+        mask: MaskParams, reach: u64, lengths: u64, heads: i32, positions: i32, tokens: i32,
+        entering: i32, least_padding: i32, padding: i32,
+    }
 
     RowsRegion: 80 {
         key_rows: u64, value_rows: u64,

@@ -371,8 +371,10 @@ impl Launches<'_> {
             states: self.place(places.packed),
             lengths: self.lengths_read(),
             // Of many queries in f32 nothing is known.
-            reach: match &self.call.mask {
-                Some(_) if shape.rows.is_some() || shape.queries != Queries::Many => self.place(places.reach),
+            reach: match shape.queries {
+                Queries::Many if self.call.mask.is_some() && shape.rows.is_some() => self.place(places.reach),
+                Queries::Many => 0,
+                _ if self.asks_mask() => self.place(places.reach),
                 _ => 0,
             },
             key_wide_levels: 0,

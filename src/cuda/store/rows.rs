@@ -177,9 +177,14 @@ impl Launches<'_> {
         unsafe { self.launch(&kernels.reach, rows, REACH_THREADS, &parameters) }
     }
 
+    /// Whether it matters that a mask hides no packed rows from few queries: there are whole pages, and nothing else is done to scores.
+    pub(super) fn asks_mask(&self) -> bool {
+        self.call.mask.is_some() && self.call.softcap <= 0.0 && self.shape.regions.packed >= PAGE_ROWS
+    }
+
     /// Whether a mask hides packed rows from few queries, for the next launch, which reads it at once.
     pub(super) unsafe fn shows(&self) -> Result<()> {
-        let Some((rows, parameters)) = self.mask_rows() else {
+        let Some((rows, parameters)) = self.mask_rows().filter(|_| self.asks_mask()) else {
             return Ok(());
         };
         let function = self.layer.shared.kernels.mask_shows()?;
@@ -202,6 +207,8 @@ impl Launches<'_> {
             positions: positions as i32,
             tokens: mask.shape[3] as i32,
             entering: i32::from(self.enters),
+            least_padding: self.layer.padding.iter().min().map_or(0, |padding| *padding as i32),
+            padding: 0,
         };
         Some(([(batch * heads * positions) as u32, 1, 1], parameters))
     }
