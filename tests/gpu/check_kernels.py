@@ -140,7 +140,6 @@ CALLS = [
     Call(
         parts(96, 1),
         parts(96, 0, **NO_MEAN),
-        dtype=torch.bfloat16,
         length=64,
         pieces=512,
         name="pieces, parts",
