@@ -89,8 +89,8 @@ struct RowsBlock {
     template <int D, bool Values>
     __device__ __forceinline__ void ask(const RowTile& tile) const {
         if (!tile.exists()) return;
-        const RowsRegion& region = p.regions[tile.region];
-        const int ring_first = region.first < 0 ? Lengths(p.lengths).first : region.first;
+        const PlainRegion& region = p.regions[tile.region].rows;
+        const int ring_first = region.ring_first < 0 ? Lengths(p.lengths).first : region.ring_first;
         const u64 rows = Values ? region.value_rows : region.key_rows;
         const i64 batch_stride = Values ? region.value_batch_stride : region.key_batch_stride;
         const i64 head_stride = Values ? region.value_head_stride : region.key_head_stride;
@@ -203,8 +203,8 @@ __device__ __forceinline__ void find_parts(const RowsParams& p, int batch, int h
         const RowsRegion& region = p.regions[threadIdx.x];
         RegionPart part = {0, 0, 0};
         if (region.tiles) {
-            RegionRows rows(region.kind, p.fresh_rows, lengths, padding_of(p.mask, batch));
-            if (region.kind == region_past) rows.token += p.first_past, rows.first_visible = max(0, rows.first_visible - p.first_past), rows.count = p.past_rows;
+            RegionRows rows(region.rows.kind, p.fresh_rows, lengths, padding_of(p.mask, batch));
+            if (region.rows.kind == region_past) rows.token += p.first_past, rows.first_visible = max(0, rows.first_visible - p.first_past), rows.count = p.past_rows;
             part = {rows.token, rows.first_visible, min(rows.count, reach.none_from - rows.token)};
         }
         parts[threadIdx.x] = part;
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(rows_block_threads, RowsShape<Dk, Dv>::wide ? 
             scores[m][n][i] *= p.scale;
         });
         const int rare_lane = thread_here() % 32;
-        if (p.squares && p.regions[tile.region].kind == region_past) {
+        if (p.squares && p.regions[tile.region].rows.kind == region_past) {
             const int own_query = query_here();
             const float* squares = reinterpret_cast<const float*>(p.squares) + (static_cast<i64>(batch) * p.kv_heads + head) * p.past_room + tile.first;
             for_each<M>([&](auto index) {

@@ -173,14 +173,11 @@ struct ReachParams {
     i32 entering, least_padding, padding;
 };
 
-/// Rows in the model's type that a block of many queries passes over.
+/// Rows in the model's type that a block of many queries passes over; they lie in no pages.
 struct RowsRegion {
-    u64 key_rows, value_rows;
-    i64 key_batch_stride, key_head_stride, key_row_stride;
-    i64 value_batch_stride, value_head_stride, value_row_stride;
-    i32 kind;   // as of PlainRegion
+    PlainRegion rows;  // but for its splits
     i32 tiles;  // of 64 rows, or 32 where heads are wide, that it may have
-    i32 first, ring_rows;  // row r lies at (first + r) mod ring_rows; ring_rows 0: at first + r
+    i32 padding;
 };
 
 /// attend_rows.cuh. Grid: splits × (kv heads · blocks of queries) × batch.
@@ -412,8 +409,8 @@ static_assert(sizeof(PlainRegion) == 104, "PlainRegion");
 static_assert(sizeof(PlainParams) == 568, "PlainParams");
 static_assert(sizeof(OnceParams) == 1792, "OnceParams");
 static_assert(sizeof(ReachParams) == 96, "ReachParams");
-static_assert(sizeof(RowsRegion) == 80, "RowsRegion");
-static_assert(sizeof(RowsParams) == 504, "RowsParams");
+static_assert(sizeof(RowsRegion) == 112, "RowsRegion");
+static_assert(sizeof(RowsParams) == 632, "RowsParams");
 static_assert(sizeof(UnpackParams) == 304, "UnpackParams");
 static_assert(sizeof(UnfoldParams) == 128, "UnfoldParams");
 static_assert(sizeof(MergeParams) == 72, "MergeParams");

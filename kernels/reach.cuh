@@ -64,10 +64,7 @@ __device__ __forceinline__ void mask_element(const MaskParams& mask, i64 at, boo
         seen = reinterpret_cast<const u8*>(mask.mask)[at] != 0, hidden = !seen;
         return;
     }
-    float bias;
-    if (mask.kind == 1) bias = reinterpret_cast<const float*>(mask.mask)[at];
-    else if (mask.kind == 2) bias = widen(reinterpret_cast<const Half*>(mask.mask)[at]);
-    else bias = widen(reinterpret_cast<const BFloat*>(mask.mask)[at]);
+    const float bias = mask_bias(mask, at);
     // Of padded sequences the tokens that are seen as they are may be padding.
     const float lowest = mask.paddings ? -infinity() : mask.kind == 1 ? -3.4028234e38f : mask.kind == 2 ? -65504.0f : -3.3895313e38f;
     seen = bias == 0.0f, hidden = bias <= lowest;

@@ -82,6 +82,13 @@ __device__ __forceinline__ float soft_cap(float score, float softcap) {
     return softcap - 2.0f * softcap * reciprocal_fast(1.0f + exp2_fast(score * reciprocal_fast(softcap) * (2.0f * log2_e)));
 }
 
+/// What a mask that is added (not of bytes) adds at element `at`.
+__device__ __forceinline__ float mask_bias(const MaskParams& mask, i64 at) {
+    if (mask.kind == 1) return reinterpret_cast<const float*>(mask.mask)[at];
+    if (mask.kind == 2) return widen(reinterpret_cast<const Half*>(mask.mask)[at]);
+    return widen(reinterpret_cast<const BFloat*>(mask.mask)[at]);
+}
+
 /// What one query may see. `token` counts from the beginning of the sequence, padding included.
 struct QueryView {
     i64 mask_row;    // element of the mask that token 0 has
@@ -100,10 +107,7 @@ struct QueryView {
         if (mask.kind == 0) return score;
         const i64 at = mask_row + token;
         if (mask.kind == 4) return reinterpret_cast<const u8*>(mask.mask)[at] ? score : -infinity();
-        float bias;
-        if (mask.kind == 1) bias = reinterpret_cast<const float*>(mask.mask)[at];
-        else if (mask.kind == 2) bias = widen(reinterpret_cast<const Half*>(mask.mask)[at]);
-        else bias = widen(reinterpret_cast<const BFloat*>(mask.mask)[at]);
+        const float bias = mask_bias(mask, at);
         // A hidden token stays hidden even if its score is not a number.
         return bias == -infinity() ? bias : score + bias;
     }

@@ -200,11 +200,21 @@ struct HeadTransform {
 /// The block of statistics of a page.
 __device__ __forceinline__ int block_of_page(const TransformParams& p, int page) { return p.pages_per_block ? page / p.pages_per_block : 0; }
 
+/// Cosines of a channel's turn to a position in two parts, spans of 256 and steps in one, with their sines head_dim further.
+struct TurnPlace {
+    const float *far, *near;
+
+    __device__ __forceinline__ TurnPlace(const TransformParams& p, int head_dim, int position, int channel) {
+        const int span = position >= 0 ? position / 256 : -((255 - position) / 256), step = position - 256 * span;
+        far = reinterpret_cast<const float*>(p.spans) + static_cast<i64>(span - p.first_span) * 2 * head_dim + channel;
+        near = reinterpret_cast<const float*>(p.steps) + static_cast<i64>(step) * 2 * head_dim + channel;
+    }
+};
+
 /// C(t) and S(t) of FORMAT.md §6 for one channel.
 __device__ __forceinline__ void turn(const TransformParams& p, int head_dim, int position, int channel, float& cosine, float& sine) {
-    const int span = position >= 0 ? position / 256 : -((255 - position) / 256), step = position - 256 * span;
-    const float* far = reinterpret_cast<const float*>(p.spans) + static_cast<i64>(span - p.first_span) * 2 * head_dim + channel;
-    const float* near = reinterpret_cast<const float*>(p.steps) + static_cast<i64>(step) * 2 * head_dim + channel;
+    const TurnPlace place(p, head_dim, position, channel);
+    const float *far = place.far, *near = place.near;
     cosine = __fsub_rn(__fmul_rn(far[0], near[0]), __fmul_rn(far[head_dim], near[head_dim]));
     sine = __fadd_rn(__fmul_rn(far[head_dim], near[0]), __fmul_rn(far[0], near[head_dim]));
 }

@@ -65,9 +65,8 @@ __device__ __forceinline__ void add_mean(float (&row)[4], const TransformParams&
         for (int i = 0; i < 4; ++i) row[i] += shift[i];
         return;
     }
-    const int span = position >= 0 ? position / 256 : -((255 - position) / 256), step = position - 256 * span;
-    const float* far = reinterpret_cast<const float*>(p.spans) + static_cast<i64>(span - p.first_span) * 2 * head_dim + channel;
-    const float* near = reinterpret_cast<const float*>(p.steps) + static_cast<i64>(step) * 2 * head_dim + channel;
+    const TurnPlace place(p, head_dim, position, channel);
+    const float *far = place.far, *near = place.near;
     float far_cosine[4], far_sine[4], near_cosine[4], near_sine[4], shift_sine[4];
     load_four(far, far_cosine), load_four(far + head_dim, far_sine);
     load_four(near, near_cosine), load_four(near + head_dim, near_sine);

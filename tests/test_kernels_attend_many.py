@@ -6,15 +6,16 @@ order in which threads run.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from attention_checks import check, check_order
-from kernel_examples import BLOCKS, codec, float_mask, parts, statics
+from attention_checks import MANY_CALLS, TERNARY, TWO, check, check_order, many_queries
+from kernel_examples import codec, parts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "emu"))
 import harness
@@ -23,25 +24,11 @@ from pipeline import Call
 
 pytestmark = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler")
 
-TWO, TERNARY = codec(**statics(64)), codec("1.6", **statics(64))
-
-
-def call(keys: Any, values: Any, name: str, **more: Any) -> Call:
-    return Call(keys, values, many=True, name=name, **({"group": 2, "length": 33} | more))
+call = functools.partial(many_queries, many=True)
 
 
 CALLS = [
     call(TWO, TERNARY, "2 and ternary", packed=300, pages_per_split=2),
-    call(codec(head_dim=128), codec("1.6", 128), "128, 140 queries", group=4, length=35, packed=200),
-    call(
-        parts(64, 1),
-        parts(96, 0, turning=False, noise=False),
-        "parts, turning, causal into the past",
-        packed=300,
-        causal=True,
-        window=9,
-    ),
-    call(parts(128, 1, turning=False), parts(128, 0, turning=False, noise=False), "parts, 128", kv_heads=2, packed=150),
     call(parts(80, 1, codebook="uniform"), TERNARY, "even parts, 80, turning", packed=300),
     call(parts(128, 1, codebook="uniform"), TWO, "even parts, 128", packed=290, kv_heads=2, dtype=torch.float32),
     call(
@@ -53,36 +40,12 @@ CALLS = [
         packed=700,
         pages_per_split=3,
     ),
-    call(
-        parts(64, 1),
-        TWO,
-        "turned, mask, softcap, bfloat16",
-        packed=290,
-        softcap=6.0,
-        mask=float_mask(1, 4, 33, 315),
-        dtype=torch.bfloat16,
-    ),
     call(parts(128, 0), codec("2", 160), "turned, one buffer", packed=500, pages_per_split=2),
     call(parts(128, 0), TWO, "a launch before, float32", packed=200, dtype=torch.float32),
-    call(TWO, parts(96, 0, turning=False, noise=False, codebook="uniform"), "even values, 96", packed=290),
-    call(codec(**BLOCKS), codec("1.6", **BLOCKS), "blocks", packed=300, dtype=torch.bfloat16),
     call(codec("3", group_size=32), codec("3", group_size=32), "3, groups of 32", packed=17, dtype=torch.float32),
-    call(codec("1.5", 80), codec("1.5", 80), "pairs, 80", packed=129, length=8, group=1),
-    call(
-        codec("4", 96, symmetric=False, metadata="fp16"),
-        codec("2", 96, symmetric=False, metadata="fp16", group_size=32),
-        "4, zeros",
-    ),
-    call(codec("8", 64, symmetric=False, group_size=64), codec("8", 64, metadata="fp16"), "8", packed=140),
-    call(codec("2", 192), codec("1.6", 192), "192", packed=140),
     call(codec("2", 192, group_size=64), codec("2", 160), "192, groups", packed=200, length=7),
-    call(codec("2", 192), codec("1.6", 112), "widths differ", kv_heads=1, packed=70),
-    call(TWO, TWO, "softcap", softcap=7.0, packed=130, length=9),
-    call(TWO, TWO, "padding", batch=2, paddings=(0, 100), window=30, packed=200),
-    call(TWO, TWO, "padding, mask", batch=2, paddings=(210, 7), mask=float_mask(2, 1, 33, 225), packed=200),
-    call(TWO, TWO, "boolean mask", mask=float_mask(1, 4, 33, 175) > 0.0),
-    call(TWO, TWO, "nothing seen", mask=torch.zeros(1, 1, 1, 175, dtype=torch.bool)),
     call(TWO, codec("4"), "rising", packed=700, pages_per_split=9, rising=2.0),
+    *(dataclasses.replace(call, many=True) for call in MANY_CALLS),
 ]
 
 

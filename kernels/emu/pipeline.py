@@ -382,11 +382,9 @@ def rows_shape(call: Call) -> tuple[int, int, int]:
     return queries, rows, (queries + rows) * (2 * dk + 16) + rows * (2 * dv + 16)
 
 
-def row_region(kind: int, keys: Tensor, values: Tensor, tile: int, **fields: Any) -> Structure:
+def row_region(kind: int, keys: Tensor, values: Tensor, tile: int) -> Structure:
     """A RowsRegion of rows [B, H, n, D] as they lie."""
-    for name, x in (("key", keys), ("value", values)):
-        fields |= strides(x, f"{name}_batch_stride {name}_head_stride {name}_row_stride")
-    return params("RowsRegion", key_rows=keys, value_rows=values, kind=kind, tiles=-(-keys.shape[2] // tile), **fields)
+    return params("RowsRegion", rows=plain_region(kind, keys, values, 0), tiles=-(-keys.shape[2] // tile))
 
 
 def launch_rows(

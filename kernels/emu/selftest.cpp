@@ -229,9 +229,10 @@ std::vector<float> attend_in_pieces(const Stream<K>& keys_stream, const Stream<V
     r.past_room = page_rows;
     auto region = [&](int kind, const std::vector<Half>& of_keys, const std::vector<Half>& of_values, int first, int rows, int room) {
         RowsRegion made{};
-        made.kind = kind, made.tiles = (rows + Shape::rows - 1) / Shape::rows;
-        made.key_rows = address(of_keys) + 2 * first * D, made.value_rows = address(of_values) + 2 * first * D;
-        made.key_head_stride = made.value_head_stride = room * D, made.key_row_stride = made.value_row_stride = D;
+        made.tiles = (rows + Shape::rows - 1) / Shape::rows;
+        PlainRegion& own = made.rows;
+        own.kind = kind, own.key_rows = address(of_keys) + 2 * first * D, own.value_rows = address(of_values) + 2 * first * D;
+        own.key_head_stride = own.value_head_stride = room * D, own.key_row_stride = own.value_row_stride = D;
         return made;
     };
     auto attend_to = [&] { emulator::launch({1, kv_heads, 1}, {rows_block_threads, 1, 1}, Shape::bytes, [&] { attend_rows<Half, D, D>(r); }); };

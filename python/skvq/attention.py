@@ -115,9 +115,7 @@ def skvq_attention_forward(
             return output.transpose(1, 2).contiguous(), None
     if causal and query.shape[2] != key.shape[2]:
         # transformers' sdpa would align a causal rule without a mask to the first token.
-        (length, tokens), causal = (query.shape[2], key.shape[2]), False
-        visible = torch.ones(length, tokens, dtype=torch.bool, device=query.device).tril(tokens - length)
-        attention_mask = visible[None, None] if attention_mask is None else attention_mask & visible
+        attention_mask, causal = _with_causality(attention_mask, query, key), False
     if softcap is None and s_aux is None:
         options = kwargs | {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         if position_bias is not None:
@@ -149,9 +147,7 @@ def plain_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if causal:
-        rows, columns = scores.shape[-2:]
-        visible = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(columns - rows)
-        mask = visible if mask is None else mask & visible
+        mask = _with_causality(mask, query, key)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
@@ -170,6 +166,13 @@ def _plain(states: torch.Tensor) -> torch.Tensor:
     if isinstance(states, PackedStates):
         return states.decode("skvq attention: not for the packed bytes")
     return states
+
+
+def _with_causality(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """A boolean mask, or none, for queries of the last tokens, each of which sees those up to its own."""
+    length, tokens = query.shape[2], key.shape[2]
+    visible = torch.ones(1, 1, length, tokens, dtype=torch.bool, device=query.device).tril(tokens - length)
+    return visible if mask is None else mask & visible
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:

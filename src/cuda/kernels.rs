@@ -56,10 +56,13 @@ pub struct Kernels {
     many_bytes: Option<usize>,
     head_dims: [usize; 2],
     attention: Mutex<HashMap<(Queries, bool), Arc<AttentionKernels>>>,
-    decode: Mutex<[Option<Arc<Function>>; 2]>,
-    unpack: Mutex<[Option<Arc<Function>>; 2]>,
-    shows: Mutex<Option<Arc<Function>>>,
+    decode: [Kept; 2],
+    unpack: [Kept; 2],
+    shows: Kept,
 }
+
+/// A kernel that is loaded when it is first asked for.
+type Kept = Mutex<Option<Arc<Function>>>;
 
 struct Names {
     element: &'static str,
@@ -206,9 +209,9 @@ impl Kernels {
             many_bytes: names.packed.then(|| many_bytes(&codecs.map(|codec| &codec.layout))).flatten(),
             head_dims: codecs.map(|codec| codec.layout.head_dim),
             attention: Mutex::default(),
-            decode: Mutex::default(),
-            unpack: Mutex::default(),
-            shows: Mutex::default(),
+            decode: Default::default(),
+            unpack: Default::default(),
+            shows: Kept::default(),
             device,
             compiler,
             names,
@@ -243,13 +246,8 @@ impl Kernels {
     }
 
     pub fn decode(&self, side: Side) -> Result<Arc<Function>> {
-        let mut loaded = self.decode.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = &loaded[side as usize] {
-            return Ok(Arc::clone(function));
-        }
-        let function = self.load("decode.cuh", "decode", &[self.names.element, &self.names.layouts[side as usize]])?;
-        loaded[side as usize] = Some(Arc::clone(&function));
-        Ok(function)
+        let arguments = [self.names.element, &self.names.layouts[side as usize]];
+        self.keep(&self.decode[side as usize], "decode.cuh", "decode", &arguments)
     }
 
     /// `turned`: a mean of the keys that turns does so in the launch of packed rows.
@@ -309,12 +307,8 @@ impl Kernels {
 
     /// What unpacks one stream for `attend_rows`.
     pub fn unpack(&self, side: Side) -> Result<Unpack> {
-        let mut loaded = self.unpack.lock().unwrap_or_else(PoisonError::into_inner);
-        let function = match &loaded[side as usize] {
-            Some(function) => Arc::clone(function),
-            None => self.load("unpack.cuh", "unpack", &[self.names.element, &self.names.layouts[side as usize]])?,
-        };
-        loaded[side as usize] = Some(Arc::clone(&function));
+        let arguments = [self.names.element, &self.names.layouts[side as usize]];
+        let function = self.keep(&self.unpack[side as usize], "unpack.cuh", "unpack", &arguments)?;
         let head_dim = self.head_dims[side as usize];
         let slice = unpack_slice(head_dim);
         Ok(Unpack { function, slices: head_dim / slice, shared_bytes: 4 * slice * head_dim })
@@ -322,13 +316,7 @@ impl Kernels {
 
     /// What finds out whether a mask hides packed rows from few queries.
     pub fn mask_shows(&self) -> Result<Arc<Function>> {
-        let mut loaded = self.shows.lock().unwrap_or_else(PoisonError::into_inner);
-        let function = match &*loaded {
-            Some(function) => Arc::clone(function),
-            None => self.load("reach.cuh", "mask_shows", &["skvq::i32"])?,
-        };
-        *loaded = Some(Arc::clone(&function));
-        Ok(function)
+        self.keep(&self.shows, "reach.cuh", "mask_shows", &["skvq::i32"])
     }
 
     /// What folds queries for packed keys, by a launch of its own.
@@ -336,7 +324,7 @@ impl Kernels {
         self.load("attend.cuh", "fold", &[self.names.element, &self.names.layouts[Side::Keys as usize]])
     }
 
-    /// Whether many queries have a kernel of their own.
+    /// Whether many queries have a kernel of their own; keys and values are packed then.
     pub fn takes_many(&self) -> bool {
         self.many_bytes.is_some()
     }
@@ -355,6 +343,16 @@ impl Kernels {
     /// The kernel behind an estimate of the keys' noise.
     pub fn scale_squares(&self) -> Result<Arc<Function>> {
         self.load("noise.cuh", "scale_squares", &[&self.names.layouts[Side::Keys as usize]])
+    }
+
+    fn keep(&self, kept: &Kept, file: &str, kernel: &str, arguments: &[&str]) -> Result<Arc<Function>> {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = &*kept {
+            return Ok(Arc::clone(function));
+        }
+        let function = self.load(file, kernel, arguments)?;
+        *kept = Some(Arc::clone(&function));
+        Ok(function)
     }
 
     fn load(&self, file: &str, kernel: &str, arguments: &[&str]) -> Result<Arc<Function>> {

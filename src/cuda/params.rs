@@ -107,14 +107,9 @@ parameters! {
         entering: i32, least_padding: i32, padding: i32,
     }
 
-    RowsRegion: 80 {
-        key_rows: u64, value_rows: u64,
-        key_batch_stride: i64, key_head_stride: i64, key_row_stride: i64,
-        value_batch_stride: i64, value_head_stride: i64, value_row_stride: i64,
-        kind: i32, tiles: i32, first: i32, ring_rows: i32,
-    }
+    RowsRegion: 112 { rows: PlainRegion, tiles: i32, padding: i32 }
 
-    RowsParams: 504 {
+    RowsParams: 632 {
         query: u64, query_batch_stride: i64, query_head_stride: i64, query_position_stride: i64,
         states: u64, lengths: u64, reach: u64, extras: u64, squares: u64, mask: MaskParams, regions: [RowsRegion; 4],
         scale: f32, fresh_rows: i32, state_count: i32,

@@ -169,11 +169,7 @@ class MachineKernels:
     """A machine for `pipeline.run`: launches of a chain, each of which may begin early, and tensors on the device."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine, self._chained = machine, False
-
-    def put(self, value: Any) -> Any:
-        """Tensors on the device, contiguous; anything else as it is."""
-        return self.machine.put(value)
+        self.machine, self.put, self._chained = machine, machine.put, False
 
     def launch(
         self,

@@ -49,8 +49,7 @@ impl CudaLayer {
         }
         let Regions { sinks, packed, window } = regions;
         let piece = self.piece_rows(queries, packed);
-        let is_packed = Side::BOTH.iter().all(|side| !self.shared.codec(*side).is_raw());
-        if piece == 0 && packed > 0 && !(is_packed && self.shared.kernels.takes_many()) {
+        if piece == 0 && packed > 0 && !self.shared.kernels.takes_many() {
             return Ok(None);
         }
         let kernels = self.shared.kernels.attention(Queries::Pieces, false)?;
@@ -73,8 +72,7 @@ impl CudaLayer {
         }
         let shared = &*self.shared;
         // With statistics of blocks `attend_many` has a state of each query for each block.
-        let is_packed = Side::BOTH.iter().all(|side| !shared.codec(*side).is_raw());
-        let least = if is_packed && shared.kernels.takes_many() && self.block_rows() == 0 { PIECES_QUERIES } else { 0 };
+        let least = if shared.kernels.takes_many() && self.block_rows() == 0 { PIECES_QUERIES } else { 0 };
         let row: usize = Side::BOTH.iter().map(|side| shared.row_bytes(*side)).sum();
         let sequences = (self.batch_size() * self.spec().num_key_value_heads).max(1);
         let room = shared.workspace_bytes / 2 / (sequences * row) / PAGE_ROWS * PAGE_ROWS;
@@ -84,38 +82,6 @@ impl CudaLayer {
 }
 
 impl Launches<'_> {
-    /// A region as `attend_rows` passes over it.
-    fn rows_region(&self, region: Region, count: usize, tile: usize) -> RowsRegion {
-        let PlainRegion {
-            key_rows,
-            value_rows,
-            key_batch_stride,
-            key_head_stride,
-            key_row_stride,
-            value_batch_stride,
-            value_head_stride,
-            value_row_stride,
-            kind,
-            ring_first,
-            ring_rows,
-            ..
-        } = self.region(region, PlainSplits::default());
-        RowsRegion {
-            key_rows,
-            value_rows,
-            key_batch_stride,
-            key_head_stride,
-            key_row_stride,
-            value_batch_stride,
-            value_head_stride,
-            value_row_stride,
-            kind,
-            tiles: count.div_ceil(tile) as i32,
-            first: ring_first,
-            ring_rows,
-        }
-    }
-
     /// What both launches of [`Self::rows`] and of a piece have.
     fn rows_parameters(&self, cut: RowsCut) -> RowsParams {
         let Self { call, shape, .. } = self;
@@ -162,7 +128,7 @@ impl Launches<'_> {
         let counts = [(Region::Sinks, sinks), (Region::Window, window), (Region::Fresh, self.call.fresh_rows())];
         let mut parameters = self.rows_parameters(cut);
         for (to, (region, count)) in parameters.regions.iter_mut().zip(counts) {
-            *to = self.rows_region(region, count, kernels.shape.rows);
+            *to = rows_region(self.region(region, PlainSplits::default()), count, kernels.shape.rows);
         }
         // SAFETY: as above.
         unsafe { self.launch_rows(kernels, cut, parameters) }
@@ -249,7 +215,7 @@ impl Launches<'_> {
     /// The rows that are unpacked.
     fn piece_region(&self, count: usize, room: usize, tile: usize) -> RowsRegion {
         let [keys, values] = Side::BOTH.map(|side| self.strides(side, room));
-        RowsRegion {
+        let rows = PlainRegion {
             key_rows: self.decoded(Side::Keys),
             value_rows: self.decoded(Side::Values),
             key_batch_stride: keys[0],
@@ -259,10 +225,9 @@ impl Launches<'_> {
             value_head_stride: values[1],
             value_row_stride: values[2],
             kind: Region::Past as i32,
-            tiles: count.div_ceil(tile) as i32,
-            first: 0,
-            ring_rows: 0,
-        }
+            ..PlainRegion::default()
+        };
+        rows_region(rows, count, tile)
     }
 
     /// Rows `first` to `first + count` of the past to the workspace, in the model's type; those that are not packed by a copy.
@@ -310,4 +275,9 @@ impl Launches<'_> {
         // SAFETY: pages of all these rows; a place in the workspace with room for them.
         unsafe { self.launch_with(&function, grid, Unpack::THREADS, shared_bytes, &parameters) }
     }
+}
+
+/// `count` rows of a region as `attend_rows` passes over them, so many at a time.
+fn rows_region(rows: PlainRegion, count: usize, tile: usize) -> RowsRegion {
+    RowsRegion { rows, tiles: count.div_ceil(tile) as i32, padding: 0 }
 }
